@@ -1,0 +1,95 @@
+# make demo | test | bench | gpu | nightly | wheel | lint | format | clean
+# On a fresh machine `make demo` and `make test` are all it takes: python3 (3.10 or newer), a C++20 compiler, make.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+FAMILY ?= optim
+STAGES ?= build,test,bench
+OUT ?= bench/results/h200
+PYTEST_FLAGS ?=
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check install --quiet
+modules = $(wildcard python/tilewright/_C*.so)
+# Once the emulated module is there, every build keeps it up to date.
+emulated = $(if $(findstring _emulated,$(modules)),1,0)
+# The environment's own cmake and ninja come first; without isolation pybind11 stays where it was last time.
+with_tools = PATH="$(abspath $(bin)):$$PATH"
+install = $(with_tools) TILEWRIGHT_EMULATED=$(emulated) $(pip) --no-build-isolation --editable
+
+.PHONY: demo test bench gpu nightly wheel lint format sanitize clean
+
+demo: $(VENV)/.package
+	$(bin)/tilewright demo
+
+test: $(VENV)/.test
+	$(bin)/python -m pytest $(PYTEST_FLAGS)
+
+bench: $(VENV)/.bench
+	$(bin)/tilewright bench $(FAMILY)
+
+gpu:
+	$(PYTHON) scripts/gpu.py --family $(FAMILY) --stages $(STAGES) --out $(OUT)
+
+# AddressSanitizer must be loaded before python is; what python itself never frees is not ours to report.
+sanitize: $(VENV)/.test
+	$(with_tools) $(bin)/python scripts/build_tree.py build/sanitize \
+	  -DTILEWRIGHT_SANITIZE=ON -DTILEWRIGHT_EMULATED=ON -DTILEWRIGHT_CUDA=OFF
+	PYTHONPATH=build/sanitize LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(bin)/python -m pytest -m sanitize $(PYTEST_FLAGS)
+
+nightly: $(VENV)/.test $(VENV)/.bench lint wheel
+	HYPOTHESIS_PROFILE=nightly $(bin)/python -m pytest -m "nightly or not nightly"
+	$(MAKE) sanitize
+	$(bin)/python -m pytest bench
+	$(bin)/tilewright demo --quick
+	set -e; for example in $(wildcard examples/*.py); do $(bin)/python $$example; done
+
+wheel: $(VENV)/.inspect
+	rm -rf dist build/lib* build/bdist*
+	$(bin)/python -m build --outdir dist .
+	$(bin)/python scripts/check_wheel.py dist --torch "$(TORCH)"
+
+lint: $(VENV)/.lint
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(bin)/clang-format --dry-run --Werror
+	$(bin)/python scripts/check_sources.py
+
+format: $(VENV)/.lint
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(bin)/clang-format -i
+
+clean:
+	rm -rf build dist $(modules) $(VENV)/.package $(VENV)/.test
+
+# ---- what is installed; a stamp for each, so that a second run starts at once ----
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(pip) "$(TORCH)" numpy
+	$(pip) "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(sources)
+	$(install) ".[plot]"
+	touch $@
+
+$(VENV)/.test: emulated = 1
+$(VENV)/.test: $(VENV)/.torch $(sources)
+	$(install) ".[plot,test]"
+	touch $@ $(VENV)/.package
+
+$(VENV)/.bench: $(VENV)/.package
+	$(install) ".[bench]"
+	touch $@
+
+$(VENV)/.inspect: $(VENV)/.torch
+	$(pip) build auditwheel nvidia-cuda-cuobjdump
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.package
+	$(install) ".[lint]"
+	touch $@

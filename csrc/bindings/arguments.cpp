@@ -1,0 +1,135 @@
+#include "bindings/arguments.h"
+
+namespace tilewright {
+namespace {
+
+DType dtype_from(TwDLDataType type) {
+  if (type.lanes != 1) return DType::kOther;
+  const int key = type.code * 256 + type.bits;
+  switch (key) {
+    case kTwDLFloat * 256 + 64: return DType::kFloat64;
+    case kTwDLFloat * 256 + 32: return DType::kFloat32;
+    case kTwDLFloat * 256 + 16: return DType::kFloat16;
+    case kTwDLBfloat * 256 + 16: return DType::kBFloat16;
+    case kTwDLUInt * 256 + 8: return DType::kUInt8;
+    case kTwDLInt * 256 + 8: return DType::kInt8;
+    case kTwDLInt * 256 + 32: return DType::kInt32;
+    case kTwDLInt * 256 + 64: return DType::kInt64;
+    case kTwDLBool * 256 + 8: return DType::kBool;
+    default: return DType::kOther;
+  }
+}
+
+TensorView view_of(const TwDLTensor& tensor, Label name) {
+  TensorView view;
+  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  if (tensor.data == nullptr) view.data = nullptr;
+  view.dtype = dtype_from(tensor.dtype);
+  view.ndim = tensor.ndim;
+  view.shape = tensor.shape;
+  view.strides = tensor.strides;
+  const int32_t device = tensor.device.type;
+  view.device.is_cuda = device == kTwDLCUDA || device == kTwDLCUDAManaged;
+  view.device.index = view.device.is_cuda ? tensor.device.id : 0;
+  check_value(view.device.is_cuda || device == kTwDLCPU || device == kTwDLCUDAHost, name,
+              ": lives on a device this extension has no kernels for (DLPack device type ", device,
+              "), allowed: cpu, cuda");
+  return view;
+}
+
+// The table that the object's type publishes, or null. Types are few, so the last ones asked for are remembered;
+// a type that publishes a table lives as long as the process.
+const TwDLExchangeApi* exchange_api_of(PyTypeObject* type) {
+  static std::array<std::pair<PyTypeObject*, const TwDLExchangeApi*>, 4> known{};
+  static size_t next = 0;
+  for (const auto& [seen, api] : known) {
+    if (seen == type) return api;
+  }
+  py::object capsule = py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none() || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  const auto* api = static_cast<const TwDLExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api->header.version.major != 1 || api->tensor_from_object == nullptr) return nullptr;
+  known[next++ % known.size()] = {type, api};
+  return api;
+}
+
+std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+}  // namespace
+
+Arguments::~Arguments() {
+  for (TwDLManagedTensor* tensor : owned_) {
+    if (tensor->deleter != nullptr) tensor->deleter(tensor);
+  }
+}
+
+TensorView Arguments::tensor(py::handle object, Label name) {
+  const TwDLExchangeApi* api = exchange_api_of(Py_TYPE(object.ptr()));
+  if (api == nullptr) return from_protocol(object, name);
+  TwDLTensor tensor;
+  if (api->tensor_from_object(object.ptr(), &tensor) != 0) {
+    py::error_already_set cause;
+    fail(ErrorKind::kType, name, ": cannot be read as a strided tensor (", cause.what(), ")");
+  }
+  api_ = api;
+  return view_of(tensor, name);
+}
+
+std::optional<TensorView> Arguments::optional_tensor(py::handle object, Label name) {
+  if (object.is_none()) return std::nullopt;
+  return tensor(object, name);
+}
+
+TensorView Arguments::from_protocol(py::handle object, Label name) {
+  check_type(py::hasattr(object, "__dlpack__"), name, ": got ", type_name(object),
+             ", expected a torch.Tensor or another array that offers __dlpack__");
+  py::object source = py::reinterpret_borrow<py::object>(object);
+  // torch refuses to export a tensor that requires grad; its detached alias is the same memory.
+  if (py::hasattr(object, "detach")) source = object.attr("detach")();
+  py::object capsule = source.attr("__dlpack__")();
+  auto* managed = static_cast<TwDLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (managed == nullptr) throw py::error_already_set();
+  PyCapsule_SetName(capsule.ptr(), "used_dltensor");
+  owned_.push_back(managed);
+  return view_of(managed->tensor, name);
+}
+
+Stream Arguments::current_stream(Device device) const {
+  if (!device.is_cuda) return nullptr;
+  if (api_ != nullptr && api_->current_stream != nullptr) {
+    void* stream = nullptr;
+    if (api_->current_stream(kTwDLCUDA, device.index, &stream) != 0) throw py::error_already_set();
+    return stream;
+  }
+  py::object stream = py::module_::import("torch").attr("cuda").attr("current_stream")(device.index);
+  return reinterpret_cast<void*>(stream.attr("cuda_stream").cast<uintptr_t>());
+}
+
+bool runs_on_gpu(const TensorView& view) {
+#if TILEWRIGHT_EMULATED
+  (void)view;
+  return true;
+#else
+  return view.device.is_cuda;
+#endif
+}
+
+void check_dtype(const TensorView& view, DType expected, Label name) {
+  check_type(view.dtype == expected, name, ": got dtype ", view.dtype, ", expected ", expected);
+}
+
+void check_contiguous(const TensorView& view, Label name) {
+  check_value(view.is_contiguous(), name, ": must be contiguous, got shape ", view.sizes(),
+              " with other strides; call .contiguous()");
+}
+
+void check_numel(const TensorView& view, int64_t expected, Label name) {
+  check_value(view.numel() == expected, name, ": got ", view.numel(), " elements in shape ", view.sizes(),
+              ", expected ", expected);
+}
+
+void check_device(const TensorView& view, Device expected, Label name) {
+  check_value(view.device == expected, name, ": is on ", view.device, ", expected ", expected);
+}
+
+}  // namespace tilewright

@@ -1,0 +1,14 @@
+// What module.cpp assembles: one function a family.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace tilewright {
+
+void bind_optim(pybind11::module_& m);
+
+namespace emulator {
+void bind_selftest(pybind11::module_& m);
+}
+
+}  // namespace tilewright

@@ -1,0 +1,107 @@
+// Arithmetic whose rounding matters, and the fast approximations. The approximations take subnormal
+// inputs and results for zero on a GPU; the emulator gives the exact value rounded to fp32.
+#pragma once
+
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+
+#include "core/half.h"
+#include "device/qualifiers.h"
+
+namespace tilewright::device {
+
+template <std::integral T>
+__device__ __forceinline__ T min(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <std::integral T>
+__device__ __forceinline__ T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+// Of a number and a NaN: the number.
+__device__ __forceinline__ float min(float a, float b) { return ::fminf(a, b); }
+__device__ __forceinline__ float max(float a, float b) { return ::fmaxf(a, b); }
+
+#if TILEWRIGHT_EMULATED
+
+inline uint32_t float_bits(float value) { return bits_of(value); }
+inline float bits_float(uint32_t bits) { return float_of(bits); }
+
+inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float add_rn(float a, float b) { return a + b; }
+inline float mul_rn(float a, float b) { return a * b; }
+inline float div_rn(float a, float b) { return a / b; }
+inline float sqrt_rn(float a) { return std::sqrt(a); }
+
+inline float rcp_approx(float a) { return 1.0f / a; }
+inline float sqrt_approx(float a) { return std::sqrt(a); }
+inline float rsqrt_approx(float a) { return float(1.0 / std::sqrt(double(a))); }
+inline float exp2_approx(float a) { return float(std::exp2(double(a))); }
+
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t choice = selector >> 4 * i & 0xfu;
+    uint32_t byte = uint32_t(bytes >> 8 * (choice & 7u)) & 0xffu;
+    if (choice & 8u) byte = byte & 0x80u ? 0xffu : 0u;
+    result |= byte << 8 * i;
+  }
+  return result;
+}
+
+inline uint32_t mul_hi(uint32_t a, uint32_t b) { return uint32_t(uint64_t{a} * b >> 32); }
+
+#else
+
+__device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// Round to nearest even, and never fused with a neighbour.
+__device__ __forceinline__ float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ float sqrt_rn(float a) { return __fsqrt_rn(a); }
+
+// One MUFU instruction each: relative error below 2^-22 (exp2: 2^-22 too, for |a| < 126).
+__device__ __forceinline__ float rcp_approx(float a) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+__device__ __forceinline__ float sqrt_approx(float a) {
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+__device__ __forceinline__ float rsqrt_approx(float a) {
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+__device__ __forceinline__ float exp2_approx(float a) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
+
+// Nibble i of the selector picks byte i of the result out of the bytes a0..a3, b0..b3; its top bit
+// replicates that byte's sign instead (PTX ISA, "prmt").
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t mul_hi(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+#endif
+
+}  // namespace tilewright::device

@@ -1,0 +1,104 @@
+// Small kernels that show what the emulator promises, run on plain vectors. tests/emulator holds the
+// results against what each device function means.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace tilewright::selftest {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+using Words = std::vector<uint32_t>;
+using Longs = std::vector<uint64_t>;
+using Ints = std::vector<int32_t>;
+using Halves = std::vector<uint16_t>;
+using Bytes = std::vector<uint8_t>;
+using Extent = std::array<unsigned, 3>;
+
+// ---- Threads and warps -------------------------------------------------------------------------
+
+// Per thread, in memory order: blockIdx, threadIdx (x, y, z each), lane_id, warp_id.
+Words indices(Extent grid, Extent block);
+
+// A warp collective by name, in one block of values.size() threads; lanes outside the mask do not call it
+// and keep `untouched`.
+inline constexpr uint32_t kUntouched = 0xabcdef01u;
+Words warp_words(const std::string& op, const Words& values, int argument, uint32_t mask);
+Doubles warp_doubles(const std::string& op, const Doubles& values, int argument);
+
+// sync_block_or, _and and _count, for each thread.
+Words block_votes(const Words& predicates);
+
+// ---- Order and barriers ------------------------------------------------------------------------
+
+// For each thread of each block, when it ran among its block's threads; then for each block, when it
+// began among the blocks.
+Words running_order(unsigned blocks, unsigned threads);
+
+// Sum of a power of two of values by a tree in shared memory, by one block; without barriers it is wrong.
+float block_sum(const Floats& values, bool with_barriers);
+
+// Every thread's value, passed to its neighbour in the warp through shared memory.
+Floats pass_in_warp(const Floats& values, bool with_barriers);
+
+// Two warps fill a ring of shared memory for two others to read, by named barriers.
+Floats pass_by_named_barriers(const Floats& values);
+
+// Sum over the grid in one launch: the block that comes last adds up what the others have left.
+float grid_sum(const Floats& values, unsigned blocks);
+
+// ---- Memory ------------------------------------------------------------------------------------
+
+// Shared memory as a block finds it, after another block has written all of it.
+Floats uninitialised(unsigned count);
+
+// Writes one byte at this offset of a shared memory of `bytes` bytes.
+void write_shared(unsigned bytes, int offset);
+
+// Copies by vectors of so many bytes, from `shift` bytes beyond an aligned address.
+Bytes copy_vectors(const Bytes& values, int vector_bytes, bool streaming, int shift);
+
+// Three groups of one tile each are copied, and a fourth tile is not committed; what shared memory holds
+// after cp_async_wait<pending> (pending < 0: after no wait). Elements from `valid` on are zero-filled.
+Floats async_tiles(const Floats& values, int bytes, int pending, int valid);
+
+struct Atomics {
+  Doubles sums;   // float, double, int32, uint32, uint64, and of a shared float
+  Ints extremes;  // max and min as int32
+  Words unsigned_extremes;
+  Words exchanged;  // what exchange found, then what it left
+  Longs exchanged_long;
+  Longs counted;  // by compare-and-swap, uint32 and uint64
+};
+Atomics atomics(unsigned blocks, unsigned threads);
+
+// ---- Arithmetic --------------------------------------------------------------------------------
+
+Floats float_math(const std::string& name, const Floats& a, const Floats& b, const Floats& c);
+Words word_math(const std::string& name, const Words& a, const Words& b, const Words& selector);
+
+// By from_float, then once more by from_float2; and back.
+Halves narrow(const std::string& type, const Floats& values);
+Floats widen(const std::string& type, const Halves& bits);
+
+// ---- The host side, and misuse -----------------------------------------------------------------
+
+// A launch with parameters of the largest size; the sum of them all, as each of 64 threads saw it.
+Longs largest_params();
+
+// copy_to_device, then fill_zero of the second half, under a DeviceGuard.
+Bytes copy_and_fill(const Bytes& values);
+
+std::vector<int> device_properties();  // multiprocessor_count, resident_blocks
+
+// Does the named wrong thing, and returns if it goes unnoticed.
+void misuse(const std::string& what);
+std::vector<std::string> misuses();
+
+// A launch whose odd blocks throw their number.
+void fail_in_odd_blocks(unsigned blocks);
+
+}  // namespace tilewright::selftest

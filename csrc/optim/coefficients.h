@@ -1,0 +1,78 @@
+// Coefficients of one tensor's update and the random bits of stochastic rounding: scalar functions that CPU and
+// GPU share to the letter. A .cu file defines TW_HOST_DEVICE before it includes this.
+#pragma once
+
+#include <cmath>
+
+#include "optim/update.h"
+
+#ifndef TW_HOST_DEVICE
+#define TW_HOST_DEVICE
+#endif
+
+namespace tilewright::optim {
+
+// torch.nn.utils.clip_grad_norm_'s factor for a total norm.
+TW_HOST_DEVICE static inline double clip_factor(double norm, double max_norm) {
+  const double factor = max_norm / (norm + 1e-6);
+  return factor > 1.0 ? 1.0 : factor;  // a NaN norm stays one
+}
+
+// `step` counts this one. `squared` is the sum of squares of all gradients as they come, scaled or not.
+TW_HOST_DEVICE static inline Coefficients coefficients(Algorithm algorithm, const Group& group, int64_t step,
+                                                       const StepParams& params, double squared) {
+  const double lr = group.device_lr != nullptr ? double(*group.device_lr) : group.lr;
+  double scale = params.grad_scale != nullptr ? 1.0 / double(*params.grad_scale) : 1.0;
+  if (params.max_grad_norm >= 0) scale *= clip_factor(sqrt(squared) * scale, params.max_grad_norm);
+  const bool first_momentum = algorithm == Algorithm::kSgd && step == 1;  // torch starts from the gradient itself
+  Coefficients c{};
+  c.grad_scale = float(group.maximize ? -scale : scale);
+  c.l2 = group.decoupled ? 0.0f : float(group.weight_decay);
+  c.decay = group.decoupled ? float(1.0 - lr * group.weight_decay) : 1.0f;
+  c.beta1 = first_momentum ? 0.0f : float(group.beta1);
+  c.one_minus_beta1 = algorithm == Algorithm::kSgd ? (first_momentum ? 1.0f : float(1.0 - group.dampening))
+                                                   : float(1.0 - group.beta1);
+  c.beta2 = float(group.beta2);
+  c.one_minus_beta2 = float(1.0 - group.beta2);
+  c.step_size = float(algorithm == Algorithm::kAdam ? lr / (1.0 - pow(group.beta1, double(step))) : lr);
+  c.inverse_correction2 =
+      algorithm == Algorithm::kAdam ? float(1.0 / sqrt(1.0 - pow(group.beta2, double(step)))) : 1.0f;
+  c.eps = float(group.eps);
+  c.momentum_weight = group.nesterov ? float(group.beta1) : 1.0f;
+  c.grad_weight = group.nesterov ? 1.0f : 0.0f;
+  c.stochastic = group.stochastic;
+  c.seed[0] = uint32_t(params.seed);
+  c.seed[1] = uint32_t(params.seed >> 32);
+  c.step = uint32_t(step);
+  return c;
+}
+
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words that
+// depend on counter and key alone.
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+TW_HOST_DEVICE static inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0,
+                                                uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
+    const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;
+    const uint32_t next0 = uint32_t(product1 >> 32) ^ c1 ^ key0;
+    const uint32_t next2 = uint32_t(product0 >> 32) ^ c3 ^ key1;
+    c1 = uint32_t(product1);
+    c3 = uint32_t(product0);
+    c0 = next0;
+    c2 = next2;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// 128 random bits for elements 8 * octet .. 8 * octet + 7 of parameter `id`: 16 each, lower half-words first.
+TW_HOST_DEVICE static inline PhiloxWords random_octet(const Coefficients& c, int32_t id, int64_t octet) {
+  return philox(uint32_t(octet), uint32_t(uint64_t(octet) >> 32), c.step, uint32_t(id), c.seed[0], c.seed[1]);
+}
+
+}  // namespace tilewright::optim

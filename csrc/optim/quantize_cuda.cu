@@ -1,0 +1,136 @@
+// Blockwise quantization on the GPU: a warp takes a quantization block, 256 elements at a time.
+//
+// Roofline: 5.016 bytes per fp32 element at block size 256 either way, 3.016 per 16-bit element.
+#include "optim/codec_cuda.h"
+#include "device/launch.h"
+#include "device/smem.h"
+#include "optim/quantize.h"
+
+namespace tilewright::optim {
+namespace {
+
+struct Smem {
+  CodecTables tables;
+};
+
+struct LaneRange {
+  int64_t offset;  // of the lane's first element
+  int count;       // elements it has, 0 to 8
+  bool vector;
+};
+
+// Elements of a lane in chunk `chunk` of a block that spans begin..end. Blocks below 256 elements share a chunk: its
+// lanes belong to several blocks, and lanes_per_block says how many lanes make one.
+__device__ __forceinline__ LaneRange lane_range(int64_t begin, int64_t end, bool aligned) {
+  const int64_t offset = begin + device::lane_id() * kLaneElements;
+  const int64_t left = end - offset;
+  const int count = left <= 0 ? 0 : left < kLaneElements ? int(left) : kLaneElements;
+  return {offset, count, aligned && count == kLaneElements};
+}
+
+// The largest of `value` among the lanes that share a block.
+__device__ __forceinline__ uint32_t reduce_block_lanes(uint32_t value, int lanes_per_block) {
+  if (lanes_per_block == 32) return device::reduce_max(value);
+  for (int distance = 1; distance < lanes_per_block; distance *= 2) {
+    value = device::max(value, device::shfl_xor(value, distance));
+  }
+  return value;
+}
+
+template <class T>
+__device__ void quantize_chunks(const QuantizeParams& p, const CodecTables& tables) {
+  const bool aligned = is_aligned(p.values, 16) && is_aligned(p.codes, 8);
+  // A warp's portion: one block, or as many small ones as fill a chunk.
+  const int64_t portion = p.block_size > kWarpElements ? p.block_size : kWarpElements;
+  const int lanes_per_block = p.block_size < kWarpElements ? p.block_size / kLaneElements : 32;
+  const int64_t warps = int64_t{gridDim.x} * kWarps, warp = int64_t{blockIdx.x} * kWarps + device::warp_id();
+  for (int64_t begin = warp * portion; begin < p.numel; begin += warps * portion) {
+    const int64_t end = begin + portion < p.numel ? begin + portion : p.numel;
+    uint32_t largest = 0;
+    float x[kLaneElements];
+    for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
+      const LaneRange lane = lane_range(chunk, end, aligned);
+      load_lane(x, static_cast<const T*>(p.values) + lane.offset, lane.count, lane.vector);
+      largest = device::max(largest, largest_bits(x));
+    }
+    largest = reduce_block_lanes(largest, lanes_per_block);
+    const float absmax = device::bits_float(largest > kInfinityBits ? kNanBits : largest);
+    // Codes of a block with infinity or NaN do not matter: it decodes to NaN throughout.
+    const bool finite = largest < kInfinityBits;
+    const LaneScale scale = finite ? lane_scale(absmax) : LaneScale{1.0f, 0.0f};
+    for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
+      const LaneRange lane = lane_range(chunk, end, aligned);
+      if (p.block_size > kWarpElements) {
+        load_lane(x, static_cast<const T*>(p.values) + lane.offset, lane.count, lane.vector);
+      }
+      for (int i = 0; i < kLaneElements; ++i) x[i] = finite ? x[i] : 0.0f;
+      const LaneCodes codes = p.map != nullptr ? encode_lane_foreign(x, scale, p.map)
+                              : p.is_signed    ? encode_lane<true>(x, scale, tables.buckets)
+                                               : encode_lane<false>(x, scale, tables.buckets);
+      store_codes(p.codes + lane.offset, codes, lane.count, lane.vector);
+    }
+    const int64_t first = begin + (device::lane_id() / lanes_per_block) * int64_t{lanes_per_block} * kLaneElements;
+    if (device::lane_id() % lanes_per_block == 0 && first < end) p.absmax[first / p.block_size] = absmax;
+  }
+}
+
+template <class T>
+__device__ void dequantize_chunks(const QuantizeParams& p, const CodecTables& tables) {
+  const bool aligned = is_aligned(p.values, 16) && is_aligned(p.codes, 8);
+  const float* table = p.map != nullptr ? p.map : tables.decode;
+  const int64_t warps = int64_t{gridDim.x} * kWarps, warp = int64_t{blockIdx.x} * kWarps + device::warp_id();
+  for (int64_t begin = warp * kWarpElements; begin < p.numel; begin += warps * kWarpElements) {
+    const LaneRange lane = lane_range(begin, p.numel, aligned);
+    if (lane.count == 0) continue;
+    float x[kLaneElements];
+    T rounded[kLaneElements];
+    decode_lane(x, load_codes(p.codes + lane.offset, lane.count, lane.vector), table,
+                p.absmax[lane.offset / p.block_size]);
+    round_lane(rounded, x);
+    store_lane(static_cast<T*>(p.values) + lane.offset, rounded, lane.count, lane.vector);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ QuantizeParams p) {
+  Smem& smem = device::shared_memory<Smem>();
+  load_tables(smem.tables, p.is_signed ? kDeviceSigned : kDeviceUnsigned);
+  device::sync_block();
+  switch (p.dtype) {
+    case DType::kFloat32: return quantize_chunks<float>(p, smem.tables);
+    case DType::kBFloat16: return quantize_chunks<bf16>(p, smem.tables);
+    default: return quantize_chunks<fp16>(p, smem.tables);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ QuantizeParams p) {
+  Smem& smem = device::shared_memory<Smem>();
+  load_tables(smem.tables, p.is_signed ? kDeviceSigned : kDeviceUnsigned);
+  device::sync_block();
+  switch (p.dtype) {
+    case DType::kFloat32: return dequantize_chunks<float>(p, smem.tables);
+    case DType::kBFloat16: return dequantize_chunks<bf16>(p, smem.tables);
+    default: return dequantize_chunks<fp16>(p, smem.tables);
+  }
+}
+
+void launch_over_blocks(device::Kernel<QuantizeParams> kernel, const QuantizeParams& p, int device, Stream stream) {
+  const device::DeviceGuard guard(device);
+  device::preload(kernel);
+  const int64_t portion = int64_t{kWarps} * (p.block_size > kWarpElements ? p.block_size : kWarpElements);
+  const int64_t needed = (p.numel + portion - 1) / portion;
+  const int64_t resident =
+      int64_t{device::multiprocessor_count(device)} * device::resident_blocks(kernel, kThreads, sizeof(Smem));
+  device::launch(kernel, dim3(unsigned(needed < resident ? needed : resident)), dim3(kThreads), sizeof(Smem), stream, p);
+}
+
+}  // namespace
+
+void quantize_cuda(const QuantizeParams& p, int device, Stream stream) {
+  launch_over_blocks(quantize_kernel, p, device, stream);
+}
+
+void dequantize_cuda(const QuantizeParams& p, int device, Stream stream) {
+  launch_over_blocks(dequantize_kernel, p, device, stream);
+}
+
+}  // namespace tilewright::optim

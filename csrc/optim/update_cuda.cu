@@ -1,0 +1,503 @@
+// Optimizer steps on the GPU: one launch a pass, whatever the number of tensors.
+//
+// A warp takes a tile (a quantization block), eight elements a lane, and finds its tensor by walking the table of rows
+// as its tile number grows; for blocks of 256 the absmax is one warp reduction and nothing is shared but the codec's
+// tables. Larger blocks, from older checkpoints, are swept twice: once for the absmax, once to write.
+//
+// Roofline, AdamW: 10.06 bytes per 16-bit parameter, 16.06 per fp32 one.
+#define TW_HOST_DEVICE __host__ __device__
+#include "device/atomics.h"
+#include "device/launch.h"
+#include "device/smem.h"
+#include "optim/codec_cuda.h"
+#include "optim/coefficients.h"
+#include "optim/update.h"
+
+namespace tilewright::optim {
+namespace {
+
+constexpr int kMaxGrads = 3840;   // rows a launch: their gradients' addresses are kernel parameters
+constexpr int kMaxGroups = 384;   // parameter groups a launch of the coefficients kernel
+
+// Rows first_row .. first_row + num_rows of the table.
+struct Slice {
+  const Row* rows;
+  Coefficients* coefficients;
+  double* partials;
+  int64_t first_tile;
+  int64_t num_tiles;
+  int32_t num_rows;
+  int32_t coded;    // some row has 8-bit states
+  int32_t general;  // some row is of the general kind
+  const void* grads[kMaxGrads];
+};
+static_assert(sizeof(Slice) <= device::kMaxParamsBytes);
+
+struct CoefficientsLaunch {
+  Row* rows;
+  Coefficients* coefficients;
+  const double* partials;
+  int64_t num_rows;
+  int32_t num_partials;
+  int32_t first_group;
+  int32_t num_groups;
+  Algorithm algorithm;
+  StepParams params;
+  Group groups[kMaxGroups];
+};
+static_assert(sizeof(CoefficientsLaunch) <= device::kMaxParamsBytes);
+
+struct Smem {
+  CodecTables signed_tables;
+  CodecTables unsigned_tables;
+};
+
+struct NormSmem {
+  double warp_sum[kWarps];
+};
+
+// The warp's tiles: every (grid's warps)-th one of the slice. Calls body(row index in the slice, tile within the row).
+template <class Body>
+__device__ __forceinline__ void for_tiles(const Slice& slice, const Body& body) {
+  const int64_t warps = int64_t{gridDim.x} * kWarps;
+  const int64_t end = slice.first_tile + slice.num_tiles;
+  int64_t tile = slice.first_tile + int64_t{blockIdx.x} * kWarps + device::warp_id();
+  int row = 0;
+  int64_t row_begin = slice.first_tile;
+  int64_t row_end = slice.num_rows > 1 ? slice.rows[1].first_tile : end;
+  for (; tile < end; tile += warps) {
+    while (tile >= row_end) {
+      ++row;
+      row_begin = row_end;
+      row_end = row + 1 < slice.num_rows ? slice.rows[row + 1].first_tile : end;
+    }
+    body(row, tile - row_begin);
+  }
+}
+
+template <Algorithm kAlgorithm>
+__device__ __forceinline__ float updated(const Coefficients& c, float g, float p, float& s1, float& s2) {
+  g = device::fma_rn(c.l2, p, g * c.grad_scale);
+  if constexpr (kAlgorithm == Algorithm::kAdam) {
+    s1 = device::fma_rn(c.beta1, s1, c.one_minus_beta1 * g);
+    s2 = device::fma_rn(c.beta2, s2, c.one_minus_beta2 * g * g);
+    const float denominator = device::fma_rn(device::sqrt_approx(s2), c.inverse_correction2, c.eps);
+    return device::fma_rn(p, c.decay, -(c.step_size * s1) * device::rcp_approx(denominator));
+  } else if constexpr (kAlgorithm == Algorithm::kLion) {
+    const float direction = device::fma_rn(c.beta1, s1, c.one_minus_beta1 * g);
+    s1 = device::fma_rn(c.beta2, s1, c.one_minus_beta2 * g);
+    const float sign = direction > 0.0f ? 1.0f : direction < 0.0f ? -1.0f : direction;  // NaN stays NaN
+    return device::fma_rn(p, c.decay, -c.step_size * sign);
+  } else {
+    s1 = device::fma_rn(c.beta1, s1, c.one_minus_beta1 * g);
+    return p - c.step_size * device::fma_rn(c.momentum_weight, s1, c.grad_weight * g);
+  }
+}
+
+// Rounds up with the probability of the dropped part, by 16 random bits.
+__device__ __forceinline__ float stochastic_bf16(float x, uint32_t random) {
+  const uint32_t b = device::float_bits(x);
+  if ((b & kInfinityBits) == kInfinityBits) return x;
+  return device::bits_float((b + random) & 0xffff0000u);
+}
+
+__device__ __forceinline__ float stochastic_fp16(float x, uint32_t random) {
+  const uint32_t b = device::float_bits(x), magnitude = b & 0x7fffffffu;
+  if (magnitude >= 0x477fe000u) return x;  // the largest finite value and above: to nearest
+  if (magnitude >= 0x38800000u) return device::bits_float((b + (random >> 3)) & ~0x1fffu);
+  // Below 2^-14 the steps are 2^-24 wide.
+  const float steps = truncf(device::bits_float(magnitude) * 0x1p24f + float(random) * 0x1p-16f) * 0x1p-24f;
+  return device::bits_float(device::float_bits(steps) | (b & 0x80000000u));
+}
+
+template <class T>
+__device__ __forceinline__ void store_params(T* address, float (&p)[kLaneElements], const Coefficients& c, int32_t id,
+                                             int64_t offset, int count, bool vector) {
+  if constexpr (sizeof(T) == 2) {
+    if (c.stochastic) {
+      const PhiloxWords random = random_octet(c, id, offset / kLaneElements);
+#pragma unroll
+      for (int i = 0; i < kLaneElements; ++i) {
+        const uint32_t bits = random.word[i / 2] >> (16 * (i % 2)) & 0xffffu;
+        p[i] = std::is_same_v<T, bf16> ? stochastic_bf16(p[i], bits) : stochastic_fp16(p[i], bits);
+      }
+    }
+  }
+  T rounded[kLaneElements];
+  round_lane(rounded, p);
+  store_lane(address, rounded, count, vector);
+}
+
+// What a lane works on in one chunk of 256 elements.
+struct Lane {
+  int64_t offset;
+  int count;
+  bool vector;
+};
+
+__device__ __forceinline__ Lane lane_of(int64_t chunk, int64_t end, bool aligned) {
+  const int64_t offset = chunk + device::lane_id() * kLaneElements;
+  const int64_t left = end - offset;
+  const int count = left <= 0 ? 0 : left < kLaneElements ? int(left) : kLaneElements;
+  return {offset, count, aligned && count == kLaneElements};
+}
+
+template <Algorithm kAlgorithm, class T>
+__device__ __forceinline__ void update_lane(const Coefficients& c, const T* grad, const T* param, Lane lane,
+                                            float (&p)[kLaneElements], float (&s1)[kLaneElements],
+                                            float (&s2)[kLaneElements]) {
+  float g[kLaneElements];
+  load_lane(g, grad + lane.offset, lane.count, lane.vector);
+  load_lane(p, param + lane.offset, lane.count, lane.vector);
+#pragma unroll
+  for (int i = 0; i < kLaneElements; ++i) p[i] = updated<kAlgorithm>(c, g[i], p[i], s1[i], s2[i]);
+}
+
+// A state that a non-finite gradient reached is stored as zero: its own parameter is lost, as in torch, but the scale
+// of the block is not.
+__device__ __forceinline__ void drop_nonfinite(float (&s)[kLaneElements]) {
+#pragma unroll
+  for (int i = 0; i < kLaneElements; ++i) {
+    if ((device::float_bits(s[i]) & kInfinityBits) == kInfinityBits) s[i] = 0.0f;
+  }
+}
+
+// Codes beyond the end of the tensor were read as zero, which the signed map does not decode to zero.
+__device__ __forceinline__ void clear_absent(float (&s)[kLaneElements], const Lane& lane) {
+  if (lane.vector) return;
+#pragma unroll
+  for (int i = 0; i < kLaneElements; ++i) {
+    if (i >= lane.count) s[i] = 0.0f;
+  }
+}
+
+// The usual case: 256 elements, the built-in maps, everything in registers between one read and one write.
+template <Algorithm kAlgorithm, class T>
+__device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& row, const Coefficients& c,
+                                                  const T* grad, int64_t tile) {
+  constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
+  T* param = static_cast<T*>(row.param);
+  uint8_t* codes1 = static_cast<uint8_t*>(row.state1);
+  uint8_t* codes2 = static_cast<uint8_t*>(row.state2);
+  const bool aligned = is_aligned(param, 16) && is_aligned(grad, 16) && is_aligned(codes1, 8) && is_aligned(codes2, 8);
+  const Lane lane = lane_of(tile * kWarpElements, row.numel, aligned);
+  const LaneCodes old1 = load_codes(codes1 + lane.offset, lane.count, lane.vector);
+  const LaneCodes old2 = kTwo ? load_codes(codes2 + lane.offset, lane.count, lane.vector) : LaneCodes{};
+  float p[kLaneElements], s1[kLaneElements], s2[kLaneElements] = {};
+  decode_lane(s1, old1, smem.signed_tables.decode, row.absmax1[tile]);
+  clear_absent(s1, lane);
+  if (kTwo) decode_lane(s2, old2, smem.unsigned_tables.decode, row.absmax2[tile]);
+  update_lane<kAlgorithm>(c, grad, param, lane, p, s1, s2);
+  store_params(param + lane.offset, p, c, row.id, lane.offset, lane.count, lane.vector);
+
+  uint32_t largest1 = device::reduce_max(largest_bits(s1));
+  if (largest1 >= kInfinityBits) {
+    drop_nonfinite(s1);
+    largest1 = device::reduce_max(largest_bits(s1));
+  }
+  const LaneCodes new1 = encode_lane<true>(s1, lane_scale(device::bits_float(largest1)), smem.signed_tables.buckets);
+  store_codes(codes1 + lane.offset, new1, lane.count, lane.vector);
+  if (device::lane_id() == 0) row.absmax1[tile] = device::bits_float(largest1);
+  if constexpr (kTwo) {
+    uint32_t largest2 = device::reduce_max(largest_bits(s2));
+    if (largest2 >= kInfinityBits) {
+      drop_nonfinite(s2);
+      largest2 = device::reduce_max(largest_bits(s2));
+    }
+    const LaneCodes new2 = encode_lane<false>(s2, lane_scale(device::bits_float(largest2)), smem.unsigned_tables.buckets);
+    store_codes(codes2 + lane.offset, new2, lane.count, lane.vector);
+    if (device::lane_id() == 0) row.absmax2[tile] = device::bits_float(largest2);
+  }
+}
+
+// A block of any size, maps of any kind: in chunks, swept once for the scales and once to write. Nothing is written in
+// the first sweep, so the second computes the same values again.
+template <Algorithm kAlgorithm, class T>
+__device__ __forceinline__ void update_general_tile(const Smem& smem, const Row& row, const Coefficients& c,
+                                                  const T* grad, int64_t tile) {
+  constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
+  T* param = static_cast<T*>(row.param);
+  uint8_t* codes1 = static_cast<uint8_t*>(row.state1);
+  uint8_t* codes2 = static_cast<uint8_t*>(row.state2);
+  const int64_t begin = tile * row.block_size;
+  const int64_t end = begin + row.block_size < row.numel ? begin + row.block_size : row.numel;
+  const bool aligned = is_aligned(param, 16) && is_aligned(grad, 16) && is_aligned(codes1, 8) && is_aligned(codes2, 8);
+  const float* table1 = row.map1 != nullptr ? row.map1 : smem.signed_tables.decode;
+  const float* table2 = row.map2 != nullptr ? row.map2 : smem.unsigned_tables.decode;
+  const float absmax1 = row.absmax1[tile];
+  const float absmax2 = kTwo ? row.absmax2[tile] : 0.0f;
+
+  float p[kLaneElements], s1[kLaneElements], s2[kLaneElements] = {};
+  bool drop = false;
+  const auto compute = [&](int64_t chunk) {
+    const Lane lane = lane_of(chunk, end, aligned);
+    decode_lane(s1, load_codes(codes1 + lane.offset, lane.count, lane.vector), table1, absmax1);
+    if (kTwo) decode_lane(s2, load_codes(codes2 + lane.offset, lane.count, lane.vector), table2, absmax2);
+    clear_absent(s1, lane);
+    clear_absent(s2, lane);
+    update_lane<kAlgorithm>(c, grad, param, lane, p, s1, s2);
+    if (drop) {
+      drop_nonfinite(s1);
+      if (kTwo) drop_nonfinite(s2);
+    }
+    return lane;
+  };
+
+  uint32_t largest1 = 0, largest2 = 0;
+  for (;;) {
+    for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
+      compute(chunk);
+      largest1 = device::max(largest1, largest_bits(s1));
+      if (kTwo) largest2 = device::max(largest2, largest_bits(s2));
+    }
+    largest1 = device::reduce_max(largest1);
+    if (kTwo) largest2 = device::reduce_max(largest2);
+    if (drop || (largest1 < kInfinityBits && largest2 < kInfinityBits)) break;
+    drop = true;
+    largest1 = largest2 = 0;
+  }
+  const float new_absmax1 = device::bits_float(largest1), new_absmax2 = device::bits_float(largest2);
+  const LaneScale scale1 = lane_scale(new_absmax1), scale2 = lane_scale(new_absmax2);
+
+  for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
+    const Lane lane = compute(chunk);
+    const LaneCodes new1 = row.map1 != nullptr ? encode_lane_foreign(s1, scale1, row.map1)
+                                               : encode_lane<true>(s1, scale1, smem.signed_tables.buckets);
+    store_codes(codes1 + lane.offset, new1, lane.count, lane.vector);
+    if (kTwo) {
+      const LaneCodes new2 = row.map2 != nullptr ? encode_lane_foreign(s2, scale2, row.map2)
+                                                 : encode_lane<false>(s2, scale2, smem.unsigned_tables.buckets);
+      store_codes(codes2 + lane.offset, new2, lane.count, lane.vector);
+    }
+    store_params(param + lane.offset, p, c, row.id, lane.offset, lane.count, lane.vector);
+  }
+  if (device::lane_id() == 0) {
+    row.absmax1[tile] = new_absmax1;
+    if (kTwo) row.absmax2[tile] = new_absmax2;
+  }
+}
+
+template <Algorithm kAlgorithm, class T>
+__device__ __forceinline__ void update_plain_tile(const Row& row, const Coefficients& c, const T* grad, int64_t tile) {
+  constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
+  T* param = static_cast<T*>(row.param);
+  float* state1 = static_cast<float*>(row.state1);
+  float* state2 = static_cast<float*>(row.state2);
+  const int64_t begin = tile * row.block_size;
+  const int64_t end = begin + row.block_size < row.numel ? begin + row.block_size : row.numel;
+  const bool aligned = is_aligned(param, 16) && is_aligned(grad, 16) && is_aligned(state1, 16) && is_aligned(state2, 16);
+  for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
+    const Lane lane = lane_of(chunk, end, aligned);
+    float p[kLaneElements], s1[kLaneElements], s2[kLaneElements] = {};
+    load_lane(s1, state1 + lane.offset, lane.count, lane.vector);
+    if (kTwo) load_lane(s2, state2 + lane.offset, lane.count, lane.vector);
+    update_lane<kAlgorithm>(c, grad, param, lane, p, s1, s2);
+    store_lane(state1 + lane.offset, s1, lane.count, lane.vector);
+    if (kTwo) store_lane(state2 + lane.offset, s2, lane.count, lane.vector);
+    store_params(param + lane.offset, p, c, row.id, lane.offset, lane.count, lane.vector);
+  }
+}
+
+// kGeneral picks the rows: a model without foreign maps or large blocks has none of the general kind, and the kernel
+// for the others keeps the registers that those would cost.
+template <Algorithm kAlgorithm, bool kGeneral, class T>
+__device__ __forceinline__ void update_tile(const Smem& smem, const Row& row, const Coefficients& c, const void* grad,
+                                            int64_t tile) {
+  if constexpr (kGeneral) {
+    update_general_tile<kAlgorithm>(smem, row, c, static_cast<const T*>(grad), tile);
+  } else if (row.absmax1 != nullptr) {
+    update_usual_tile<kAlgorithm>(smem, row, c, static_cast<const T*>(grad), tile);
+  } else {
+    update_plain_tile<kAlgorithm>(row, c, static_cast<const T*>(grad), tile);
+  }
+}
+
+template <Algorithm kAlgorithm, bool kGeneral>
+__global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3) update_kernel(const __grid_constant__ Slice slice) {
+  Smem& smem = device::shared_memory<Smem>();
+  if (slice.coded) {
+    load_tables(smem.signed_tables, kDeviceSigned);
+    if (kAlgorithm == Algorithm::kAdam) load_tables(smem.unsigned_tables, kDeviceUnsigned);
+    device::sync_block();
+  }
+  for_tiles(slice, [&](int index, int64_t tile) {
+    const Row& row = slice.rows[index];
+    const Coefficients& c = slice.coefficients[index];
+    if (c.skip || bool(row.general) != kGeneral) return;
+    switch (row.dtype) {
+      case DType::kFloat32: return update_tile<kAlgorithm, kGeneral, float>(smem, row, c, slice.grads[index], tile);
+      case DType::kBFloat16: return update_tile<kAlgorithm, kGeneral, bf16>(smem, row, c, slice.grads[index], tile);
+      default: return update_tile<kAlgorithm, kGeneral, fp16>(smem, row, c, slice.grads[index], tile);
+    }
+  });
+}
+
+// The sum over the thread block, in a fixed order, given to every thread.
+__device__ __forceinline__ double sum_over_block(NormSmem& smem, double value) {
+  for (int distance = 16; distance > 0; distance /= 2) value += device::shfl_xor(value, distance);
+  if (device::lane_id() == 0) smem.warp_sum[device::warp_id()] = value;
+  device::sync_block();
+  double total = 0;
+  for (int warp = 0; warp < kWarps; ++warp) total += smem.warp_sum[warp];
+  return total;
+}
+
+template <class T>
+__device__ __forceinline__ double squared_sum(const Row& row, const void* grad, int64_t tile) {
+  const T* values = static_cast<const T*>(grad);
+  const int64_t begin = tile * row.block_size;
+  const int64_t end = begin + row.block_size < row.numel ? begin + row.block_size : row.numel;
+  double total = 0;
+  for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
+    const Lane lane = lane_of(chunk, end, is_aligned(values, 16));
+    float x[kLaneElements], sum = 0;
+    load_lane(x, values + lane.offset, lane.count, lane.vector);
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) sum = device::fma_rn(x[i], x[i], sum);
+    total += sum;
+  }
+  return total;
+}
+
+// Each thread block adds up its tiles in a fixed order and writes one partial sum: the norm has the same bits every
+// time.
+__global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Slice slice) {
+  NormSmem& smem = device::shared_memory<NormSmem>();
+  double total = 0;
+  for_tiles(slice, [&](int index, int64_t tile) {
+    const Row& row = slice.rows[index];
+    const void* grad = slice.grads[index];
+    total += row.dtype == DType::kFloat32    ? squared_sum<float>(row, grad, tile)
+             : row.dtype == DType::kBFloat16 ? squared_sum<bf16>(row, grad, tile)
+                                             : squared_sum<fp16>(row, grad, tile);
+  });
+  total = sum_over_block(smem, total);
+  if (threadIdx.x == 0) slice.partials[blockIdx.x] = total;
+}
+
+__global__ void __launch_bounds__(kThreads) coefficients_kernel(const __grid_constant__ CoefficientsLaunch p) {
+  double squared = 0;
+  for (int i = int(threadIdx.x); i < p.num_partials; i += kThreads) squared += p.partials[i];
+  squared = sum_over_block(device::shared_memory<NormSmem>(), squared);
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index >= p.num_rows) return;
+  const Row& row = p.rows[index];
+  const int group = row.group - p.first_group;
+  if (group < 0 || group >= p.num_groups) return;
+  if (p.params.found_inf != nullptr && *p.params.found_inf != 0.0f) {
+    p.coefficients[index].skip = 1;
+    return;
+  }
+  const int64_t step = *row.step + 1;
+  *row.step = step;
+  p.coefficients[index] = coefficients(p.algorithm, p.groups[group], step, p.params, squared);
+}
+
+template <bool kGeneral>
+device::Kernel<Slice> kernel_of(Algorithm algorithm) {
+  switch (algorithm) {
+    case Algorithm::kAdam: return update_kernel<Algorithm::kAdam, kGeneral>;
+    case Algorithm::kLion: return update_kernel<Algorithm::kLion, kGeneral>;
+    default: return update_kernel<Algorithm::kSgd, kGeneral>;
+  }
+}
+
+unsigned grid_for(device::Kernel<Slice> kernel, int64_t tiles, size_t shared_bytes, int device) {
+  const int64_t needed = (tiles + kWarps - 1) / kWarps;
+  const int64_t resident =
+      int64_t{device::multiprocessor_count(device)} * device::resident_blocks(kernel, kThreads, shared_bytes);
+  return unsigned(needed < resident ? needed : resident);
+}
+
+// Where things are in the workspace.
+struct Layout {
+  Row* rows;
+  Coefficients* coefficients;
+  double* partials;
+
+  Layout(void* workspace, int64_t num_rows) {
+    rows = static_cast<Row*>(workspace);
+    coefficients = reinterpret_cast<Coefficients*>(rows + num_rows);
+    partials = reinterpret_cast<double*>(coefficients + num_rows);
+  }
+};
+
+// Calls body(slice) for every run of at most kMaxGrads rows.
+template <class Body>
+void for_slices(const UpdateParams& p, const Layout& layout, const Body& body) {
+  for (int64_t first = 0; first < p.num_rows; first += kMaxGrads) {
+    const int64_t last = first + kMaxGrads < p.num_rows ? first + kMaxGrads : p.num_rows;
+    Slice slice;
+    slice.rows = layout.rows + first;
+    slice.coefficients = layout.coefficients + first;
+    slice.partials = layout.partials;
+    slice.first_tile = p.rows[first].first_tile;
+    slice.num_tiles = (last < p.num_rows ? p.rows[last].first_tile : p.num_tiles) - slice.first_tile;
+    slice.num_rows = int32_t(last - first);
+    slice.coded = 0;
+    slice.general = 0;
+    for (int64_t i = first; i < last; ++i) {
+      slice.grads[i - first] = p.grads[i];
+      slice.coded |= p.rows[i].absmax1 != nullptr;
+      slice.general |= p.rows[i].general;
+    }
+    if (slice.num_tiles > 0) body(slice);
+  }
+}
+
+int64_t launch_norm(const UpdateParams& p, Layout layout, int device, Stream stream) {
+  int64_t partials = 0;
+  for_slices(p, layout, [&](Slice& slice) {
+    unsigned grid = grid_for(norm_kernel, slice.num_tiles, sizeof(NormSmem), device);
+    if (grid > kMaxPartials - partials) grid = unsigned(kMaxPartials - partials);
+    check_value(grid > 0, "max_grad_norm: too many tensors");
+    slice.partials = layout.partials + partials;
+    device::launch(norm_kernel, dim3(grid), dim3(kThreads), sizeof(NormSmem), stream, slice);
+    partials += grid;
+  });
+  return partials;
+}
+
+void launch_coefficients(const UpdateParams& p, const Group* groups, int64_t num_groups, const StepParams& params,
+                         const Layout& layout, int64_t num_partials, Stream stream) {
+  for (int64_t first = 0; first < num_groups; first += kMaxGroups) {
+    CoefficientsLaunch launch;
+    launch.rows = layout.rows;
+    launch.coefficients = layout.coefficients;
+    launch.partials = layout.partials;
+    launch.num_rows = p.num_rows;
+    launch.num_partials = int32_t(num_partials);
+    launch.first_group = int32_t(first);
+    launch.num_groups = int32_t(num_groups - first < kMaxGroups ? num_groups - first : kMaxGroups);
+    launch.algorithm = p.algorithm;
+    launch.params = params;
+    for (int i = 0; i < launch.num_groups; ++i) launch.groups[i] = groups[first + i];
+    device::launch(coefficients_kernel, dim3(unsigned((p.num_rows + kThreads - 1) / kThreads)), dim3(kThreads),
+                   sizeof(NormSmem), stream, launch);
+  }
+}
+
+}  // namespace
+
+void step_cuda(const UpdateParams& p, const Group* groups, int64_t num_groups, const StepParams& params,
+               void* workspace, bool upload, int device, Stream stream) {
+  const device::DeviceGuard guard(device);
+  const device::Kernel<Slice> usual = kernel_of<false>(p.algorithm), general = kernel_of<true>(p.algorithm);
+  device::preload(usual);
+  device::preload(general);
+  device::preload(norm_kernel);
+  device::preload(coefficients_kernel);
+  const Layout layout(workspace, p.num_rows);
+  if (upload) device::copy_to_device(layout.rows, p.rows, size_t(p.num_rows) * sizeof(Row), stream);
+  const int64_t partials = params.max_grad_norm >= 0 ? launch_norm(p, layout, device, stream) : 0;
+  launch_coefficients(p, groups, num_groups, params, layout, partials, stream);
+  for_slices(p, layout, [&](const Slice& slice) {
+    for (const device::Kernel<Slice> kernel : {usual, general}) {
+      if (kernel == general && !slice.general) continue;
+      const unsigned grid = grid_for(kernel, slice.num_tiles, sizeof(Smem), device);
+      device::launch(kernel, dim3(grid), dim3(kThreads), sizeof(Smem), stream, slice);
+    }
+  });
+}
+
+}  // namespace tilewright::optim

@@ -1,0 +1,223 @@
+"""The command line: `tilewright info`, `tilewright demo`, `tilewright bench`.
+
+Nothing heavier than argparse is imported before a command is chosen, so that `--help` answers at once and
+`info` can report a broken install.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_FAMILIES = ("optim",)
+_EPILOG = """\
+examples:
+  tilewright info --check          what is installed, built and working here
+  tilewright demo                  train a small language model with 32-bit and with 8-bit AdamW
+  tilewright bench --quick         time the ops beside the libraries that are installed
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 fine, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = _with_default_target(list(sys.argv[1:] if argv is None else argv))
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        print(
+            f"tilewright: {error}\n`tilewright info` shows what is installed and what is broken.",
+            file=sys.stderr,
+        )
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"tilewright: {error}", file=sys.stderr)
+        return 1
+
+
+def _with_default_target(arguments: list[str]) -> list[str]:
+    """`tilewright demo --quick` means `tilewright demo optim --quick`."""
+    if arguments[:1] in (["demo"], ["bench"]) and (len(arguments) == 1 or _is_option(arguments[1])):
+        return [arguments[0], _FAMILIES[0], *arguments[1:]]
+    return arguments
+
+
+def _is_option(argument: str) -> bool:
+    return argument.startswith("-") and argument not in ("-h", "--help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tilewright",
+        description="Handwritten CUDA and C++ kernels for PyTorch: report, demonstration, benchmarks.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tilewright {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="{info,demo,bench}")
+    _add_info(commands)
+    _add_demo(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("info", help="what is installed, what was built, what works here")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--check", action="store_true", help="also run each op once against plain torch (seconds)"
+    )
+    parser.set_defaults(run=_run_info)
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train a real model on real text, with and without tilewright",
+        epilog="Without a name: optim. Its options: tilewright demo optim --help",
+    )
+    targets = demo.add_subparsers(dest="target", required=True)
+    parser = targets.add_parser(
+        "optim",
+        help="8-bit AdamW beside torch's fused 32-bit AdamW (under 3 minutes on 2 cores)",
+        description="Trains a small byte-level language model on the text of Python's documentation twice, "
+        "with torch.optim.AdamW(fused=True) and with tilewright.optim.AdamW8bit: same weights, same batches, "
+        "turn by turn in one process.",
+    )
+    parser.add_argument(
+        "--steps", type=_positive, help="training steps per optimizer (default 800; --quick: 60)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default 0)")
+    parser.add_argument(
+        "--seeds",
+        type=_positive,
+        default=1,
+        metavar="K",
+        help="repeat for K seeds and report the spread of the loss",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few seconds: shows that it runs, not how well it trains"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("tilewright-demo"), help="folder for the plot and the results"
+    )
+    parser.set_defaults(run=_run_demo)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time the ops beside the peers that are installed",
+        epilog="Without a name: optim. Its options: tilewright bench optim --help",
+    )
+    targets = bench.add_subparsers(dest="target", required=True)
+    parser = targets.add_parser("optim", help="8-bit optimizers and blockwise quantization")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it works, else cpu")
+    parser.add_argument("--quick", action="store_true", help="smaller tensors, about a minute")
+    parser.add_argument(
+        "--peers",
+        type=_names,
+        metavar="A,B",
+        help="only these, of torch, bitsandbytes, torchao ('none' for ours alone)",
+    )
+    parser.add_argument(
+        "--cases", type=_names, metavar="A,B", help="only cases whose name contains one of these"
+    )
+    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench-out"), help="folder for the JSON and the plot"
+    )
+    parser.set_defaults(run=_run_bench)
+    compare = targets.add_parser("compare", help="ratios between two result files")
+    compare.add_argument("before", type=Path, metavar="A.json")
+    compare.add_argument("after", type=Path, metavar="B.json")
+    compare.set_defaults(run=_run_compare)
+
+
+def _run_info(options: argparse.Namespace) -> int:
+    from tilewright import _info
+
+    report = _info.info()
+    if not options.json:
+        print(_info.format_info(report))
+    if options.check:
+        report["checks"] = _run_checks(quiet=options.json)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    broken = "error" in report["build"] or not all(check["passed"] for check in report.get("checks", []))
+    return int(broken)
+
+
+def _run_checks(quiet: bool) -> list[dict[str, object]]:
+    try:
+        from tilewright import _selfcheck
+    except ImportError as error:
+        if not quiet:
+            print(f"\nchecks\n  not run: {error}")
+        return [{"name": "import", "passed": False, "detail": str(error)}]
+    results = []
+    if not quiet:
+        print("\nchecks")
+    for check in _selfcheck.run_checks(_selfcheck.usable_devices()):
+        results.append(vars(check))
+        if not quiet:
+            word = "ok" if check.passed else "FAILED"
+            print(f"  {word:<7}{check.device:<5} {check.name:<20} {check.detail}")
+    return results
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from tilewright.demo import optim
+
+    return optim.run(
+        steps=options.steps or (60 if options.quick else 800),
+        seeds=range(options.seed, options.seed + options.seeds),
+        out=options.out,
+    )
+
+
+def _run_bench(options: argparse.Namespace) -> int:
+    from tilewright.bench import runner
+
+    return runner.run(
+        device=options.device,
+        quick=options.quick,
+        peers=options.peers,
+        only=options.cases,
+        threads=options.threads,
+        list_only=options.list,
+        out=options.out,
+    )
+
+
+def _run_compare(options: argparse.Namespace) -> int:
+    from tilewright.bench import compare
+
+    return compare.run(options.before, options.after)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _version() -> str:
+    from tilewright._info import distribution_version
+
+    return distribution_version("tilewright") or "(not installed)"

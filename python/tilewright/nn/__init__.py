@@ -1,0 +1,5 @@
+"""Modules that stand in for those people have."""
+
+from .stable_embedding import StableEmbedding
+
+__all__ = ["StableEmbedding"]

@@ -1,0 +1,132 @@
+"""Blockwise quantization as torch ops: schema, implementation, fake kernels.
+
+    tilewright::quantize_blockwise        allocates codes and absmax
+    tilewright::quantize_blockwise_out    writes into tensors of the caller
+    tilewright::dequantize_blockwise      allocates the values
+    tilewright::dequantize_blockwise_out  writes into a tensor of the caller
+
+A `code` of None is the built-in map, `signed` says which of the two. None of them is differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .. import _backend
+
+_library = torch.library.Library("tilewright", "FRAGMENT")
+_library.define("quantize_blockwise(Tensor A, Tensor? code, bool signed, int blocksize) -> (Tensor, Tensor)")
+_library.define(
+    "quantize_blockwise_out(Tensor A, Tensor? code, bool signed, int blocksize, "
+    "Tensor(a!) codes, Tensor(b!) absmax) -> ()"
+)
+_library.define(
+    "dequantize_blockwise(Tensor codes, Tensor absmax, Tensor? code, bool signed, int blocksize, "
+    "ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "dequantize_blockwise_out(Tensor codes, Tensor absmax, Tensor? code, bool signed, int blocksize, "
+    "Tensor(a!) out) -> ()"
+)
+
+
+def block_count(numel: int, blocksize: int) -> int:
+    """Blocks of `blocksize` that `numel` elements fill, the last one perhaps in part."""
+    return (numel + blocksize - 1) // blocksize
+
+
+def _quantize(A: Tensor, code: Tensor | None, signed: bool, blocksize: int) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
+    absmax = torch.empty(block_count(A.numel(), blocksize), dtype=torch.float32, device=A.device)
+    _backend.C.quantize_blockwise(
+        A.contiguous(), code, signed, codes, absmax, blocksize, _backend.num_threads()
+    )
+    return codes, absmax
+
+
+def _quantize_out(
+    A: Tensor, code: Tensor | None, signed: bool, blocksize: int, codes: Tensor, absmax: Tensor
+) -> None:
+    dense_codes, dense_absmax = codes.contiguous(), absmax.contiguous()
+    _backend.C.quantize_blockwise(
+        A.contiguous(), code, signed, dense_codes, dense_absmax, blocksize, _backend.num_threads()
+    )
+    _give_back(dense_codes, codes)
+    _give_back(dense_absmax, absmax)
+
+
+def _dequantize(
+    codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    _backend.C.dequantize_blockwise(
+        codes.contiguous(),
+        absmax.contiguous(),
+        code,
+        signed,
+        out,
+        blocksize,
+        _backend.num_threads(),
+    )
+    return out
+
+
+def _dequantize_out(
+    codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, out: Tensor
+) -> None:
+    dense = out.contiguous()
+    _backend.C.dequantize_blockwise(
+        codes.contiguous(),
+        absmax.contiguous(),
+        code,
+        signed,
+        dense,
+        blocksize,
+        _backend.num_threads(),
+    )
+    _give_back(dense, out)
+
+
+def _give_back(dense: Tensor, target: Tensor) -> None:
+    """Copies a contiguous stand-in back; the target itself was written behind autograd's back, so say so."""
+    if dense is target:
+        increment_version(target)
+    else:
+        target.copy_(dense)
+
+
+for _name, _implementation in (
+    ("quantize_blockwise", _quantize),
+    ("quantize_blockwise_out", _quantize_out),
+    ("dequantize_blockwise", _dequantize),
+    ("dequantize_blockwise_out", _dequantize_out),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+
+
+@torch.library.register_fake("tilewright::quantize_blockwise", lib=_library)
+def _(A: Tensor, code: Tensor | None, signed: bool, blocksize: int) -> tuple[Tensor, Tensor]:
+    absmax = A.new_empty((block_count(A.numel(), blocksize),), dtype=torch.float32)
+    return A.new_empty(A.shape, dtype=torch.uint8), absmax
+
+
+@torch.library.register_fake("tilewright::quantize_blockwise_out", lib=_library)
+def _(A: Tensor, code: Tensor | None, signed: bool, blocksize: int, codes: Tensor, absmax: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("tilewright::dequantize_blockwise", lib=_library)
+def _(
+    codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@torch.library.register_fake("tilewright::dequantize_blockwise_out", lib=_library)
+def _(
+    codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, out: Tensor
+) -> None:
+    return None

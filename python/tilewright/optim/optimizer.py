@@ -1,0 +1,501 @@
+"""The base of all optimizers here: parameter groups and state as torch.optim has them, one kernel launch a step.
+
+What happens in a step, for N parameters in G groups:
+
+    gather    params, grads, states: four passes over lists, no torch op and nothing allocated
+    bind      the extension checks every tensor and writes down its pointers; nothing has changed until here
+    step      one launch updates all parameters and states (one more comes first if max_grad_norm is set)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+
+from .. import _backend
+from . import state_io
+from .manager import GlobalOptimManager
+from .options import check_options, read_lr
+from .state_io import Moment
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# Settings of torch.optim that choose an implementation: dropped when a checkpoint brings them.
+_IMPLEMENTATION_KEYS = frozenset(("amsgrad", "foreach", "fused", "capturable", "differentiable"))
+
+# In a checkpoint's groups: blocks of 8-bit states run along memory, also where strides are not row-major.
+_BLOCK_ORDER = "block_order"
+
+
+class _Batch(NamedTuple):
+    """Parallel lists, one entry a parameter: what one call of bind takes."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    groups: list[int]
+    ids: list[int]
+
+    def take(self, rows: Iterable[int]) -> _Batch:
+        rows = list(rows)
+        return _Batch(*([column[row] for row in rows] for column in self))
+
+
+class _Roster(NamedTuple):
+    """What is known of all parameters between steps, until groups or overrides change."""
+
+    params: list[Tensor]
+    groups: list[int]  # index into param_groups, or past its end into overrides
+    ids: list[int]
+    bits: list[int]
+    overrides: list[tuple[int, dict[str, Any]]]  # (index into param_groups, what differs)
+    devices: list[torch.device]
+    has_foreign: bool  # some parameter is of a type with memory of its own kind, such as DTensor
+    group_sizes: list[int]
+    manager_version: int
+
+    def describes(self, param_groups: list[dict[str, Any]], manager_version: int) -> bool:
+        if self.manager_version != manager_version or len(self.group_sizes) != len(param_groups):
+            return False
+        for size, group in zip(self.group_sizes, param_groups):
+            if size != len(group["params"]):
+                return False
+        return all(map(is_, chain.from_iterable([group["params"] for group in param_groups]), self.params))
+
+
+class BlockwiseOptimizer(Optimizer):
+    """Base class; see AdamW8bit, Adam8bit, Lion8bit and SGD8bit.
+
+    A subclass names its kernel and moments and says, in `_kernel_options`, what a group means to the kernel.
+    """
+
+    _kind: str
+    _moments: tuple[Moment, ...]
+    _overridable: tuple[str, ...] = ("optim_bits", "lr", "betas", "eps", "weight_decay", "min_8bit_size")
+
+    # GradScaler then leaves unscaling and skipping to step(), through the attributes grad_scale and found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        optim_bits: int,
+        min_8bit_size: int,
+        max_grad_norm: float | None,
+        amsgrad: bool = False,
+        args: Any = None,
+        is_paged: bool = False,
+    ) -> None:
+        self._refuse_arguments(amsgrad, args, is_paged, max_grad_norm)
+        check_options({**defaults, "optim_bits": optim_bits, "min_8bit_size": min_8bit_size})
+        self._optim_bits = optim_bits
+        self._min_8bit_size = min_8bit_size
+        self._max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
+        self._forget()
+        super().__init__(params, defaults)
+        if defaults["seed"] is not None and not self._is_stochastic():
+            raise ValueError('seed has no effect without param_precision="stochastic"')
+
+    def _refuse_arguments(self, amsgrad: bool, args: Any, is_paged: bool, max_grad_norm: float | None) -> None:
+        name = type(self).__name__
+        if amsgrad:
+            raise ValueError(f"{name} does not support amsgrad=True")
+        if args is not None:
+            raise ValueError(f"{name}: args is not supported, give its entries as keyword arguments")
+        if is_paged:
+            raise NotImplementedError(f"{name} keeps its state on the parameters' device: is_paged must be False")
+        if max_grad_norm is not None and not 0.0 < max_grad_norm < float("inf"):
+            raise ValueError(f"max_grad_norm must be positive and finite or None, got {max_grad_norm}")
+
+    # -- parameter groups -------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, which may set anything the constructor sets per group, and optim_bits, min_8bit_size."""
+        if isinstance(param_group, dict) and "params" in param_group:
+            check_options({**self.defaults, **param_group})
+            params = param_group["params"]
+            if not isinstance(params, (Tensor, set)):
+                param_group["params"] = params = list(params)
+                tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
+                if len({id(p) for p in tensors}) != len(tensors):
+                    raise ValueError("a parameter appears more than once in a parameter group")
+            self._choose_seed(param_group)
+        super().add_param_group(param_group)
+        self._roster = None
+
+    def _choose_seed(self, group: dict[str, Any]) -> None:
+        """One seed for all groups, drawn from torch's generator when the first that needs one has none."""
+        precision = group.get("param_precision", self.defaults["param_precision"])
+        seed = group.get("seed", self.defaults["seed"])
+        taken = self._seed()
+        if seed is None and precision == "stochastic":
+            seed = _draw_seed() if taken is None else taken
+        if taken is not None and seed is not None and seed != taken:
+            raise ValueError(f"all parameter groups share one seed, got {seed} after {taken}")
+        group["seed"] = seed
+
+    def _seed(self) -> int | None:
+        return next((group["seed"] for group in self.param_groups if group["seed"] is not None), None)
+
+    def _is_stochastic(self) -> bool:
+        return any(group["param_precision"] == "stochastic" for group in self.param_groups)
+
+    def _kernel_options(self, group: Mapping[str, Any], lr: float | Tensor) -> dict[str, Any]:
+        """The kernel's settings for a group. Called every step: schedulers write to groups."""
+        raise NotImplementedError
+
+    # -- a step -----------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates all parameters that have a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: a parameter, gradient, state or setting that cannot be
+                used: sparse, complex or integer tensors, DTensors, gradients of another dtype, shape or device,
+                a learning rate that is not finite. No parameter and no state has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batch = self._gather()
+        if batch is not None:
+            self._launch(batch)
+        return loss
+
+    def _gather(self) -> _Batch | None:
+        """The rows that have a gradient; None if there are none."""
+        roster = self._current_roster()
+        params = roster.params
+        grads = [p.grad for p in params]
+        batch = _Batch(params, grads, list(map(self.state.get, params)), roster.groups, roster.ids)
+        if not _PLAIN.issuperset(map(type, grads)):
+            batch = batch.take(row for row, grad in enumerate(grads) if grad is not None)
+            if not batch.params:
+                return None
+            for p, grad, number in zip(batch.params, batch.grads, batch.ids):
+                if type(grad) not in _PLAIN:
+                    raise NotImplementedError(
+                        f"{self._label(number)}: gradients of type {type(grad).__name__} are not supported"
+                    )
+        if roster.has_foreign:
+            for row in range(len(batch.params)):
+                self._refuse(batch, row)
+        if any(map(Tensor.is_neg, batch.grads)):
+            batch = batch._replace(grads=[grad.resolve_neg() for grad in batch.grads])
+        return batch
+
+    def _launch(self, batch: _Batch) -> None:
+        roster = self._roster
+        batch, fresh = self._with_states(batch)
+        devices = roster.devices
+        if len(devices) > 1:
+            devices = list(dict.fromkeys(p.device for p in batch.params))
+        if len(devices) == 1:
+            parts = [batch]
+        else:
+            parts = [batch.take(r for r, p in enumerate(batch.params) if p.device == d) for d in devices]
+            if self._max_grad_norm is not None:
+                raise NotImplementedError(
+                    f"max_grad_norm is the norm over all parameters, which lie on {len(devices)} devices: "
+                    "use torch.nn.utils.clip_grad_norm_"
+                )
+        launches = []
+        for device, part in zip(devices, parts):
+            options, scaling, plan = self._options_on(device), self._scaling_on(device), self._plan_on(device)
+            size, part = self._bind(plan, part, fresh)
+            launches.append((plan, part, options, self._workspace_on(device, size), *scaling))
+        for p, state in fresh.items():
+            self.state[p] = state
+        increment_version(batch.params)
+        threads, seed = _backend.num_threads(), self._seed() or 0
+        for plan, _, options, workspace, grad_scale, found_inf in launches:
+            plan.step(options, workspace, grad_scale, found_inf, self._max_grad_norm, seed, threads)
+
+    def _with_states(self, batch: _Batch) -> tuple[_Batch, dict[Tensor, dict[str, Any]]]:
+        """The batch with a state in every row, and the states made for it: they count once bind has passed."""
+        if all(batch.states):
+            return batch, {}
+        fresh: dict[Tensor, dict[str, Any]] = {}
+        bits = self._roster.bits
+        for row, (p, state) in enumerate(zip(batch.params, batch.states)):
+            if not state:
+                if p.dtype not in _FLOATS or p.layout != torch.strided:
+                    self._refuse(batch, row)
+                fresh[p] = state_io.new_state(p, self._moments, bits[batch.ids[row]])
+        return batch._replace(states=[state or fresh[p] for p, state in zip(batch.params, batch.states)]), fresh
+
+    def _bind(self, plan: Any, batch: _Batch, fresh: dict[Tensor, dict[str, Any]]) -> tuple[int, _Batch]:
+        """Bytes of workspace the step needs, and what was bound: the plan holds bare pointers into it.
+
+        What the extension refuses is repaired, or refused in better words.
+        """
+        try:
+            return plan.bind(*batch), batch
+        except (ValueError, TypeError, NotImplementedError, RuntimeError):
+            repaired = self._repair(batch, fresh)
+            if repaired is None:
+                raise
+        return plan.bind(*repaired), repaired
+
+    def _repair(self, batch: _Batch, fresh: dict[Tensor, dict[str, Any]]) -> _Batch | None:
+        """The batch with gradients and states in their parameter's layout and device; None if they were."""
+        grads, states = list(batch.grads), list(batch.states)
+        changed = False
+        with torch.no_grad():
+            for row, (p, grad, state) in enumerate(zip(*batch[:3])):
+                self._refuse(batch, row)
+                if not state_io.same_layout(grad, p):
+                    grads[row] = torch.empty_like(p, requires_grad=False).copy_(grad)
+                    changed = True
+                if any(
+                    moment.state in state
+                    and state[moment.state].shape == p.shape
+                    and not (
+                        state_io.same_layout(state[moment.state], p)
+                        and state[moment.state].device == state["step"].device == p.device
+                    )
+                    for moment in self._moments
+                ):
+                    bits = state_io.bits_of(state)
+                    states[row] = fresh[p] = state_io.refit(state, p, self._moments, bits)
+                    changed = True
+        return batch._replace(grads=grads, states=states) if changed else None
+
+    def _refuse(self, batch: _Batch, row: int) -> None:
+        """Raises if a parameter and its gradient cannot be stepped, whatever the extension would say."""
+        p, grad, label = batch.params[row], batch.grads[row], self._label(batch.ids[row])
+        if grad.layout != torch.strided:
+            raise NotImplementedError(f"{label}: sparse gradients are not supported, make the embedding sparse=False")
+        if p.layout != torch.strided or _is_foreign(p):
+            raise NotImplementedError(f"{label}: parameters of type {type(p).__name__} ({p.layout}) are not supported")
+        if p.dtype not in _FLOATS:
+            raise TypeError(f"{label}: dtype {p.dtype} is not supported, expected float32, float16 or bfloat16")
+        if grad.dtype != p.dtype:
+            raise TypeError(f"{label}: grad has dtype {grad.dtype}, expected the parameter's {p.dtype}")
+        if grad.shape != p.shape:
+            raise ValueError(f"{label}: grad has shape {tuple(grad.shape)}, expected the parameter's {tuple(p.shape)}")
+        if grad.device != p.device:
+            raise ValueError(f"{label}: grad is on {grad.device}, expected the parameter's {p.device}")
+        if p.device.type not in ("cpu", "cuda"):
+            raise NotImplementedError(f"{label}: device {p.device} is not supported, expected cpu or cuda")
+        if not state_io.is_dense(p):
+            raise ValueError(f"{label}: the parameter has gaps or overlaps in memory (strides {p.stride()})")
+
+    # -- what a step is given ---------------------------------------------------------------------------
+
+    def _current_roster(self) -> _Roster:
+        roster, manager = self._roster, GlobalOptimManager.get_instance()
+        if roster is None or not roster.describes(self.param_groups, manager.version):
+            self._roster = roster = self._new_roster(manager)
+        return roster
+
+    def _new_roster(self, manager: GlobalOptimManager) -> _Roster:
+        params = [p for group in self.param_groups for p in group["params"]]
+        found = manager.overrides()
+        groups, bits, overrides = [], [], []
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                override = found.get(id(p), {})
+                self._check_override(override)
+                groups.append(index)
+                if any(key not in ("optim_bits", "min_8bit_size") for key in override):
+                    groups[-1] = len(self.param_groups) + len(overrides)
+                    overrides.append((index, self._translate_override(override)))
+                bits.append(self._bits({**group, **override}, p))
+        for p, wanted in zip(params, bits):
+            state = self.state.get(p)
+            if state and state_io.bits_of(state) != wanted:
+                self.state[p] = state_io.refit(state, p, self._moments, wanted)
+        devices = list(dict.fromkeys(p.device for p in params))
+        sizes = [len(group["params"]) for group in self.param_groups]
+        foreign = any(map(_is_foreign, params))
+        ids = list(range(len(params)))
+        return _Roster(params, groups, ids, bits, overrides, devices, foreign, sizes, manager.version)
+
+    def _bits(self, options: Mapping[str, Any], p: Tensor) -> int:
+        if p.numel() < options.get("min_8bit_size", self._min_8bit_size):
+            return 32
+        return options.get("optim_bits", self._optim_bits)
+
+    def _check_override(self, override: Mapping[str, Any]) -> None:
+        for key in override:
+            if key not in self._overridable:
+                raise ValueError(f"{type(self).__name__} has no {key!r} to override")
+
+    def _translate_override(self, override: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(override)
+
+    def _options_on(self, device: torch.device) -> list[dict[str, Any]]:
+        groups = self.param_groups
+        if self._roster.overrides:
+            groups = groups + [{**groups[index], **override} for index, override in self._roster.overrides]
+        return [self._kernel_options(group, read_lr(group["lr"], device)) for group in groups]
+
+    def _scaling_on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return (
+            None if scale is None else scale.to(device, non_blocking=True),
+            None if found_inf is None else found_inf.to(device, non_blocking=True),
+        )
+
+    def _plan_on(self, device: torch.device) -> Any:
+        key = (device, _backend.C)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = _backend.C.OptimizerPlan(self._kind)
+        return plan
+
+    def _workspace_on(self, device: torch.device, size: int) -> Tensor | None:
+        """Kept from step to step: a captured CUDA graph goes on using it."""
+        if size == 0:
+            return None
+        workspace = self._workspaces.get(device)
+        if workspace is None or workspace.numel() < size:
+            workspace = self._workspaces[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        return workspace
+
+    def _label(self, number: int) -> str:
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        return f"param {number}" + (f" ({names[number]})" if number < len(names) else "")
+
+    # -- state ------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state as bitsandbytes lays it out, which can load it; see docs for what goes across."""
+        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, {}
+        try:
+            result = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        result["state"] = state_io.export_states(result["state"])
+        result["param_groups"] = [
+            {**group, **self._foreign_options(group), _BLOCK_ORDER: "storage"} for group in result["param_groups"]
+        ]
+        for hook in hooks.values():
+            changed = hook(self, result)
+            if changed is not None:
+                result = changed
+        return result
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads a checkpoint of this class, of bitsandbytes or of torch.optim.
+
+        Settings of groups come from the checkpoint where it has them, as torch.optim does it.
+        States are copied, moved to their parameter's device and, where the checkpoint's bits, block size or
+        layout are not this optimizer's, converted. A map of its own that an 8-bit state brings is kept.
+
+        Raises:
+            ValueError: groups, shapes or lengths that do not fit. Nothing has changed then.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        saved_groups = state_dict["param_groups"]
+        groups = self._merge_groups(saved_groups)
+        states = self._import_states(state_dict["state"], saved_groups, groups)
+        self.__setstate__({"state": states, "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _merge_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                f"the checkpoint has {len(saved_groups)} parameter groups, the optimizer {len(self.param_groups)}"
+            )
+        merged = []
+        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups)):
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    f"parameter group {index} has {len(saved['params'])} parameters in the checkpoint, "
+                    f"{len(group['params'])} in the optimizer"
+                )
+            merged.append({**group, **deepcopy(self._own_options(saved)), "params": group["params"]})
+            check_options(merged[-1])
+        seeds = {group["seed"] for group in merged} - {None}
+        if len(seeds) > 1:
+            raise ValueError(f"all parameter groups share one seed, the checkpoint has {sorted(seeds)}")
+        return merged
+
+    def _import_states(
+        self, saved_states: Mapping[Any, Any], saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]
+    ) -> dict[Tensor, dict[str, Any]]:
+        overrides = GlobalOptimManager.get_instance().overrides()
+        states, left, number = {}, dict(saved_states), -1
+        for saved_group, group in zip(saved_groups, groups):
+            own_layout = saved_group.get(_BLOCK_ORDER) == "storage"
+            for key, p in zip(saved_group["params"], group["params"]):
+                number += 1
+                bits = self._bits({**group, **overrides.get(id(p), {})}, p)
+                saved = left.pop(key, {})
+                state = state_io.import_state(saved, p, self._moments, bits, own_layout, self._label(number))
+                if state:
+                    states[p] = state
+        if left:
+            raise ValueError(f"the checkpoint has states of no parameter: {', '.join(map(str, left))}")
+        return states
+
+    def _own_options(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint's group says, in this package's terms."""
+        if saved.get("amsgrad"):
+            raise ValueError("the checkpoint was written with amsgrad=True, which is not supported")
+        dropped = {"params", _BLOCK_ORDER, *_IMPLEMENTATION_KEYS, *self._foreign_options(self.defaults)}
+        return {key: value for key, value in saved.items() if key not in dropped}
+
+    def _foreign_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What bitsandbytes expects in a group that means nothing here."""
+        return {}
+
+    # -- copies -----------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_optim_bits", "_min_8bit_size", "_max_grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        state_io.share_maps(self.state.values(), self._moments)
+
+    def _forget(self) -> None:
+        """Drops what is only a cache: it is made anew by the next step."""
+        self._roster: _Roster | None = None
+        self._plans: dict[Any, Any] = {}
+        self._workspaces: dict[torch.device, Tensor] = {}
+
+
+def _is_foreign(p: Tensor) -> bool:
+    return type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _draw_seed() -> int:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            'param_precision="stochastic" needs a seed in a distributed run: give the same to every rank, '
+            "or their copies of the parameters drift apart"
+        )
+    return int(torch.randint(2**63 - 1, ()))

@@ -1,0 +1,37 @@
+"""Help for tests of code that uses tilewright."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+from . import _backend
+
+
+@contextlib.contextmanager
+def emulated(seed: int | None = None) -> Iterator[ModuleType]:
+    """Runs CUDA kernels on the CPU within the block: CPU tensors stand for device memory.
+
+        with tilewright.testing.emulated(seed=1):
+            optimizer.step()  # the CUDA kernel, on CPU tensors
+
+    Args:
+        seed: of the order in which the emulator resumes warps. A kernel without races gives the same bits for
+            every seed. None leaves the order as it is.
+
+    Yields:
+        The emulated extension.
+
+    Raises:
+        ImportError: the emulated extension was not built (TILEWRIGHT_EMULATED=ON).
+    """
+    module = importlib.import_module("tilewright._C_emulated")
+    if seed is not None:
+        module.emulator_set_seed(seed)
+    before, _backend.C = _backend.C, module
+    try:
+        yield module
+    finally:
+        _backend.C = before
