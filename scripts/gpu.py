@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from build_tree import ROOT, commands, lay_out
+from build_tree import ROOT, commands, environment, lay_out
 
 VERBATIM = argparse.RawDescriptionHelpFormatter
 STAGE_SECONDS = 9 * 60
@@ -40,16 +40,11 @@ def architecture(gpu: dict[str, str] | None) -> str:
     return capability.replace(".", "") + ("a" if int(capability.split(".")[0]) >= 9 else "") + "-real"
 
 
-def environment() -> dict[str, str]:
-    search = os.pathsep.join(filter(None, [str(TREE), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1"}
-
-
 def run(command: list[str], deadline: float) -> tuple[int, list[str]]:
     """Run a command, echoing it; return its status (124: out of time) and the last lines it printed."""
     print("+", " ".join(command), flush=True)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, **pipes)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(TREE), start_new_session=True, **pipes)
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
     signal.alarm(max(1, int(deadline - time.monotonic())))
     lines = []
@@ -58,7 +53,7 @@ def run(command: list[str], deadline: float) -> tuple[int, list[str]]:
         lines = [*lines[1 - TAIL_LINES :], line.rstrip()]
     status = process.wait()
     signal.alarm(0)
-    return (124 if time.monotonic() >= deadline else status), lines
+    return (124 if status == -signal.SIGKILL else status), lines
 
 
 def build(family: str, gpu: dict[str, str] | None, out: Path) -> list[list[str]]:
@@ -132,6 +127,8 @@ def main() -> int:
         rest = "only the build runs, for sm_90a" if stages else "there is nothing to do"
         print(f"gpu: this machine has no GPU; {rest}", flush=True)
     for stage in stages:
+        if stage != "build" and not (TREE / "tilewright").is_dir():
+            sys.exit(f"gpu: nothing is built in {TREE}; run the stage `build` first")
         if not run_stage(stage, options.family, gpu, options.out.resolve()):
             return 1
     return 0

@@ -143,9 +143,3 @@ except (ValueError, ImportError) as error:
     message = run_python(code, TILEWRIGHT_CPU="sse9")
     assert "sse9" in message
     assert "baseline" in message
-
-
-@pytest.mark.nightly
-def test_sdist_builds_a_wheel_that_works(tmp_path):
-    subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], check=True)
-    run_script("check_wheel.py", tmp_path)

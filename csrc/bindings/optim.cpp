@@ -237,7 +237,7 @@ class OptimizerPlan {
     void** const values[2] = {&row.state1, &row.state2};
     float** const scales[2] = {&row.absmax1, &row.absmax2};
     const float** const maps[2] = {&row.map1, &row.map2};
-    row.block_size = int32_t(optim::kPlainTile);
+    row.block_size = optim::kPlainTile;
     const int count = algorithm_ == Algorithm::kAdam ? 2 : 1;
     const bool coded = entry(state, absmax_keys[0]).ptr() != nullptr;
     for (int i = 0; i < count; ++i) {

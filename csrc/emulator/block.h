@@ -163,7 +163,7 @@ class Block {
     uint32_t existing = 0;
     uint32_t alive = 0;
     unsigned meetings = 0;
-    std::array<Rendezvous, kWarpLanes> meeting;  // disjoint masks
+    std::array<Rendezvous, kWarpLanes> meeting;  // in each, a lane waits
   };
 
   struct Memory {

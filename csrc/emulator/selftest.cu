@@ -95,9 +95,11 @@ struct VotesParams {
 };
 
 __global__ void votes_kernel(const __grid_constant__ VotesParams params) {
+  if (params.predicates[threadIdx.x] > 1) return;
   const bool predicate = params.predicates[threadIdx.x] != 0;
   params.out[threadIdx.x * 3] = sync_block_or(predicate);
   params.out[threadIdx.x * 3 + 1] = sync_block_and(predicate);
+  barrier_sync(1, int(blockDim.x + kWarpSize - 1) / kWarpSize * kWarpSize);
   params.out[threadIdx.x * 3 + 2] = uint32_t(sync_block_count(predicate));
 }
 

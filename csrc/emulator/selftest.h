@@ -7,6 +7,17 @@
 #include <string>
 #include <vector>
 
+namespace pybind11 {
+class module_;
+}
+
+namespace tilewright::emulator {
+
+// Adds emulator_set_seed and emulator_set_threads to the module, and these kernels as its submodule.
+void bind_selftest(pybind11::module_& module);
+
+}  // namespace tilewright::emulator
+
 namespace tilewright::selftest {
 
 using Floats = std::vector<float>;
@@ -29,7 +40,8 @@ inline constexpr uint32_t kUntouched = 0xabcdef01u;
 Words warp_words(const std::string& op, const Words& values, int argument, uint32_t mask);
 Doubles warp_doubles(const std::string& op, const Doubles& values, int argument);
 
-// sync_block_or, _and and _count, for each thread.
+// sync_block_or, _and and _count, for each thread. Threads whose predicate is above 1 exit before: they
+// hold nobody up, and keep zeros.
 Words block_votes(const Words& predicates);
 
 // ---- Order and barriers ------------------------------------------------------------------------
@@ -98,7 +110,7 @@ std::vector<int> device_properties();  // multiprocessor_count, resident_blocks
 void misuse(const std::string& what);
 std::vector<std::string> misuses();
 
-// A launch whose odd blocks throw their number.
+// A launch whose odd blocks throw their number, some sooner than others.
 void fail_in_odd_blocks(unsigned blocks);
 
 }  // namespace tilewright::selftest

@@ -1,5 +1,3 @@
-#include "emulator/selftest_bindings.h"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -179,7 +179,10 @@ std::vector<std::string> misuses() {
 
 void fail_in_odd_blocks(unsigned blocks) {
   const Body body = [](const Params&, unsigned) {
-    if (blockIdx.x % 2 != 0) fail(ErrorKind::kRuntime, "block ", blockIdx.x);
+    if (blockIdx.x % 2 == 0) return;
+    const unsigned delay = blockIdx.x % 4 == 1 ? 200000 : 40000;
+    for (unsigned i = 0; i < delay; ++i) sync_warp(1u);
+    fail(ErrorKind::kRuntime, "block ", blockIdx.x);
   };
   launch(body_kernel, blocks, 1, 0, nullptr, {body, {}});
 }

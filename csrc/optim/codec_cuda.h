@@ -6,6 +6,7 @@
 #include "device/math.h"
 #include "device/memory.h"
 #include "device/qualifiers.h"
+#include "device/smem.h"
 #include "device/sync.h"
 #include "device/warp.h"
 #include "optim/codec_table.h"
@@ -25,8 +26,8 @@ constexpr Codebook kUnsignedTable = make_codebook<false>();
 static __device__ const Codebook kDeviceSigned = kSignedTable;
 static __device__ const Codebook kDeviceUnsigned = kUnsignedTable;
 
-// The signed map has no -1.0; at and beyond the midpoint to where it would be, x counts as that midpoint.
-constexpr float kLowestEncoded = -std::bit_cast<float>(threshold_bits(-kSignedTable.decode[0], 1.0f));
+// The signed map has no -1.0: a negative value beyond the midpoint to where it would be counts as that midpoint.
+constexpr float kLowestEncoded = std::bit_cast<float>(threshold_bits(-kSignedTable.decode[0], 1.0f));
 
 // What a kernel keeps of a codebook in shared memory.
 struct alignas(16) CodecTables {
@@ -48,27 +49,28 @@ __device__ __forceinline__ void load_tables(CodecTables& tables, const Codebook&
   copy_table(tables.buckets, book.buckets, kPaddedBuckets);
 }
 
-// Eight elements of a lane. `count` of them exist; `vector` says that all do and the address allows 16-byte access.
-template <class T>
-__device__ __forceinline__ void load_lane(float (&out)[kLaneElements], const T* address, int count, bool vector) {
+// Eight elements of a lane. kWhole: all exist and the address allows 16-byte access; else `count` of them exist, and
+// the others read as zero.
+template <bool kWhole, class T>
+__device__ __forceinline__ void load_lane(float (&out)[kLaneElements], const T* address, int count) {
   constexpr int kPerLoad = 16 / int(sizeof(T));
-  if (vector) {
+  if constexpr (kWhole) {
 #pragma unroll
     for (int i = 0; i < kLaneElements; i += kPerLoad) {
       const auto part = device::load_streaming(reinterpret_cast<const device::Vector<T, kPerLoad>*>(address + i));
 #pragma unroll
       for (int j = 0; j < kPerLoad; ++j) out[i + j] = device::to_float(part[j]);
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) out[i] = i < count ? device::to_float(address[i]) : 0.0f;
+    for (int i = 0; i < kLaneElements; ++i) out[i] = i < count ? device::to_float(address[i]) : 0.0f;
+  }
 }
 
-template <class T>
-__device__ __forceinline__ void store_lane(T* address, const T (&values)[kLaneElements], int count, bool vector) {
+template <bool kWhole, class T>
+__device__ __forceinline__ void store_lane(T* address, const T (&values)[kLaneElements], int count) {
   constexpr int kPerStore = 16 / int(sizeof(T));
-  if (vector) {
+  if constexpr (kWhole) {
 #pragma unroll
     for (int i = 0; i < kLaneElements; i += kPerStore) {
       device::Vector<T, kPerStore> part;
@@ -76,11 +78,11 @@ __device__ __forceinline__ void store_lane(T* address, const T (&values)[kLaneEl
       for (int j = 0; j < kPerStore; ++j) part[j] = values[i + j];
       device::store_streaming(reinterpret_cast<device::Vector<T, kPerStore>*>(address + i), part);
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) {
-    if (i < count) address[i] = values[i];
+    for (int i = 0; i < kLaneElements; ++i) {
+      if (i < count) address[i] = values[i];
+    }
   }
 }
 
@@ -99,79 +101,75 @@ struct LaneCodes {
   uint32_t word[2];
 };
 
-__device__ __forceinline__ LaneCodes load_codes(const uint8_t* address, int count, bool vector) {
+template <bool kWhole>
+__device__ __forceinline__ LaneCodes load_codes(const uint8_t* address, int count) {
   LaneCodes codes{};
-  if (vector) {
+  if constexpr (kWhole) {
     const auto words = device::load_streaming(reinterpret_cast<const device::Vector<uint32_t, 2>*>(address));
-    return {{words[0], words[1]}};
-  }
+    codes = {{words[0], words[1]}};
+  } else {
 #pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) {
-    if (i < count) codes.word[i / 4] |= uint32_t{address[i]} << (8 * (i % 4));
+    for (int i = 0; i < kLaneElements; ++i) {
+      if (i < count) codes.word[i / 4] |= uint32_t{address[i]} << (8 * (i % 4));
+    }
   }
   return codes;
 }
 
-__device__ __forceinline__ void store_codes(uint8_t* address, LaneCodes codes, int count, bool vector) {
-  if (vector) {
+template <bool kWhole>
+__device__ __forceinline__ void store_codes(uint8_t* address, LaneCodes codes, int count) {
+  if constexpr (kWhole) {
     device::store_streaming(reinterpret_cast<device::Vector<uint32_t, 2>*>(address),
                             device::Vector<uint32_t, 2>{codes.word[0], codes.word[1]});
-    return;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) {
+      if (i < count) address[i] = uint8_t(codes.word[i / 4] >> (8 * (i % 4)));
+    }
   }
+}
+
+__device__ __forceinline__ void decode_lane(float (&out)[kLaneElements], LaneCodes codes, const CodecTables& tables,
+                                            float scale) {
+  const device::SharedAddress base = device::shared_address(tables.decode);
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) {
-    if (i < count) address[i] = uint8_t(codes.word[i / 4] >> (8 * (i % 4)));
+    // One instruction picks the byte, scales it and adds the base.
+    const uint32_t address = device::dot4(codes.word[i / 4], uint32_t(sizeof(float)) << (8 * (i % 4)), base);
+    out[i] = device::load_shared<float>(address) * scale;
   }
 }
 
-__device__ __forceinline__ int byte_of(LaneCodes codes, int i) {
-  return int(device::byte_permute(codes.word[i / 4], 0, 0x4440u + uint32_t(i % 4)));
+// The code in byte 2 of the result. |x| is at most 1, or one ulp above; NaN counts as 0.
+template <bool kSigned>
+__device__ __forceinline__ uint32_t encode_word(float x, device::SharedAddress buckets) {
+  const bool negative = kSigned && x < 0.0f;
+  float magnitude = device::max(fabsf(x), kSmallestBucketed);
+  if (negative) magnitude = device::min(magnitude, kLowestEncoded);
+  const uint32_t b = device::float_bits(magnitude);
+  const uint32_t first = buckets - kFirstBucket * uint32_t(sizeof(uint32_t));
+  const uint32_t k = device::load_shared<uint32_t>(first + ((b & 0xffff0000u) >> 14)) + b;
+  if (!kSigned) return k;
+  constexpr uint32_t kZero = uint32_t(kSignedZero) << 16;
+  return negative ? kZero + 0xffffu - k : kZero + k;  // byte 2: 127 - k, 127 + k
 }
 
-__device__ __forceinline__ void decode_lane(float (&out)[kLaneElements], LaneCodes codes, const float* table,
-                                            float absmax) {
+// Eight values as codes of x / absmax.
+template <bool kSigned>
+__device__ __forceinline__ LaneCodes encode_lane(float (&x)[kLaneElements], float absmax, const CodecTables& tables) {
+  const device::SharedAddress buckets = device::shared_address(tables.buckets);
+  if (absmax < kTinyAbsmax) [[unlikely]] {
 #pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) out[i] = table[byte_of(codes, i)] * absmax;
-}
-
-struct LaneScale {
-  float prescale;
-  float reciprocal;
-};
-
-__device__ __forceinline__ LaneScale lane_scale(float absmax) {
-  const float prescale = absmax < kTinyAbsmax ? kTinyScale : 1.0f;
-  return {prescale, absmax == 0.0f ? 0.0f : device::div_rn(1.0f, device::mul_rn(absmax, prescale))};
-}
-
-// The code in byte 2 of the result. |x| is at most 1, or one ulp above.
-template <bool kSigned>
-__device__ __forceinline__ uint32_t encode_word(float x, const uint32_t* buckets) {
-  if constexpr (!kSigned) {
-    const uint32_t b = device::float_bits(device::max(x, kSmallestBucketed));
-    return buckets[int(b >> 16) - int(kFirstBucket)] + b;
-  } else {
-    const float clamped = device::max(x, kLowestEncoded);
-    const uint32_t b = device::float_bits(device::max(device::bits_float(device::float_bits(clamped) & 0x7fffffffu),
-                                                      kSmallestBucketed));
-    const uint32_t k = buckets[int(b >> 16) - int(kFirstBucket)] + b;
-    constexpr uint32_t kZero = uint32_t(kSignedZero) << 16;
-    return x < 0.0f ? kZero + 0xffffu - k : kZero + k;  // byte 2: 127 - k, 127 + k
+    for (int i = 0; i < kLaneElements; ++i) x[i] *= kTinyScale;
+    absmax *= kTinyScale;
   }
-}
-
-template <bool kSigned>
-__device__ __forceinline__ LaneCodes encode_lane(const float (&x)[kLaneElements], LaneScale scale,
-                                                 const uint32_t* buckets) {
+  const float reciprocal = absmax == 0.0f ? 0.0f : device::div_rn(1.0f, absmax);
   LaneCodes codes;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t word[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scaled = device::mul_rn(device::mul_rn(x[4 * half + i], scale.prescale), scale.reciprocal);
-      word[i] = encode_word<kSigned>(scaled, buckets);
-    }
+    for (int i = 0; i < 4; ++i) word[i] = encode_word<kSigned>(x[4 * half + i] * reciprocal, buckets);
     const uint32_t low = device::byte_permute(word[0], word[1], 0x0062u);
     const uint32_t high = device::byte_permute(word[2], word[3], 0x0062u);
     codes.word[half] = device::byte_permute(low, high, 0x5410u);
@@ -179,7 +177,12 @@ __device__ __forceinline__ LaneCodes encode_lane(const float (&x)[kLaneElements]
   return codes;
 }
 
-// Any other ascending map, in global memory: bisection; of two equally near entries the smaller in magnitude.
+// Any other ascending map lies in global memory.
+__device__ inline void decode_lane_foreign(float (&out)[kLaneElements], LaneCodes codes, const float* map, float scale) {
+  for (int i = 0; i < kLaneElements; ++i) out[i] = map[codes.word[i / 4] >> (8 * (i % 4)) & 0xffu] * scale;
+}
+
+// The nearest entry by bisection; of two equally near ones the smaller in magnitude.
 __device__ inline uint32_t nearest_entry(const float* map, float x) {
   if (!(x == x)) x = 0.0f;
   int low = 0, high = 255;
@@ -197,20 +200,14 @@ __device__ inline uint32_t nearest_entry(const float* map, float x) {
   return uint32_t(below < above || (below == above && smaller_below) ? low - 1 : low);
 }
 
-__device__ inline LaneCodes encode_lane_foreign(const float (&x)[kLaneElements], LaneScale scale, const float* map) {
+__device__ inline LaneCodes encode_lane_foreign(const float (&x)[kLaneElements], float absmax, const float* map) {
+  const float prescale = absmax < kTinyAbsmax ? kTinyScale : 1.0f;
+  const float reciprocal = absmax == 0.0f ? 0.0f : device::div_rn(1.0f, absmax * prescale);
   LaneCodes codes{};
   for (int i = 0; i < kLaneElements; ++i) {
-    codes.word[i / 4] |= nearest_entry(map, x[i] * scale.prescale * scale.reciprocal) << (8 * (i % 4));
+    codes.word[i / 4] |= nearest_entry(map, x[i] * prescale * reciprocal) << (8 * (i % 4));
   }
   return codes;
-}
-
-// Largest magnitude of a lane, as bits: orders NaN above infinity above every number.
-__device__ __forceinline__ uint32_t largest_bits(const float (&x)[kLaneElements]) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneElements; ++i) largest = device::max(largest, device::float_bits(x[i]) & 0x7fffffffu);
-  return largest;
 }
 
 __device__ __forceinline__ bool is_aligned(const void* address, uintptr_t bytes) {

@@ -13,19 +13,24 @@ struct Smem {
   CodecTables tables;
 };
 
-struct LaneRange {
-  int64_t offset;  // of the lane's first element
-  int count;       // elements it has, 0 to 8
-  bool vector;
-};
+// A lane's first element in a chunk of 256 that starts at `chunk`, and how many it has there, 0 to 8.
+__device__ __forceinline__ int64_t lane_offset(int64_t chunk) { return chunk + device::lane_id() * kLaneElements; }
 
-// Elements of a lane in chunk `chunk` of a block that spans begin..end. Blocks below 256 elements share a chunk: its
-// lanes belong to several blocks, and lanes_per_block says how many lanes make one.
-__device__ __forceinline__ LaneRange lane_range(int64_t begin, int64_t end, bool aligned) {
-  const int64_t offset = begin + device::lane_id() * kLaneElements;
+__device__ __forceinline__ int lane_count(int64_t offset, int64_t end) {
   const int64_t left = end - offset;
-  const int count = left <= 0 ? 0 : left < kLaneElements ? int(left) : kLaneElements;
-  return {offset, count, aligned && count == kLaneElements};
+  return left <= 0 ? 0 : left < kLaneElements ? int(left) : kLaneElements;
+}
+
+template <class T>
+__device__ __forceinline__ void load_values(float (&x)[kLaneElements], const QuantizeParams& p, int64_t offset,
+                                            int64_t end, bool aligned) {
+  const T* address = static_cast<const T*>(p.values) + offset;
+  const int count = lane_count(offset, end);
+  if (aligned && count == kLaneElements) {
+    load_lane<true>(x, address, count);
+  } else {
+    load_lane<false>(x, address, count);
+  }
 }
 
 // The largest of `value` among the lanes that share a block.
@@ -35,6 +40,14 @@ __device__ __forceinline__ uint32_t reduce_block_lanes(uint32_t value, int lanes
     value = device::max(value, device::shfl_xor(value, distance));
   }
   return value;
+}
+
+// Largest magnitude of a lane, as bits: orders NaN above infinity above every number.
+__device__ __forceinline__ uint32_t largest_bits(const float (&x)[kLaneElements]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneElements; ++i) largest = device::max(largest, device::float_bits(x[i]) & 0x7fffffffu);
+  return largest;
 }
 
 template <class T>
@@ -49,49 +62,65 @@ __device__ void quantize_chunks(const QuantizeParams& p, const CodecTables& tabl
     uint32_t largest = 0;
     float x[kLaneElements];
     for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
-      const LaneRange lane = lane_range(chunk, end, aligned);
-      load_lane(x, static_cast<const T*>(p.values) + lane.offset, lane.count, lane.vector);
+      load_values<T>(x, p, lane_offset(chunk), end, aligned);
       largest = device::max(largest, largest_bits(x));
     }
     largest = reduce_block_lanes(largest, lanes_per_block);
     const float absmax = device::bits_float(largest > kInfinityBits ? kNanBits : largest);
     // Codes of a block with infinity or NaN do not matter: it decodes to NaN throughout.
     const bool finite = largest < kInfinityBits;
-    const LaneScale scale = finite ? lane_scale(absmax) : LaneScale{1.0f, 0.0f};
     for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
-      const LaneRange lane = lane_range(chunk, end, aligned);
-      if (p.block_size > kWarpElements) {
-        load_lane(x, static_cast<const T*>(p.values) + lane.offset, lane.count, lane.vector);
-      }
+      const int64_t offset = lane_offset(chunk);
+      const int count = lane_count(offset, end);
+      if (p.block_size > kWarpElements) load_values<T>(x, p, offset, end, aligned);
       for (int i = 0; i < kLaneElements; ++i) x[i] = finite ? x[i] : 0.0f;
-      const LaneCodes codes = p.map != nullptr ? encode_lane_foreign(x, scale, p.map)
-                              : p.is_signed    ? encode_lane<true>(x, scale, tables.buckets)
-                                               : encode_lane<false>(x, scale, tables.buckets);
-      store_codes(p.codes + lane.offset, codes, lane.count, lane.vector);
+      const LaneCodes codes = p.map != nullptr ? encode_lane_foreign(x, finite ? absmax : 0.0f, p.map)
+                              : p.is_signed    ? encode_lane<true>(x, finite ? absmax : 0.0f, tables)
+                                               : encode_lane<false>(x, finite ? absmax : 0.0f, tables);
+      if (aligned && count == kLaneElements) {
+        store_codes<true>(p.codes + offset, codes, count);
+      } else {
+        store_codes<false>(p.codes + offset, codes, count);
+      }
     }
     const int64_t first = begin + (device::lane_id() / lanes_per_block) * int64_t{lanes_per_block} * kLaneElements;
     if (device::lane_id() % lanes_per_block == 0 && first < end) p.absmax[first / p.block_size] = absmax;
   }
 }
 
+template <bool kWhole, class T>
+__device__ __forceinline__ void dequantize_lane(T* values, const uint8_t* codes, const CodecTables& tables,
+                                                const float* map, float absmax, int count) {
+  float x[kLaneElements];
+  T rounded[kLaneElements];
+  if (map != nullptr) {
+    decode_lane_foreign(x, load_codes<kWhole>(codes, count), map, absmax);
+  } else {
+    decode_lane(x, load_codes<kWhole>(codes, count), tables, absmax);
+  }
+  round_lane(rounded, x);
+  store_lane<kWhole>(values, rounded, count);
+}
+
 template <class T>
 __device__ void dequantize_chunks(const QuantizeParams& p, const CodecTables& tables) {
   const bool aligned = is_aligned(p.values, 16) && is_aligned(p.codes, 8);
-  const float* table = p.map != nullptr ? p.map : tables.decode;
   const int64_t warps = int64_t{gridDim.x} * kWarps, warp = int64_t{blockIdx.x} * kWarps + device::warp_id();
   for (int64_t begin = warp * kWarpElements; begin < p.numel; begin += warps * kWarpElements) {
-    const LaneRange lane = lane_range(begin, p.numel, aligned);
-    if (lane.count == 0) continue;
-    float x[kLaneElements];
-    T rounded[kLaneElements];
-    decode_lane(x, load_codes(p.codes + lane.offset, lane.count, lane.vector), table,
-                p.absmax[lane.offset / p.block_size]);
-    round_lane(rounded, x);
-    store_lane(static_cast<T*>(p.values) + lane.offset, rounded, lane.count, lane.vector);
+    const int64_t offset = lane_offset(begin);
+    const int count = lane_count(offset, p.numel);
+    if (count == 0) continue;
+    const float absmax = p.absmax[offset / p.block_size];
+    T* values = static_cast<T*>(p.values) + offset;
+    if (aligned && count == kLaneElements) {
+      dequantize_lane<true>(values, p.codes + offset, tables, p.map, absmax, count);
+    } else {
+      dequantize_lane<false>(values, p.codes + offset, tables, p.map, absmax, count);
+    }
   }
 }
 
-__global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ QuantizeParams p) {
+__global__ void __launch_bounds__(kThreads, 4) quantize_kernel(const __grid_constant__ QuantizeParams p) {
   Smem& smem = device::shared_memory<Smem>();
   load_tables(smem.tables, p.is_signed ? kDeviceSigned : kDeviceUnsigned);
   device::sync_block();

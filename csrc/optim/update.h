@@ -16,7 +16,7 @@ namespace tilewright::optim {
 enum class Algorithm : int32_t { kAdam, kLion, kSgd };
 
 constexpr int32_t kUsualBlock = 256;
-constexpr int64_t kPlainTile = 2048;
+constexpr int32_t kPlainTile = kUsualBlock;  // elements
 constexpr int64_t kTilesPerChunk = 64;  // of the CPU sweeps; fixed, so that sums do not depend on the threads
 
 // Hyperparameters of one parameter group for one step.
@@ -62,8 +62,9 @@ struct alignas(16) Coefficients {
   float beta1, one_minus_beta1;
   float beta2, one_minus_beta2;
   float step_size;
-  float inverse_correction2;  // 1 / sqrt(1 - beta2^t)
-  float eps;
+  // Adam: the step is state1 / (sqrt(state2) * denominator_scale + denominator_offset), which has lr / (1 - beta1^t)
+  // and 1 / sqrt(1 - beta2^t) folded in.
+  float denominator_scale, denominator_offset;
   float momentum_weight, grad_weight;  // SGD: the step is momentum_weight * state + grad_weight * gradient
   int32_t skip;                        // found_inf: leave everything as it is
   int32_t stochastic;

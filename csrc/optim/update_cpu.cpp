@@ -18,8 +18,8 @@ constexpr int64_t kMaxTile = 4096;
 constexpr int64_t kSerialTiles = 64;  // fewer than this are done before a second thread wakes up
 
 struct Vectors {
-  Float scale, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction2, eps,
-      momentum_weight, grad_weight;
+  Float scale, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, denominator_scale,
+      denominator_offset, momentum_weight, grad_weight;
 
   explicit Vectors(const Coefficients& c)
       : scale(splat(c.grad_scale)),
@@ -30,8 +30,8 @@ struct Vectors {
         beta2(splat(c.beta2)),
         one_minus_beta2(splat(c.one_minus_beta2)),
         step_size(splat(c.step_size)),
-        inverse_correction2(splat(c.inverse_correction2)),
-        eps(splat(c.eps)),
+        denominator_scale(splat(c.denominator_scale)),
+        denominator_offset(splat(c.denominator_offset)),
         momentum_weight(splat(c.momentum_weight)),
         grad_weight(splat(c.grad_weight)) {}
 };
@@ -42,7 +42,7 @@ Float updated(const Vectors& c, Float g, Float p, Float& s1, Float& s2) {
   if constexpr (kAlgorithm == Algorithm::kAdam) {
     s1 = fma(c.beta1, s1, c.one_minus_beta1 * g);
     s2 = fma(c.beta2, s2, c.one_minus_beta2 * g * g);
-    return p * c.decay - c.step_size * s1 / fma(sqrt(s2), c.inverse_correction2, c.eps);
+    return p * c.decay - s1 / fma(sqrt(s2), c.denominator_scale, c.denominator_offset);
   } else if constexpr (kAlgorithm == Algorithm::kLion) {
     const Float direction = fma(c.beta1, s1, c.one_minus_beta1 * g);
     s1 = fma(c.beta2, s1, c.one_minus_beta2 * g);

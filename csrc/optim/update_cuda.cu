@@ -56,6 +56,18 @@ struct NormSmem {
   double warp_sum[kWarps];
 };
 
+template <class T>
+__device__ __forceinline__ T load_struct(const T* address) {
+  using Four = device::Vector<uint32_t, 4>;
+  static_assert(sizeof(T) % sizeof(Four) == 0);
+  Four words[sizeof(T) / sizeof(Four)];
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T) / sizeof(Four); ++i) words[i] = device::load(reinterpret_cast<const Four*>(address) + i);
+  T value;
+  memcpy(&value, words, sizeof value);
+  return value;
+}
+
 // The warp's tiles: every (grid's warps)-th one of the slice. Calls body(row index in the slice, tile within the row).
 template <class Body>
 __device__ __forceinline__ void for_tiles(const Slice& slice, const Body& body) {
@@ -75,21 +87,27 @@ __device__ __forceinline__ void for_tiles(const Slice& slice, const Body& body) 
   }
 }
 
+// What the states are multiplied with before the gradient is added.
+template <Algorithm kAlgorithm>
+__device__ __forceinline__ float state1_factor(const Coefficients& c) {
+  return kAlgorithm == Algorithm::kLion ? 1.0f : c.beta1;
+}
+
+// The parameter after the step. s1 and s2 come multiplied with state1_factor and beta2 and leave as the new states.
 template <Algorithm kAlgorithm>
 __device__ __forceinline__ float updated(const Coefficients& c, float g, float p, float& s1, float& s2) {
-  g = device::fma_rn(c.l2, p, g * c.grad_scale);
   if constexpr (kAlgorithm == Algorithm::kAdam) {
-    s1 = device::fma_rn(c.beta1, s1, c.one_minus_beta1 * g);
-    s2 = device::fma_rn(c.beta2, s2, c.one_minus_beta2 * g * g);
-    const float denominator = device::fma_rn(device::sqrt_approx(s2), c.inverse_correction2, c.eps);
-    return device::fma_rn(p, c.decay, -(c.step_size * s1) * device::rcp_approx(denominator));
+    s1 = device::fma_rn(c.one_minus_beta1, g, s1);
+    s2 = device::fma_rn(c.one_minus_beta2 * g, g, s2);
+    const float denominator = device::fma_rn(device::sqrt_approx(s2), c.denominator_scale, c.denominator_offset);
+    return device::fma_rn(-s1, device::rcp_approx(denominator), p * c.decay);
   } else if constexpr (kAlgorithm == Algorithm::kLion) {
     const float direction = device::fma_rn(c.beta1, s1, c.one_minus_beta1 * g);
     s1 = device::fma_rn(c.beta2, s1, c.one_minus_beta2 * g);
     const float sign = direction > 0.0f ? 1.0f : direction < 0.0f ? -1.0f : direction;  // NaN stays NaN
     return device::fma_rn(p, c.decay, -c.step_size * sign);
   } else {
-    s1 = device::fma_rn(c.beta1, s1, c.one_minus_beta1 * g);
+    s1 = device::fma_rn(c.one_minus_beta1, g, s1);
     return p - c.step_size * device::fma_rn(c.momentum_weight, s1, c.grad_weight * g);
   }
 }
@@ -110,12 +128,24 @@ __device__ __forceinline__ float stochastic_fp16(float x, uint32_t random) {
   return device::bits_float(device::float_bits(steps) | (b & 0x80000000u));
 }
 
-template <class T>
-__device__ __forceinline__ void store_params(T* address, float (&p)[kLaneElements], const Coefficients& c, int32_t id,
-                                             int64_t offset, int count, bool vector) {
+// What a lane works on in one chunk of 256 elements.
+struct Lane {
+  int64_t offset;
+  int count;
+};
+
+__device__ __forceinline__ Lane lane_of(int64_t chunk, int64_t end) {
+  const int64_t offset = chunk + device::lane_id() * kLaneElements;
+  const int64_t left = end - offset;
+  return {offset, left <= 0 ? 0 : left < kLaneElements ? int(left) : kLaneElements};
+}
+
+template <bool kWhole, class T>
+__device__ __forceinline__ void store_params(T* param, float (&p)[kLaneElements], const Coefficients& c, int32_t id,
+                                             const Lane& lane) {
   if constexpr (sizeof(T) == 2) {
     if (c.stochastic) {
-      const PhiloxWords random = random_octet(c, id, offset / kLaneElements);
+      const PhiloxWords random = random_octet(c, id, lane.offset / kLaneElements);
 #pragma unroll
       for (int i = 0; i < kLaneElements; ++i) {
         const uint32_t bits = random.word[i / 2] >> (16 * (i % 2)) & 0xffffu;
@@ -125,30 +155,25 @@ __device__ __forceinline__ void store_params(T* address, float (&p)[kLaneElement
   }
   T rounded[kLaneElements];
   round_lane(rounded, p);
-  store_lane(address, rounded, count, vector);
+  store_lane<kWhole>(param + lane.offset, rounded, lane.count);
 }
 
-// What a lane works on in one chunk of 256 elements.
-struct Lane {
-  int64_t offset;
-  int count;
-  bool vector;
-};
-
-__device__ __forceinline__ Lane lane_of(int64_t chunk, int64_t end, bool aligned) {
-  const int64_t offset = chunk + device::lane_id() * kLaneElements;
-  const int64_t left = end - offset;
-  const int count = left <= 0 ? 0 : left < kLaneElements ? int(left) : kLaneElements;
-  return {offset, count, aligned && count == kLaneElements};
-}
-
-template <Algorithm kAlgorithm, class T>
+template <Algorithm kAlgorithm, bool kWhole, class T>
 __device__ __forceinline__ void update_lane(const Coefficients& c, const T* grad, const T* param, Lane lane,
                                             float (&p)[kLaneElements], float (&s1)[kLaneElements],
                                             float (&s2)[kLaneElements]) {
   float g[kLaneElements];
-  load_lane(g, grad + lane.offset, lane.count, lane.vector);
-  load_lane(p, param + lane.offset, lane.count, lane.vector);
+  load_lane<kWhole>(g, grad + lane.offset, lane.count);
+  load_lane<kWhole>(p, param + lane.offset, lane.count);
+  // Both are the exception; a branch that the whole warp takes costs less than sixteen idle instructions.
+  if (c.grad_scale != 1.0f) [[unlikely]] {
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) g[i] *= c.grad_scale;
+  }
+  if (c.l2 != 0.0f) [[unlikely]] {
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) g[i] = device::fma_rn(c.l2, p[i], g[i]);
+  }
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) p[i] = updated<kAlgorithm>(c, g[i], p[i], s1[i], s2[i]);
 }
@@ -162,51 +187,68 @@ __device__ __forceinline__ void drop_nonfinite(float (&s)[kLaneElements]) {
   }
 }
 
+// Largest magnitude of the warp's states; NaN is passed over (and encoded as 0).
+__device__ __forceinline__ float warp_absmax(const float (&s)[kLaneElements], float largest) {
+#pragma unroll
+  for (int i = 0; i < kLaneElements; ++i) largest = device::max(largest, fabsf(s[i]));
+  return device::bits_float(device::reduce_max(device::float_bits(largest)));
+}
+
+__device__ __forceinline__ bool is_infinite(float magnitude) { return device::float_bits(magnitude) == kInfinityBits; }
+
+// The scale of a block that the warp holds.
+__device__ __forceinline__ float new_absmax(float (&s)[kLaneElements]) {
+  const float absmax = warp_absmax(s, 0.0f);
+  if (!is_infinite(absmax)) return absmax;
+  drop_nonfinite(s);
+  return warp_absmax(s, 0.0f);
+}
+
 // Codes beyond the end of the tensor were read as zero, which the signed map does not decode to zero.
 __device__ __forceinline__ void clear_absent(float (&s)[kLaneElements], const Lane& lane) {
-  if (lane.vector) return;
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) {
     if (i >= lane.count) s[i] = 0.0f;
   }
 }
 
-// The usual case: 256 elements, the built-in maps, everything in registers between one read and one write.
-template <Algorithm kAlgorithm, class T>
+// The usual case: 256 elements, the built-in maps, everything in registers between one read and one write. kWhole: no
+// element is missing and every address allows its widest access.
+template <Algorithm kAlgorithm, bool kWhole, class T>
 __device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& row, const Coefficients& c,
                                                   const T* grad, int64_t tile) {
   constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
   T* param = static_cast<T*>(row.param);
   uint8_t* codes1 = static_cast<uint8_t*>(row.state1);
   uint8_t* codes2 = static_cast<uint8_t*>(row.state2);
-  const bool aligned = is_aligned(param, 16) && is_aligned(grad, 16) && is_aligned(codes1, 8) && is_aligned(codes2, 8);
-  const Lane lane = lane_of(tile * kWarpElements, row.numel, aligned);
-  const LaneCodes old1 = load_codes(codes1 + lane.offset, lane.count, lane.vector);
-  const LaneCodes old2 = kTwo ? load_codes(codes2 + lane.offset, lane.count, lane.vector) : LaneCodes{};
+  const Lane lane = lane_of(tile * kWarpElements, row.numel);
+  const LaneCodes old1 = load_codes<kWhole>(codes1 + lane.offset, lane.count);
+  const LaneCodes old2 = kTwo ? load_codes<kWhole>(codes2 + lane.offset, lane.count) : LaneCodes{};
   float p[kLaneElements], s1[kLaneElements], s2[kLaneElements] = {};
-  decode_lane(s1, old1, smem.signed_tables.decode, row.absmax1[tile]);
-  clear_absent(s1, lane);
-  if (kTwo) decode_lane(s2, old2, smem.unsigned_tables.decode, row.absmax2[tile]);
-  update_lane<kAlgorithm>(c, grad, param, lane, p, s1, s2);
-  store_params(param + lane.offset, p, c, row.id, lane.offset, lane.count, lane.vector);
+  decode_lane(s1, old1, smem.signed_tables, row.absmax1[tile] * state1_factor<kAlgorithm>(c));
+  if (!kWhole) clear_absent(s1, lane);
+  if (kTwo) decode_lane(s2, old2, smem.unsigned_tables, row.absmax2[tile] * c.beta2);
+  update_lane<kAlgorithm, kWhole>(c, grad, param, lane, p, s1, s2);
+  store_params<kWhole>(param, p, c, row.id, lane);
 
-  uint32_t largest1 = device::reduce_max(largest_bits(s1));
-  if (largest1 >= kInfinityBits) {
-    drop_nonfinite(s1);
-    largest1 = device::reduce_max(largest_bits(s1));
-  }
-  const LaneCodes new1 = encode_lane<true>(s1, lane_scale(device::bits_float(largest1)), smem.signed_tables.buckets);
-  store_codes(codes1 + lane.offset, new1, lane.count, lane.vector);
-  if (device::lane_id() == 0) row.absmax1[tile] = device::bits_float(largest1);
+  const float absmax1 = new_absmax(s1);
+  const LaneCodes new1 = encode_lane<true>(s1, absmax1, smem.signed_tables);
+  store_codes<kWhole>(codes1 + lane.offset, new1, lane.count);
+  if (device::lane_id() == 0) row.absmax1[tile] = absmax1;
   if constexpr (kTwo) {
-    uint32_t largest2 = device::reduce_max(largest_bits(s2));
-    if (largest2 >= kInfinityBits) {
-      drop_nonfinite(s2);
-      largest2 = device::reduce_max(largest_bits(s2));
-    }
-    const LaneCodes new2 = encode_lane<false>(s2, lane_scale(device::bits_float(largest2)), smem.unsigned_tables.buckets);
-    store_codes(codes2 + lane.offset, new2, lane.count, lane.vector);
-    if (device::lane_id() == 0) row.absmax2[tile] = device::bits_float(largest2);
+    const float absmax2 = new_absmax(s2);
+    const LaneCodes new2 = encode_lane<false>(s2, absmax2, smem.unsigned_tables);
+    store_codes<kWhole>(codes2 + lane.offset, new2, lane.count);
+    if (device::lane_id() == 0) row.absmax2[tile] = absmax2;
+  }
+}
+
+__device__ __forceinline__ void decode_any(float (&out)[kLaneElements], LaneCodes codes, const CodecTables& tables,
+                                           const float* map, float scale) {
+  if (map != nullptr) {
+    decode_lane_foreign(out, codes, map, scale);
+  } else {
+    decode_lane(out, codes, tables, scale);
   }
 }
 
@@ -221,21 +263,18 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
   uint8_t* codes2 = static_cast<uint8_t*>(row.state2);
   const int64_t begin = tile * row.block_size;
   const int64_t end = begin + row.block_size < row.numel ? begin + row.block_size : row.numel;
-  const bool aligned = is_aligned(param, 16) && is_aligned(grad, 16) && is_aligned(codes1, 8) && is_aligned(codes2, 8);
-  const float* table1 = row.map1 != nullptr ? row.map1 : smem.signed_tables.decode;
-  const float* table2 = row.map2 != nullptr ? row.map2 : smem.unsigned_tables.decode;
-  const float absmax1 = row.absmax1[tile];
-  const float absmax2 = kTwo ? row.absmax2[tile] : 0.0f;
+  const float scale1 = row.absmax1[tile] * state1_factor<kAlgorithm>(c);
+  const float scale2 = kTwo ? row.absmax2[tile] * c.beta2 : 0.0f;
 
   float p[kLaneElements], s1[kLaneElements], s2[kLaneElements] = {};
   bool drop = false;
   const auto compute = [&](int64_t chunk) {
-    const Lane lane = lane_of(chunk, end, aligned);
-    decode_lane(s1, load_codes(codes1 + lane.offset, lane.count, lane.vector), table1, absmax1);
-    if (kTwo) decode_lane(s2, load_codes(codes2 + lane.offset, lane.count, lane.vector), table2, absmax2);
+    const Lane lane = lane_of(chunk, end);
+    decode_any(s1, load_codes<false>(codes1 + lane.offset, lane.count), smem.signed_tables, row.map1, scale1);
+    if (kTwo) decode_any(s2, load_codes<false>(codes2 + lane.offset, lane.count), smem.unsigned_tables, row.map2, scale2);
     clear_absent(s1, lane);
     clear_absent(s2, lane);
-    update_lane<kAlgorithm>(c, grad, param, lane, p, s1, s2);
+    update_lane<kAlgorithm, false>(c, grad, param, lane, p, s1, s2);
     if (drop) {
       drop_nonfinite(s1);
       if (kTwo) drop_nonfinite(s2);
@@ -243,72 +282,83 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
     return lane;
   };
 
-  uint32_t largest1 = 0, largest2 = 0;
+  float absmax1, absmax2;
   for (;;) {
+    absmax1 = absmax2 = 0.0f;
     for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
       compute(chunk);
-      largest1 = device::max(largest1, largest_bits(s1));
-      if (kTwo) largest2 = device::max(largest2, largest_bits(s2));
+      absmax1 = warp_absmax(s1, absmax1);
+      if (kTwo) absmax2 = warp_absmax(s2, absmax2);
     }
-    largest1 = device::reduce_max(largest1);
-    if (kTwo) largest2 = device::reduce_max(largest2);
-    if (drop || (largest1 < kInfinityBits && largest2 < kInfinityBits)) break;
+    if (drop || !(is_infinite(absmax1) || is_infinite(absmax2))) break;
     drop = true;
-    largest1 = largest2 = 0;
   }
-  const float new_absmax1 = device::bits_float(largest1), new_absmax2 = device::bits_float(largest2);
-  const LaneScale scale1 = lane_scale(new_absmax1), scale2 = lane_scale(new_absmax2);
 
   for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
     const Lane lane = compute(chunk);
-    const LaneCodes new1 = row.map1 != nullptr ? encode_lane_foreign(s1, scale1, row.map1)
-                                               : encode_lane<true>(s1, scale1, smem.signed_tables.buckets);
-    store_codes(codes1 + lane.offset, new1, lane.count, lane.vector);
+    const LaneCodes new1 = row.map1 != nullptr ? encode_lane_foreign(s1, absmax1, row.map1)
+                                               : encode_lane<true>(s1, absmax1, smem.signed_tables);
+    store_codes<false>(codes1 + lane.offset, new1, lane.count);
     if (kTwo) {
-      const LaneCodes new2 = row.map2 != nullptr ? encode_lane_foreign(s2, scale2, row.map2)
-                                                 : encode_lane<false>(s2, scale2, smem.unsigned_tables.buckets);
-      store_codes(codes2 + lane.offset, new2, lane.count, lane.vector);
+      const LaneCodes new2 = row.map2 != nullptr ? encode_lane_foreign(s2, absmax2, row.map2)
+                                                 : encode_lane<false>(s2, absmax2, smem.unsigned_tables);
+      store_codes<false>(codes2 + lane.offset, new2, lane.count);
     }
-    store_params(param + lane.offset, p, c, row.id, lane.offset, lane.count, lane.vector);
+    store_params<false>(param, p, c, row.id, lane);
   }
   if (device::lane_id() == 0) {
-    row.absmax1[tile] = new_absmax1;
-    if (kTwo) row.absmax2[tile] = new_absmax2;
+    row.absmax1[tile] = absmax1;
+    if (kTwo) row.absmax2[tile] = absmax2;
   }
 }
 
-template <Algorithm kAlgorithm, class T>
+template <Algorithm kAlgorithm, bool kWhole, class T>
 __device__ __forceinline__ void update_plain_tile(const Row& row, const Coefficients& c, const T* grad, int64_t tile) {
   constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
   T* param = static_cast<T*>(row.param);
-  float* state1 = static_cast<float*>(row.state1);
-  float* state2 = static_cast<float*>(row.state2);
-  const int64_t begin = tile * row.block_size;
-  const int64_t end = begin + row.block_size < row.numel ? begin + row.block_size : row.numel;
-  const bool aligned = is_aligned(param, 16) && is_aligned(grad, 16) && is_aligned(state1, 16) && is_aligned(state2, 16);
-  for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
-    const Lane lane = lane_of(chunk, end, aligned);
-    float p[kLaneElements], s1[kLaneElements], s2[kLaneElements] = {};
-    load_lane(s1, state1 + lane.offset, lane.count, lane.vector);
-    if (kTwo) load_lane(s2, state2 + lane.offset, lane.count, lane.vector);
-    update_lane<kAlgorithm>(c, grad, param, lane, p, s1, s2);
-    store_lane(state1 + lane.offset, s1, lane.count, lane.vector);
-    if (kTwo) store_lane(state2 + lane.offset, s2, lane.count, lane.vector);
-    store_params(param + lane.offset, p, c, row.id, lane.offset, lane.count, lane.vector);
+  const Lane lane = lane_of(tile * kWarpElements, row.numel);
+  float* state1 = static_cast<float*>(row.state1) + lane.offset;
+  float* state2 = static_cast<float*>(row.state2) + lane.offset;
+  float p[kLaneElements], s1[kLaneElements], s2[kLaneElements] = {};
+  load_lane<kWhole>(s1, state1, lane.count);
+  if (kTwo) load_lane<kWhole>(s2, state2, lane.count);
+#pragma unroll
+  for (int i = 0; i < kLaneElements; ++i) {
+    s1[i] *= state1_factor<kAlgorithm>(c);
+    if (kTwo) s2[i] *= c.beta2;
   }
+  update_lane<kAlgorithm, kWhole>(c, grad, param, lane, p, s1, s2);
+  store_lane<kWhole>(state1, s1, lane.count);
+  if (kTwo) store_lane<kWhole>(state2, s2, lane.count);
+  store_params<kWhole>(param, p, c, row.id, lane);
+}
+
+static_assert(kPlainTile == kWarpElements && kUsualBlock == kWarpElements);
+
+// Whether the warp may use the widest accesses throughout the tile.
+__device__ __forceinline__ bool is_whole(const Row& row, const void* grad, int64_t tile, uintptr_t state_alignment) {
+  return (tile + 1) * kWarpElements <= row.numel && is_aligned(row.param, 16) && is_aligned(grad, 16) &&
+         is_aligned(row.state1, state_alignment) && is_aligned(row.state2, state_alignment);
 }
 
 // kGeneral picks the rows: a model without foreign maps or large blocks has none of the general kind, and the kernel
 // for the others keeps the registers that those would cost.
 template <Algorithm kAlgorithm, bool kGeneral, class T>
-__device__ __forceinline__ void update_tile(const Smem& smem, const Row& row, const Coefficients& c, const void* grad,
+__device__ __forceinline__ void update_tile(const Smem& smem, const Row& row, const Coefficients& c, const void* grads,
                                             int64_t tile) {
+  const T* grad = static_cast<const T*>(grads);
   if constexpr (kGeneral) {
-    update_general_tile<kAlgorithm>(smem, row, c, static_cast<const T*>(grad), tile);
-  } else if (row.absmax1 != nullptr) {
-    update_usual_tile<kAlgorithm>(smem, row, c, static_cast<const T*>(grad), tile);
+    update_general_tile<kAlgorithm>(smem, row, c, grad, tile);
+  } else if (row.absmax1 == nullptr) {
+    if (is_whole(row, grad, tile, 16)) {
+      update_plain_tile<kAlgorithm, true>(row, c, grad, tile);
+    } else {
+      update_plain_tile<kAlgorithm, false>(row, c, grad, tile);
+    }
+  } else if (is_whole(row, grad, tile, 8)) {
+    update_usual_tile<kAlgorithm, true>(smem, row, c, grad, tile);
   } else {
-    update_plain_tile<kAlgorithm>(row, c, static_cast<const T*>(grad), tile);
+    update_usual_tile<kAlgorithm, false>(smem, row, c, grad, tile);
   }
 }
 
@@ -322,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3) update_kernel(cons
   }
   for_tiles(slice, [&](int index, int64_t tile) {
     const Row& row = slice.rows[index];
-    const Coefficients& c = slice.coefficients[index];
+    const Coefficients c = load_struct(slice.coefficients + index);
     if (c.skip || bool(row.general) != kGeneral) return;
     switch (row.dtype) {
       case DType::kFloat32: return update_tile<kAlgorithm, kGeneral, float>(smem, row, c, slice.grads[index], tile);
@@ -349,9 +399,13 @@ __device__ __forceinline__ double squared_sum(const Row& row, const void* grad, 
   const int64_t end = begin + row.block_size < row.numel ? begin + row.block_size : row.numel;
   double total = 0;
   for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
-    const Lane lane = lane_of(chunk, end, is_aligned(values, 16));
+    const Lane lane = lane_of(chunk, end);
     float x[kLaneElements], sum = 0;
-    load_lane(x, values + lane.offset, lane.count, lane.vector);
+    if (chunk + kWarpElements <= end && is_aligned(values, 16)) {
+      load_lane<true>(x, values + lane.offset, lane.count);
+    } else {
+      load_lane<false>(x, values + lane.offset, lane.count);
+    }
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) sum = device::fma_rn(x[i], x[i], sum);
     total += sum;

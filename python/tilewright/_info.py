@@ -44,8 +44,11 @@ def info() -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """Python, platform and the packages every install has."""
-    found = {name: distribution_version(name) for name in ("tilewright", "torch", "numpy")}
-    return {"python": platform.python_version(), "platform": platform.platform(), **found}
+    from tilewright import __version__
+
+    found = {name: distribution_version(name) for name in ("torch", "numpy")}
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return {"tilewright": __version__, **system, **found}
 
 
 def build() -> dict[str, Any]:

@@ -218,6 +218,6 @@ def _names(text: str) -> list[str]:
 
 
 def _version() -> str:
-    from tilewright._info import distribution_version
+    from tilewright import __version__
 
-    return distribution_version("tilewright") or "(not installed)"
+    return __version__

@@ -141,8 +141,8 @@ def test_a_closure_is_called_with_gradients_enabled() -> None:
         loss.backward()
         return loss
 
-    first = float(optimizer.step(closure))
-    assert float(optimizer.step(closure)) < first
+    first = optimizer.step(closure).item()
+    assert optimizer.step(closure).item() < first
     with torch.no_grad():
         optimizer.step(closure)
     assert int(optimizer.state[p]["step"]) == 3
@@ -301,12 +301,12 @@ def test_overrides_of_several_parameters_are_not_one() -> None:
 def test_an_override_ends_with_its_parameter() -> None:
     """bitsandbytes keys them by id(), which a later parameter may be given again."""
     manager = GlobalOptimManager.get_instance()
-    for _ in range(50):
+    for _ in range(5):
         p = torch.nn.Parameter(torch.ones(10))
         assert id(p) not in manager.overrides()
         manager.override_config(p, "lr", 0.5)
         del p
-        gc.collect()
+    gc.collect()
     assert len(manager.overrides()) == 0
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from tilewright import _info
+from tilewright import __version__, _info
 
-_PACKAGES = ("tilewright", "torch", "bitsandbytes", "torchao", "numpy")
+_PEERS = ("torch", "bitsandbytes", "torchao", "numpy")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -20,7 +20,10 @@ def describe(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": _gpu(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
-        "versions": {name: _info.distribution_version(name) for name in _PACKAGES},
+        "versions": {
+            "tilewright": __version__,
+            **{name: _info.distribution_version(name) for name in _PEERS},
+        },
         "python": _info.versions()["python"],
         "commit": commit(),
     }

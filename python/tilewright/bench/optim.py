@@ -9,6 +9,7 @@ Bytes per parameter and step, read plus written, of a block of 256 with its floa
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -332,7 +333,6 @@ def _ours(name: str) -> Any:
 
 
 def _bitsandbytes(name: str, module: str = "bitsandbytes.optim") -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return _peer(name, [module])
 
 
@@ -341,8 +341,8 @@ def _torchao(name: str) -> Any:
 
 
 def _peer(name: str, modules: Iterable[str]) -> Any:
-    import importlib
-
+    for noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     problem: Exception | None = None
     for module in modules:
         try:

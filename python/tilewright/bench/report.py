@@ -64,7 +64,7 @@ def conditions(record: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in record["versions"].items() if version and name != "numpy"
     )
-    copies = [case["copy_gb_per_s"] for case in record["cases"] if case.get("copy_gb_per_s")]
+    copies = [case["copy_gb_per_s"] for case in record.get("cases", []) if case.get("copy_gb_per_s")]
     copy = f"copy {statistics.median(copies):.0f} GB/s; " if copies else ""
     commit = f"commit {record['commit'] or 'unknown'}"
     return f"{device_name(record)}; {copy}{versions}; {commit}; {record['date'][:10]}."

@@ -101,7 +101,8 @@ def run(steps: int, seeds: Sequence[int], out: Path) -> int:
     parameters = sum(p.numel() for p in ByteLanguageModel().parameters())
     console.print(
         f"A byte-level language model of {parameters / 1e6:.2f}M parameters, "
-        f"{len(train) / 1e3:.0f} kB of text, {steps} steps of {_BATCH} x {_LENGTH} bytes, {torch.get_num_threads()} threads.\n"
+        f"{len(train) / 1e3:.0f} kB of text, {steps} steps of {_BATCH} x {_LENGTH} bytes, "
+        f"{torch.get_num_threads()} threads.\n"
         "Same weights, same batches, the two optimizers turn by turn:",
         highlight=False,
     )

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from .. import _backend
 from . import state_io
 from .manager import GlobalOptimManager
-from .options import check_options, read_lr
+from .options import SETTINGS, check_options, read_lr
 from .state_io import Moment
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -123,7 +123,7 @@ class BlockwiseOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, which may set anything the constructor sets per group, and optim_bits, min_8bit_size."""
         if isinstance(param_group, dict) and "params" in param_group:
-            check_options({**self.defaults, **param_group})
+            self._check_group({**self.defaults, **param_group})
             params = param_group["params"]
             if not isinstance(params, (Tensor, set)):
                 param_group["params"] = params = list(params)
@@ -133,6 +133,10 @@ class BlockwiseOptimizer(Optimizer):
             self._choose_seed(param_group)
         super().add_param_group(param_group)
         self._roster = None
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Other optimizers' settings, which a checkpoint may bring, and the user's own entries are not looked at."""
+        check_options({key: value for key, value in group.items() if key in self.defaults or key not in SETTINGS})
 
     def _choose_seed(self, group: dict[str, Any]) -> None:
         """One seed for all groups, drawn from torch's generator when the first that needs one has none."""
@@ -434,7 +438,7 @@ class BlockwiseOptimizer(Optimizer):
                     f"{len(group['params'])} in the optimizer"
                 )
             merged.append({**group, **deepcopy(self._own_options(saved)), "params": group["params"]})
-            check_options(merged[-1])
+            self._check_group(merged[-1])
         seeds = {group["seed"] for group in merged} - {None}
         if len(seeds) > 1:
             raise ValueError(f"all parameter groups share one seed, the checkpoint has {sorted(seeds)}")

@@ -150,3 +150,6 @@ _CHECKS = {
     "optim_bits": _check_bits,
     "min_8bit_size": _check_size,
 }
+
+# What an optimizer here may have as its own setting.
+SETTINGS = frozenset(_CHECKS) - {"optim_bits", "min_8bit_size"}

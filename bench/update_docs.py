@@ -1,0 +1,108 @@
+"""Puts the results under bench/results/ into README.md and docs/: no number there is typed by hand.
+
+    python bench/update_docs.py           rewrite what lies between the markers
+    python bench/update_docs.py --check   exit with 1 if that would change anything
+
+A marker names a result file and what to show of it:
+
+    <!-- result: cpu/optim-cpu.json table -->
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tilewright.bench import report
+from tilewright.demo import optim as demo
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+BLOCK = re.compile(r"(<!-- result: (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HOW_TO_MEASURE = {
+    "cpu/optim-cpu.json": "tilewright bench --device cpu --out bench/results/cpu",
+    "h200/optim-cuda.json": "make gpu FAMILY=optim",
+    "cpu/demo/optim.json": "tilewright demo --out bench/results/cpu/demo",
+    "cpu/demo-seeds/optim.json": "tilewright demo --seeds 5 --out bench/results/cpu/demo-seeds",
+}
+
+
+def rendered(name: str, what: str) -> str:
+    """The Markdown that stands between the markers."""
+    path = RESULTS / name
+    if not path.exists():
+        if name.startswith("h200/"):
+            return "Not yet measured on a GPU.\n"
+        return (
+            f"TODO(lead): not measured yet: `{HOW_TO_MEASURE[name]}`, then `python bench/update_docs.py`.\n"
+        )
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return VIEWS[what](record)
+
+
+def table(record: dict[str, Any]) -> str:
+    """A benchmark's table."""
+    return report.markdown(record)
+
+
+def output(record: dict[str, Any]) -> str:
+    """What the demo printed at its end."""
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        demo.print_table(record, console)
+    text = "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
+    return f"```text\n{text}\n```\n\n{measured_on(record)}\n"
+
+
+def spread(record: dict[str, Any]) -> str:
+    """Final validation losses, a row a seed, and what they say."""
+    lines = [
+        "| seed | torch AdamW, 32-bit | tilewright AdamW8bit | difference |",
+        "| --: | --: | --: | --: |",
+    ]
+    for run in record["runs"]:
+        theirs, ours = (run[name]["validation_loss"] for name in (demo.THEIRS, demo.OURS))
+        lines.append(f"| {run['seed']} | {theirs:.4f} | {ours:.4f} | {ours - theirs:+.4f} |")
+    found = record["spread"]
+    stds = [f"{found['std'][name]:.4f}" for name in (demo.THEIRS, demo.OURS)]
+    lines.append(f"| std | {stds[0]} | {stds[1]} | {found['gap_std']:.4f} |")
+    mean = f"The mean difference at the same seed is {found['gap_mean']:+.4f} nats per byte."
+    return "\n".join(lines) + f"\n\n{mean} {measured_on(record)}\n"
+
+
+def measured_on(record: dict[str, Any]) -> str:
+    """One sentence: what was run, on what."""
+    size = f"{record['parameters'] / 1e6:.2f}M parameters, {record['steps']} steps"
+    return f"{size}, {record['seconds']:.0f} s in all. {report.conditions(record)}"
+
+
+VIEWS = {"table": table, "output": output, "spread": spread}
+
+
+def updated(text: str) -> str:
+    """The document with every block rendered anew."""
+    return BLOCK.sub(lambda m: m[1] + "\n" + rendered(m[2], m[3]) + "\n" + m[4], text)
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrites, or with --check only reports."""
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        before = path.read_text(encoding="utf-8")
+        after = updated(before)
+        if after != before:
+            stale.append(path.relative_to(ROOT))
+            if "--check" not in arguments:
+                path.write_text(after, encoding="utf-8")
+    print(*stale or ["nothing to do"], sep="\n")
+    return int("--check" in arguments and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

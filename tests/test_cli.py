@@ -1,0 +1,65 @@
+"""The command line: what it accepts, what it says, what it returns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tilewright.cli import main
+
+
+def test_without_a_command_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "tilewright demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["benhc"], "invalid choice: 'benhc'"),
+        (["demo", "--steps", "0"], "must be a whole number, 1 or more, got '0'"),
+        (["bench", "compare", "only-one.json"], "required: B.json"),
+        (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["bench", "--cases", "nothing-like-it"],
+            "no case matches nothing-like-it; there are: adamw8bit-fp32",
+        ),
+        (["bench", "--peers", "apex"], "unknown peer apex; there are: torch, bitsandbytes, torchao"),
+        (["bench", "compare", "missing.json", "missing.json"], "missing.json"),
+    ],
+)
+def test_errors_name_what_was_wrong(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = ["--device", "cpu"] if arguments[1].startswith("-") else []
+    assert main(arguments + device) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_info_check_passes_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["info", "--check", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert [check["name"] for check in report["checks"] if not check["passed"]] == []
+    assert {check["name"] for check in report["checks"]} >= {"quantize_blockwise", "AdamW8bit", "SGD8bit"}
+    assert status == 0
+
+
+def test_compare_refuses_other_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[1, 2]")
+    assert main(["bench", "compare", str(path), str(path)]) == 1
+    assert "is not a result of `tilewright bench`" in capsys.readouterr().err
