@@ -38,5 +38,5 @@ if(NOT TILEWRIGHT_CUDA_FOUND AND TILEWRIGHT_CUDA STREQUAL "ON")
     "Install the CUDA toolkit 12.1 or newer and set CUDACXX to its nvcc, name other architectures in "
     "TILEWRIGHT_CUDA_ARCHS, or set TILEWRIGHT_CUDA=OFF for the CPU package.")
 elseif(NOT TILEWRIGHT_CUDA_FOUND)
-  message(NOTICE "tilewright: no usable nvcc (12.1 or newer) was found; this build gives the CPU package.")
+  message(NOTICE "tilewright: found no nvcc (12.1 or newer) that builds for '${TILEWRIGHT_CUDA_ARCHS}'; this is the CPU package.")
 endif()

@@ -35,13 +35,12 @@ TW_HOST_DEVICE static inline Coefficients coefficients(Algorithm algorithm, cons
   c.beta2 = float(group.beta2);
   c.one_minus_beta2 = float(1.0 - group.beta2);
   c.step_size = float(lr);
+  c.inverse_correction2 = 1.0f;
   if (algorithm == Algorithm::kAdam) {
-    const double step_size = lr / (1.0 - pow(group.beta1, double(step)));
-    const double correction2 = sqrt(1.0 - pow(group.beta2, double(step)));
-    // A learning rate of 0 becomes an infinite denominator.
-    c.denominator_scale = step_size > 0 ? float(1.0 / (correction2 * step_size)) : 0.0f;
-    c.denominator_offset = float(step_size > 0 ? group.eps / step_size : HUGE_VAL);
+    c.step_size = float(lr / (1.0 - pow(group.beta1, double(step))));
+    c.inverse_correction2 = float(1.0 / sqrt(1.0 - pow(group.beta2, double(step))));
   }
+  c.eps = float(group.eps);
   c.momentum_weight = group.nesterov ? float(group.beta1) : 1.0f;
   c.grad_weight = group.nesterov ? 1.0f : 0.0f;
   c.stochastic = group.stochastic;

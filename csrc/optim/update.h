@@ -62,9 +62,8 @@ struct alignas(16) Coefficients {
   float beta1, one_minus_beta1;
   float beta2, one_minus_beta2;
   float step_size;
-  // Adam: the step is state1 / (sqrt(state2) * denominator_scale + denominator_offset), which has lr / (1 - beta1^t)
-  // and 1 / sqrt(1 - beta2^t) folded in.
-  float denominator_scale, denominator_offset;
+  float inverse_correction2;  // 1 / sqrt(1 - beta2^t)
+  float eps;
   float momentum_weight, grad_weight;  // SGD: the step is momentum_weight * state + grad_weight * gradient
   int32_t skip;                        // found_inf: leave everything as it is
   int32_t stochastic;

@@ -18,8 +18,8 @@ constexpr int64_t kMaxTile = 4096;
 constexpr int64_t kSerialTiles = 64;  // fewer than this are done before a second thread wakes up
 
 struct Vectors {
-  Float scale, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, denominator_scale,
-      denominator_offset, momentum_weight, grad_weight;
+  Float scale, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction2,
+      eps, momentum_weight, grad_weight;
 
   explicit Vectors(const Coefficients& c)
       : scale(splat(c.grad_scale)),
@@ -30,8 +30,8 @@ struct Vectors {
         beta2(splat(c.beta2)),
         one_minus_beta2(splat(c.one_minus_beta2)),
         step_size(splat(c.step_size)),
-        denominator_scale(splat(c.denominator_scale)),
-        denominator_offset(splat(c.denominator_offset)),
+        inverse_correction2(splat(c.inverse_correction2)),
+        eps(splat(c.eps)),
         momentum_weight(splat(c.momentum_weight)),
         grad_weight(splat(c.grad_weight)) {}
 };
@@ -42,7 +42,7 @@ Float updated(const Vectors& c, Float g, Float p, Float& s1, Float& s2) {
   if constexpr (kAlgorithm == Algorithm::kAdam) {
     s1 = fma(c.beta1, s1, c.one_minus_beta1 * g);
     s2 = fma(c.beta2, s2, c.one_minus_beta2 * g * g);
-    return p * c.decay - s1 / fma(sqrt(s2), c.denominator_scale, c.denominator_offset);
+    return p * c.decay - c.step_size * s1 / fma(sqrt(s2), c.inverse_correction2, c.eps);
   } else if constexpr (kAlgorithm == Algorithm::kLion) {
     const Float direction = fma(c.beta1, s1, c.one_minus_beta1 * g);
     s1 = fma(c.beta2, s1, c.one_minus_beta2 * g);
@@ -155,18 +155,21 @@ void decode_state(CodedState& state, int64_t count) {
   for (int64_t i = count; i < padded; ++i) state.values[i] = 0.0f;
 }
 
-template <bool kSigned>
-void encode_state(CodedState& state, int64_t count) {
-  const int64_t padded = padded_to_step(count);
-  float absmax = codec::absmax_of(state.values, padded);
-  if (!(absmax <= codec::kLargestFloat)) {
-    // A non-finite gradient made its own parameter non-finite, as in torch; its neighbours in the block keep
-    // their states.
-    for (int64_t i = 0; i < padded; ++i) {
-      if (!(std::fabs(state.values[i]) <= codec::kLargestFloat)) state.values[i] = 0.0f;
-    }
-    absmax = codec::absmax_of(state.values, padded);
+bool is_finite(float x) { return std::fabs(x) <= codec::kLargestFloat; }
+
+// States that a non-finite or an overflowing gradient reached become zero, both of an element: its neighbours in the
+// block keep theirs. Its parameter is what torch would make of it.
+void drop_nonfinite(float* state1, float* state2, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (is_finite(state1[i]) && is_finite(state2[i])) continue;
+    state1[i] = 0.0f;
+    state2[i] = 0.0f;
   }
+}
+
+template <bool kSigned>
+void encode_state(CodedState& state, float absmax, int64_t count) {
+  const int64_t padded = padded_to_step(count);
   alignas(64) uint8_t copy[kMaxTile];
   uint8_t* codes = padded == count ? state.codes : copy;
   if (state.map != nullptr) {
@@ -176,6 +179,20 @@ void encode_state(CodedState& state, int64_t count) {
   }
   if (padded != count) std::memcpy(state.codes, copy, size_t(count));
   *state.absmax = absmax;
+}
+
+template <bool kTwo>
+void encode_states(CodedState& state1, CodedState& state2, int64_t count) {
+  const int64_t padded = padded_to_step(count);
+  float absmax1 = codec::absmax_of(state1.values, padded);
+  float absmax2 = kTwo ? codec::absmax_of(state2.values, padded) : 0.0f;
+  if (!is_finite(absmax1) || !is_finite(absmax2)) {
+    drop_nonfinite(state1.values, kTwo ? state2.values : state1.values, padded);
+    absmax1 = codec::absmax_of(state1.values, padded);
+    if (kTwo) absmax2 = codec::absmax_of(state2.values, padded);
+  }
+  encode_state<true>(state1, absmax1, count);
+  if (kTwo) encode_state<false>(state2, absmax2, count);
 }
 
 template <Algorithm kAlgorithm, class T>
@@ -210,10 +227,7 @@ void update_tile(const Row& row, const void* grads, const Coefficients& c, int64
   } else {
     update_span<kAlgorithm, false>(c, span, count);
   }
-  if (row.absmax1 != nullptr) {
-    encode_state<true>(state1, count);
-    if (kAlgorithm == Algorithm::kAdam) encode_state<false>(state2, count);
-  }
+  if (row.absmax1 != nullptr) encode_states<kAlgorithm == Algorithm::kAdam>(state1, state2, count);
 }
 
 template <Algorithm kAlgorithm>

@@ -99,8 +99,8 @@ __device__ __forceinline__ float updated(const Coefficients& c, float g, float p
   if constexpr (kAlgorithm == Algorithm::kAdam) {
     s1 = device::fma_rn(c.one_minus_beta1, g, s1);
     s2 = device::fma_rn(c.one_minus_beta2 * g, g, s2);
-    const float denominator = device::fma_rn(device::sqrt_approx(s2), c.denominator_scale, c.denominator_offset);
-    return device::fma_rn(-s1, device::rcp_approx(denominator), p * c.decay);
+    const float denominator = device::fma_rn(device::sqrt_approx(s2), c.inverse_correction2, c.eps);
+    return device::fma_rn(-c.step_size * s1, device::rcp_approx(denominator), p * c.decay);
   } else if constexpr (kAlgorithm == Algorithm::kLion) {
     const float direction = device::fma_rn(c.beta1, s1, c.one_minus_beta1 * g);
     s1 = device::fma_rn(c.beta2, s1, c.one_minus_beta2 * g);
@@ -178,16 +178,18 @@ __device__ __forceinline__ void update_lane(const Coefficients& c, const T* grad
   for (int i = 0; i < kLaneElements; ++i) p[i] = updated<kAlgorithm>(c, g[i], p[i], s1[i], s2[i]);
 }
 
-// A state that a non-finite gradient reached is stored as zero: its own parameter is lost, as in torch, but the scale
-// of the block is not.
-__device__ __forceinline__ void drop_nonfinite(float (&s)[kLaneElements]) {
+// States that a non-finite or an overflowing gradient reached become zero, both of an element: its neighbours in the
+// block keep theirs. Its parameter is what torch would make of it.
+__device__ __forceinline__ void drop_nonfinite(float (&s1)[kLaneElements], float (&s2)[kLaneElements]) {
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) {
-    if ((device::float_bits(s[i]) & kInfinityBits) == kInfinityBits) s[i] = 0.0f;
+    const uint32_t exponent1 = device::float_bits(s1[i]) & kInfinityBits;
+    const uint32_t exponent2 = device::float_bits(s2[i]) & kInfinityBits;
+    if (exponent1 == kInfinityBits || exponent2 == kInfinityBits) s1[i] = s2[i] = 0.0f;
   }
 }
 
-// Largest magnitude of the warp's states; NaN is passed over (and encoded as 0).
+// Largest magnitude of the warp's states; NaN is passed over, and encoded as 0.
 __device__ __forceinline__ float warp_absmax(const float (&s)[kLaneElements], float largest) {
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) largest = device::max(largest, fabsf(s[i]));
@@ -195,14 +197,6 @@ __device__ __forceinline__ float warp_absmax(const float (&s)[kLaneElements], fl
 }
 
 __device__ __forceinline__ bool is_infinite(float magnitude) { return device::float_bits(magnitude) == kInfinityBits; }
-
-// The scale of a block that the warp holds.
-__device__ __forceinline__ float new_absmax(float (&s)[kLaneElements]) {
-  const float absmax = warp_absmax(s, 0.0f);
-  if (!is_infinite(absmax)) return absmax;
-  drop_nonfinite(s);
-  return warp_absmax(s, 0.0f);
-}
 
 // Codes beyond the end of the tensor were read as zero, which the signed map does not decode to zero.
 __device__ __forceinline__ void clear_absent(float (&s)[kLaneElements], const Lane& lane) {
@@ -231,14 +225,17 @@ __device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& r
   update_lane<kAlgorithm, kWhole>(c, grad, param, lane, p, s1, s2);
   store_params<kWhole>(param, p, c, row.id, lane);
 
-  const float absmax1 = new_absmax(s1);
-  const LaneCodes new1 = encode_lane<true>(s1, absmax1, smem.signed_tables);
-  store_codes<kWhole>(codes1 + lane.offset, new1, lane.count);
+  float absmax1 = warp_absmax(s1, 0.0f);
+  float absmax2 = kTwo ? warp_absmax(s2, 0.0f) : 0.0f;
+  if (is_infinite(absmax1) || is_infinite(absmax2)) [[unlikely]] {
+    drop_nonfinite(s1, s2);
+    absmax1 = warp_absmax(s1, 0.0f);
+    if (kTwo) absmax2 = warp_absmax(s2, 0.0f);
+  }
+  store_codes<kWhole>(codes1 + lane.offset, encode_lane<true>(s1, absmax1, smem.signed_tables), lane.count);
   if (device::lane_id() == 0) row.absmax1[tile] = absmax1;
   if constexpr (kTwo) {
-    const float absmax2 = new_absmax(s2);
-    const LaneCodes new2 = encode_lane<false>(s2, absmax2, smem.unsigned_tables);
-    store_codes<kWhole>(codes2 + lane.offset, new2, lane.count);
+    store_codes<kWhole>(codes2 + lane.offset, encode_lane<false>(s2, absmax2, smem.unsigned_tables), lane.count);
     if (device::lane_id() == 0) row.absmax2[tile] = absmax2;
   }
 }
@@ -275,10 +272,7 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
     clear_absent(s1, lane);
     clear_absent(s2, lane);
     update_lane<kAlgorithm, false>(c, grad, param, lane, p, s1, s2);
-    if (drop) {
-      drop_nonfinite(s1);
-      if (kTwo) drop_nonfinite(s2);
-    }
+    if (drop) drop_nonfinite(s1, s2);
     return lane;
   };
 

@@ -1,4 +1,4 @@
-"""What the optimizer tests share: building optimizers from reference options, and looking into their states."""
+"""What the optimizer tests share: building optimizers from options, and looking into their states."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from reference import optim as reference
-from reference.optim import Options
 from torch import Tensor
 
 import tilewright as tw
+from reference import optim as reference
+from reference.optim import Options
 from tilewright.optim.state_io import bits_of
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -63,7 +63,9 @@ def set_grads(params: Sequence[Tensor], seed: int, scale: float = 1.0) -> None:
     """Gradients with magnitudes over several decades and some exact zeros."""
     generator = torch.Generator().manual_seed(1000 + seed)
     for p in params:
-        g = torch.randn(p.shape, generator=generator) * torch.exp(1.5 * torch.randn(p.shape, generator=generator))
+        g = torch.randn(p.shape, generator=generator) * torch.exp(
+            1.5 * torch.randn(p.shape, generator=generator)
+        )
         g = g * (torch.rand(p.shape, generator=generator) > 0.05) * 0.1 * scale
         p.grad = torch.empty_like(p).copy_(g.clamp(-6e4, 6e4))
 
@@ -104,12 +106,14 @@ def snapshot(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def assert_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
     assert len(left) == len(right)
-    for a, b in zip(left, right):
+    for a, b in zip(left, right, strict=True):
         assert a.dtype == b.dtype
         assert a.stride() == b.stride()
-        assert torch.equal(a.cpu().view(-1).view(torch.uint8), b.cpu().view(-1).view(torch.uint8)) if (
-            a.is_contiguous() and b.is_contiguous()
-        ) else torch.equal(a, b)
+        assert (
+            torch.equal(a.cpu().view(-1).view(torch.uint8), b.cpu().view(-1).view(torch.uint8))
+            if (a.is_contiguous() and b.is_contiguous())
+            else torch.equal(a, b)
+        )
 
 
 def assert_error_rule(actual: Tensor, exact: Tensor, plain: Tensor, atol: float = 0.0) -> None:

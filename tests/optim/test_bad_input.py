@@ -39,10 +39,18 @@ def replaced(by: torch.Tensor):
 GRADS = {
     "sparse": (sparse, NotImplementedError, "param 1: sparse gradients are not supported"),
     "wrapped": (wrapped, NotImplementedError, "param 1: gradients of type Wrapped are not supported"),
-    "double": (replaced(torch.ones(300).double()), TypeError, "param 1: grad has dtype torch.float64, expected .*32"),
+    "double": (
+        replaced(torch.ones(300).double()),
+        TypeError,
+        "param 1: grad has dtype torch.float64, expected .*32",
+    ),
     "half": (replaced(torch.ones(300).half()), TypeError, "param 1: grad has dtype torch.float16"),
     "integer": (replaced(torch.ones(300).int()), TypeError, "param 1: grad has dtype torch.int32"),
-    "shorter": (replaced(torch.ones(299)), ValueError, r"param 1: grad has shape \(299,\), expected .*\(300,\)"),
+    "shorter": (
+        replaced(torch.ones(299)),
+        ValueError,
+        r"param 1: grad has shape \(299,\), expected .*\(300,\)",
+    ),
     "viewed": (replaced(torch.ones(3, 100)), ValueError, r"param 1: grad has shape \(3, 100\)"),
 }
 
@@ -72,7 +80,9 @@ def test_other_devices(name: str) -> None:
     set_grads(params[:1], 0)
     params[1].grad = torch.ones_like(params[1])
     before = params[0].detach().clone()
-    with pytest.raises(NotImplementedError, match="param 1: device meta is not supported, expected cpu or cuda"):
+    with pytest.raises(
+        NotImplementedError, match="param 1: device meta is not supported, expected cpu or cuda"
+    ):
         optimizer.step()
     assert torch.equal(params[0], before)
     assert len(optimizer.state) == 0
@@ -85,7 +95,9 @@ def test_parameter_dtypes(name: str, dtype: torch.dtype) -> None:
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer = OPTIMIZERS[name](params)
-    with pytest.raises(TypeError, match=f"param 1: dtype {dtype} is not supported, expected float32, float16"):
+    with pytest.raises(
+        TypeError, match=f"param 1: dtype {dtype} is not supported, expected float32, float16"
+    ):
         optimizer.step()
     assert all(bool((p == 1).all()) for p in params)
     assert len(optimizer.state) == 0

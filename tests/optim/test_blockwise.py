@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-import tilewright as tw
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import tilewright as tw
 from reference import optim as reference
 from tilewright.optim import QuantState, create_dynamic_map, dequantize_blockwise, quantize_blockwise
-from torch import Tensor
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [0, 1, 63, 64, 65, 127, 129, 255, 256, 257, 2047, 2049, 4095, 4096, 4097]
@@ -110,7 +111,9 @@ def test_midpoints_go_toward_zero_and_their_neighbours_to_their_side(backend, si
     middle = exact_middle.float()
     infinity = torch.tensor(math.inf)
     points = torch.cat([middle, torch.nextafter(middle, infinity), torch.nextafter(middle, -infinity)])
-    x = torch.ones(len(points) // 255 * 256).view(-1, 256)  # a 1 in each block makes absmax 1: nothing is rounded
+    x = torch.ones(len(points) // 255 * 256).view(
+        -1, 256
+    )  # a 1 in each block makes absmax 1: nothing is rounded
     x[:, :255] = points.view(-1, 255)
     codes, state = quantize_blockwise(x.to(backend.device), code.to(backend.device))
     assert bool((state.absmax == 1).all())
@@ -286,13 +289,17 @@ def test_same_bits_for_any_number_of_threads(threads: int) -> None:
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None, max_examples=60)
-def test_error_is_at_most_half_a_gap(numel: int, blocksize: int, dtype: torch.dtype, exponent: int, seed: int) -> None:
+def test_error_is_at_most_half_a_gap(
+    numel: int, blocksize: int, dtype: torch.dtype, exponent: int, seed: int
+) -> None:
     x = torch.randn(numel, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2.0**exponent
     x = x.to(dtype)
     x = torch.where(torch.isfinite(x), x, 0)
     codes, state = quantize_blockwise(x, blocksize=blocksize)
     assert_nearest(x, codes, state.absmax, create_dynamic_map(), blocksize)
-    again, again_state = quantize_blockwise(dequantize_blockwise(codes, absmax=state.absmax, blocksize=blocksize))
+    again, again_state = quantize_blockwise(
+        dequantize_blockwise(codes, absmax=state.absmax, blocksize=blocksize)
+    )
     assert again.shape == codes.shape
     assert again_state.absmax.numel() == -(-numel // 256)
 
@@ -328,7 +335,11 @@ STATE = QuantState(torch.zeros(2), X.shape)
         ({"blocksize": 100}, ValueError, "blocksize must be one of 64, 128, .*, got 100"),
         ({"blocksize": 0}, ValueError, "got 0"),
         ({"blocksize": 8192}, ValueError, "got 8192"),
-        ({"code": torch.zeros(16)}, ValueError, r"code must hold 256 float32 values, got torch.float32 of shape \(16,\)"),
+        (
+            {"code": torch.zeros(16)},
+            ValueError,
+            r"code must hold 256 float32 values, got torch.float32 of shape \(16,\)",
+        ),
         ({"code": torch.zeros(256).double()}, ValueError, "got torch.float64"),
         ({"code": list(range(256))}, TypeError, "code must be a tensor"),
         ({"absmax": torch.zeros(3)}, ValueError, r"absmax must be float32 of shape \(2,\) for 300 elements"),
@@ -362,6 +373,22 @@ def test_quantize_refuses(arguments: dict, error: type, message: str) -> None:
 def test_dequantize_refuses(arguments: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         dequantize_blockwise(**{"A": CODES, "quant_state": STATE, **arguments})
+
+
+def negated(numel: int) -> Tensor:
+    """A view with torch's lazy negation bit: the memory holds the other sign."""
+    return torch.complex(torch.zeros(numel), -torch.ones(numel)).conj().imag
+
+
+def test_negated_views_are_read_and_not_written() -> None:
+    assert negated(300).is_neg()
+    codes, state = quantize_blockwise(negated(300))
+    assert bool((codes == 255).all())
+    for arguments in ({"absmax": negated(2)}, {"absmax": negated(2), "out": CODES.clone()}):
+        with pytest.raises(ValueError, match="absmax is a negated view"):
+            quantize_blockwise(X, **arguments)
+    with pytest.raises(ValueError, match="out is a negated view"):
+        dequantize_blockwise(codes, state, out=negated(300))
 
 
 def test_state_moves_and_describes_itself() -> None:

@@ -1,4 +1,4 @@
-"""The same bits every time: repeated, on any number of threads, for every order the emulator runs warps in."""
+"""The same bits every time: repeated, on any number of threads, for every order of the emulator's warps."""
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ NAMES = ["adamw", "lion", "sgd_nesterov"]
 SIZES = [1, 300, 4097, 9000]
 
 
-def result(name: str, dtype: torch.dtype, device: torch.device, sizes=SIZES, steps: int = 3) -> list[torch.Tensor]:
+def result(
+    name: str, dtype: torch.dtype, device: torch.device, sizes=SIZES, steps: int = 3
+) -> list[torch.Tensor]:
     params = parameters(sizes, dtype, device)
     optimizer = make(CASES[name], params, param_precision="stochastic", seed=0, max_grad_norm=0.5)
     run(optimizer, steps)

@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 from optim_cases import CASES, OPTIMIZERS, assert_same_bits, make, parameters, run, set_grads, snapshot
-from reference.optim import Options
 
 import tilewright as tw
+from reference.optim import Options
 from tilewright.optim import GlobalOptimManager
 
 CPU = torch.device("cpu")

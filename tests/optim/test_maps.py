@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from reference import optim as reference
 from tilewright.optim import create_dynamic_map
 

@@ -13,16 +13,21 @@ def one_sgd_step(start: float, change: float, dtype: torch.dtype, numel: int, de
     """`numel` copies of `start`, each moved by `change` in float32 and rounded once."""
     p = torch.nn.Parameter(torch.full((numel,), start, dtype=dtype, device=device))
     p.grad = torch.full_like(p, 1.0)
-    optimizer = tw.optim.SGD8bit([p], lr=abs(change), momentum=0.9, maximize=change > 0, min_8bit_size=0, **more)
+    optimizer = tw.optim.SGD8bit(
+        [p], lr=abs(change), momentum=0.9, maximize=change > 0, min_8bit_size=0, **more
+    )
     optimizer.step()
     return p.detach().cpu()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
-    ("start", "fraction"), [(1.0, 0.25), (-1.0, 0.75), (3.0, 0.01), (-1000.0, 0.5), (2.0**-20, 0.3), (2.0**-13, 0.9)]
+    ("start", "fraction"),
+    [(1.0, 0.25), (-1.0, 0.75), (3.0, 0.01), (-1000.0, 0.5), (2.0**-20, 0.3), (2.0**-13, 0.9)],
 )
-def test_rounding_is_unbiased_and_goes_to_a_neighbour(backend, dtype: torch.dtype, start: float, fraction: float) -> None:
+def test_rounding_is_unbiased_and_goes_to_a_neighbour(
+    backend, dtype: torch.dtype, start: float, fraction: float
+) -> None:
     numel = 20_000
     begin = torch.tensor(start, dtype=dtype)
     neighbour = torch.nextafter(begin, torch.tensor(0.0, dtype=dtype))
@@ -83,7 +88,9 @@ def test_results_do_not_depend_on_the_company(backend) -> None:
 
 def test_steps_and_parameters_are_rounded_independently() -> None:
     params = [torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(2)]
-    optimizer = tw.optim.SGD8bit(params, lr=2.0**-9, momentum=0.5, dampening=0.5, param_precision="stochastic", seed=0)
+    optimizer = tw.optim.SGD8bit(
+        params, lr=2.0**-9, momentum=0.5, dampening=0.5, param_precision="stochastic", seed=0
+    )
     seen = []
     for _ in range(2):
         for p in params:
@@ -114,7 +121,8 @@ def test_results_do_not_depend_on_threads(threads: int) -> None:
 
 
 def test_weight_decay_of_bf16_parameters_is_not_lost() -> None:
-    """bitsandbytes (and rounding to nearest anywhere) leaves 1.0 at 1.0 for ever: lr * weight_decay < 2**-9."""
+    """bitsandbytes (like any rounding to nearest) leaves 1.0 at 1.0 for ever: lr * weight_decay < 2**-9."""
+
     def after_decay(**more) -> torch.Tensor:
         p = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
         p.grad = torch.zeros_like(p)
@@ -129,7 +137,9 @@ def test_weight_decay_of_bf16_parameters_is_not_lost() -> None:
 
 def test_a_seed_is_drawn_from_torchs_generator() -> None:
     def seed() -> int:
-        return tw.optim.AdamW8bit([torch.nn.Parameter(torch.ones(3))], param_precision="stochastic").param_groups[0]["seed"]
+        return tw.optim.AdamW8bit(
+            [torch.nn.Parameter(torch.ones(3))], param_precision="stochastic"
+        ).param_groups[0]["seed"]
 
     torch.manual_seed(0)
     first = seed()
@@ -167,7 +177,9 @@ def test_seeds_that_cannot_be() -> None:
         tw.optim.AdamW8bit(p, param_precision="stochastic", seed=-1)
     with pytest.raises(TypeError, match="seed must be an integer"):
         tw.optim.AdamW8bit(p, param_precision="stochastic", seed=1.5)
-    with pytest.raises(ValueError, match="param_precision must be one of 'nearest', 'stochastic', got 'kahan'"):
+    with pytest.raises(
+        ValueError, match="param_precision must be one of 'nearest', 'stochastic', got 'kahan'"
+    ):
         tw.optim.AdamW8bit(p, param_precision="kahan")
     optimizer = tw.optim.AdamW8bit(p, param_precision="stochastic", seed=1)
     with pytest.raises(ValueError, match="share one seed"):

@@ -4,10 +4,21 @@ import math
 
 import pytest
 import torch
-from optim_cases import CASES, FLOATS, assert_error_rule, assert_same_bits, make, moments, parameters, run, set_grads, snapshot
-from reference import optim as reference
+from optim_cases import (
+    CASES,
+    FLOATS,
+    assert_error_rule,
+    assert_same_bits,
+    make,
+    moments,
+    parameters,
+    run,
+    set_grads,
+    snapshot,
+)
 
 import tilewright as tw
+from reference import optim as reference
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -80,7 +91,9 @@ def test_large_gradients_do_not_overflow_the_norm(backend) -> None:
     params = [torch.nn.Parameter(torch.zeros(5000, dtype=torch.float16, device=backend.device))]
     params[0].grad = torch.full_like(params[0], 6e4)
     tw.optim.SGD8bit(params, lr=1.0, momentum=0.5, max_grad_norm=1.0).step()
-    torch.testing.assert_close(params[0].detach().float().norm().cpu(), torch.tensor(1.0), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(
+        params[0].detach().float().norm().cpu(), torch.tensor(1.0), rtol=1e-3, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])

@@ -5,10 +5,20 @@ import io
 
 import pytest
 import torch
-from optim_cases import CASES, OPTIMIZERS, along_memory, assert_same_bits, decoded, make, parameters, run, snapshot
-from reference import optim as reference
+from optim_cases import (
+    CASES,
+    OPTIMIZERS,
+    along_memory,
+    assert_same_bits,
+    decoded,
+    make,
+    parameters,
+    run,
+    snapshot,
+)
 
 import tilewright as tw
+from reference import optim as reference
 from tilewright.optim import GlobalOptimManager, create_dynamic_map
 from tilewright.optim.maps import shared_map
 from tilewright.optim.state_io import NESTED_KEY
@@ -36,7 +46,9 @@ def flattened(state_dict: dict) -> dict:
 @pytest.mark.parametrize("precision", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resuming_is_exact_to_the_bit(backend, name: str, dtype: torch.dtype, precision: str, flat: bool) -> None:
+def test_resuming_is_exact_to_the_bit(
+    backend, name: str, dtype: torch.dtype, precision: str, flat: bool
+) -> None:
     """10 steps, save, load into new objects, 10 steps: the same as 20 steps."""
     steps = 2 if backend.name == "emulated" else 10
     params = parameters(SHAPES, dtype, backend.device)
@@ -230,7 +242,9 @@ def test_import_from_torch(backend, name: str, dtype: torch.dtype) -> None:
     key, signed = ("momentum_buffer", True) if name == "SGD8bit" else ("exp_avg", True)
     small, large = (ours.state[p] for p in params)
     assert torch.equal(small["state1"], theirs.state[params[0]][key].float())
-    codes, absmax = reference.quantize(along_memory(theirs.state[params[1]][key].cpu()), create_dynamic_map(signed), 256)
+    codes, absmax = reference.quantize(
+        along_memory(theirs.state[params[1]][key].cpu()), create_dynamic_map(signed), 256
+    )
     assert torch.equal(large["absmax1"].cpu().double(), absmax)
     assert float((along_memory(large["state1"].cpu()) != codes).double().mean()) < 1e-3
     if name != "SGD8bit":
@@ -298,10 +312,16 @@ def drop(key: str):
 
 CORRUPTIONS = {
     "shape": (put("state1", torch.zeros(4999, dtype=torch.uint8)), r"param 1: state1 has shape \(4999,\)"),
-    "axes": (put("state1", torch.zeros(50, 100, dtype=torch.uint8)), r"state1 has shape \(50, 100\), the parameter"),
+    "axes": (
+        put("state1", torch.zeros(50, 100, dtype=torch.uint8)),
+        r"state1 has shape \(50, 100\), the parameter",
+    ),
     "ademamix": (put("state1", torch.zeros(2, 5000, dtype=torch.uint8)), r"state1 has shape \(2, 5000\)"),
     "dtype": (put("state2", torch.zeros(5000, dtype=torch.int32)), "state2 must be uint8 or float32"),
-    "blocks": (put("absmax1", torch.zeros(19)), "absmax1 has 19 blocks, which fits 5000 elements in blocks of neither"),
+    "blocks": (
+        put("absmax1", torch.zeros(19)),
+        "absmax1 has 19 blocks, which fits 5000 elements in blocks of neither",
+    ),
     "blocks512": (put("absmax2", torch.zeros(10)), "absmax2 has 10 blocks"),
     "absmax dtype": (put("absmax1", torch.zeros(20).double()), "absmax1 must be float32"),
     "short map": (put("qmap1", torch.zeros(16)), r"state1: code must hold 256 float32 values"),
@@ -310,17 +330,29 @@ CORRUPTIONS = {
     "no state2": (drop("state2"), "neither of state2 and exp_avg_sq"),
     "no absmax": (drop("absmax1"), "state1 has no absmax1 or no qmap1"),
     "no map": (drop("qmap2"), "state2 has no absmax2 or no qmap2"),
-    "two forms": (put("exp_avg", torch.zeros(5000)), "state1 and exp_avg of state1 and exp_avg, expected one"),
-    "unknown": (put("state3", torch.zeros(5000)), "the checkpoint holds state3, which this optimizer does not have"),
+    "two forms": (
+        put("exp_avg", torch.zeros(5000)),
+        "state1 and exp_avg of state1 and exp_avg, expected one",
+    ),
+    "unknown": (
+        put("state3", torch.zeros(5000)),
+        "the checkpoint holds state3, which this optimizer does not have",
+    ),
     "no step": (lambda saved: saved["state"][1].pop("step"), "param 1: step must be a whole number"),
     "bad step": (lambda saved: saved["state"][1].update(step=1.5), "step must be a whole number"),
     "negative step": (lambda saved: saved["state"][1].update(step=-1), "step must be a whole number"),
     "list": (put("state1", [0] * 5000), "state1 must be a plain tensor, got list"),
     "orphan": (lambda saved: saved["state"].update({7: {"step": 1}}), "states of no parameter: 7"),
-    "groups": (lambda saved: saved["param_groups"].append(saved["param_groups"][0]), "has 2 parameter groups"),
+    "groups": (
+        lambda saved: saved["param_groups"].append(saved["param_groups"][0]),
+        "has 2 parameter groups",
+    ),
     "params": (lambda saved: saved["param_groups"][0]["params"].pop(), "has 1 parameters in the checkpoint"),
     "lr": (lambda saved: saved["param_groups"][0].update(lr=-1.0), "lr must be finite"),
-    "betas": (lambda saved: saved["param_groups"][0].update(betas=(0.9, 0.9, 0.9)), "betas must be two numbers"),
+    "betas": (
+        lambda saved: saved["param_groups"][0].update(betas=(0.9, 0.9, 0.9)),
+        "betas must be two numbers",
+    ),
 }
 
 
@@ -342,7 +374,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(case: str) -> None
 
 
 def test_states_without_a_word_on_their_block_order_are_refused() -> None:
-    """bitsandbytes' states of channels_last parameters: their order depends on the device they were made on."""
+    """bitsandbytes' states of channels_last parameters: their order depends on the device that made them."""
     (p,) = parameters([(30, 8, 5, 5)], torch.float32, CPU)
     p.data = p.data.to(memory_format=torch.channels_last)
     optimizer = tw.optim.AdamW8bit([p])

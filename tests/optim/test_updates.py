@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from optim_cases import CASES, FLOATS, SIZES, assert_error_rule, decoded, make, moments, parameters, set_grads
-from reference import optim as reference
-from reference.optim import Options
 from torch import Tensor
 
+from reference import optim as reference
+from reference.optim import Options
 from tilewright.optim import create_dynamic_map
 
 
@@ -114,7 +114,8 @@ def test_a_free_run_with_32_bits_stays_with_the_reference(name: str) -> None:
 
 def quantized(x: Tensor, signed: bool) -> Tensor:
     code = create_dynamic_map(signed)
-    return reference.dequantize(*reference.quantize(x, code, 256)[:1], code, reference.block_absmax(x, 256), 256)
+    codes, absmax = reference.quantize(x, code, 256)
+    return reference.dequantize(codes, code, absmax, 256)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd_nesterov"])
@@ -165,8 +166,9 @@ def test_first_step_of_sgd_takes_the_gradient_whole(backend) -> None:
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd", "sgd_nesterov"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_stays_with_its_element(backend, name: str, bad: float, bits: int) -> None:
-    """As in torch its own parameter is lost (or, for an infinity under sign(), moves by lr); no other notices."""
+def test_a_gradient_that_is_not_finite_stays_put(backend, name: str, bad: float, bits: int) -> None:
+    """As in torch its own parameter is lost (or moves by lr, for sign(inf)), and no other element notices."""
+
     def make_run(poison: bool) -> tuple[torch.Tensor, torch.Tensor]:
         params = parameters([600], torch.float32, backend.device)
         optimizer = make(CASES[name], params, min_8bit_size=0 if bits == 8 else 10**6)
@@ -199,3 +201,17 @@ def test_a_gradient_whose_square_overflows_does_not_blow_up_later(backend) -> No
             params[0].grad[7] = 1e25
         optimizer.step()
     assert float((params[0].detach().cpu() - before).abs().max()) <= 1e-2
+
+
+@pytest.mark.xfail(reason="as in bitsandbytes' CUDA kernels, a small v is rounded to 0 and m divided by eps")
+def test_second_moments_that_are_small_in_their_block_do_not_blow_up() -> None:
+    """Gradients in one block that differ by four decades: with float32 states no step is longer than lr."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.exp(1.5 * torch.randn(4096, generator=generator))
+    p = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = make(Options("adamw", lr=1e-3), [p])
+    for _ in range(200):
+        before = p.detach().clone()
+        p.grad = scale * torch.randn(4096, generator=generator) * 1e-3
+        optimizer.step()
+        assert float((p.detach() - before).abs().max()) <= 5e-3

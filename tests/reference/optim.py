@@ -74,7 +74,7 @@ def expand(absmax: Tensor, numel: int, blocksize: int) -> Tensor:
 
 
 def nearest_codes(x: Tensor, code: Tensor) -> Tensor:
-    """For each of x, float64 in [-1, 1], the nearest of 256 ascending values; ties go to the one nearer zero."""
+    """For each of x, float64 in [-1, 1], the nearest of 256 ascending values; ties go toward zero."""
     code = code.double()
     upper = torch.searchsorted(code, x).clamp(1, 255)
     lower = upper - 1

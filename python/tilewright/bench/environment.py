@@ -61,7 +61,10 @@ def same_conditions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def device_name(environment: dict[str, Any]) -> str:
     """One line for a table's title."""
     name = _short(environment["device"])
-    return f"{name}, {environment['threads']} threads" if environment["device"]["kind"] == "cpu" else name
+    if environment["device"]["kind"] != "cpu":
+        return name
+    threads = environment["threads"]
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _short(value: Any) -> str:

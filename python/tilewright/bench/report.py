@@ -17,7 +17,8 @@ _COLOURS = {"torch": "#30638e", "torch, all fp32": "#7fa3c4", "bitsandbytes": "#
 _OURS_COLOUR, _OURS_TOO_COLOUR = "#d1495b", "#e5a9b1"
 _LEGEND = (
     "spread: half of the samples lie in so wide a band; GB/s: bytes that must move, by formula, per second; "
-    "roofline: GB/s over that of a plain copy timed in between; ratio: tilewright's time over this row's"
+    "roofline: GB/s over that of a plain copy timed in between (which on a CPU reads what it overwrites, so "
+    "work in place can exceed 100%); ratio: tilewright's time over this row's"
 )
 
 

@@ -52,7 +52,7 @@ def run(
         out: folder for the results, made if missing.
 
     Returns:
-        0, or 1 if a contender failed or the run was interrupted.
+        0, or 1 if something of ours failed or the run was interrupted.
     """
     console = Console()
     setting = Setting(_device(device), quick, _known_peers(peers))
@@ -76,7 +76,7 @@ def run(
     report.print_table(record, console)
     picture = report.plot(record, path.with_suffix(".png"))
     console.print(f"results  {path}\n{picture}", highlight=False, soft_wrap=True)
-    return int(not record["complete"] or _any_failed(record))
+    return int(not record["complete"] or _ours_failed(record))
 
 
 def run_case(
@@ -143,9 +143,9 @@ def _run_cases(
                 torch.cuda.empty_cache()
 
 
-def _any_failed(record: dict[str, Any]) -> bool:
-    rows = (row for case in record["cases"] for row in case["contenders"].values())
-    return any(row["status"].startswith("failed") for row in rows)
+def _ours_failed(record: dict[str, Any]) -> bool:
+    rows = (pair for case in record["cases"] for pair in case["contenders"].items())
+    return any(name.startswith(OURS) and row["status"] != "ok" for name, row in rows)
 
 
 def _set_up(contenders: list[Contender]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:

@@ -11,7 +11,7 @@ from ..optim.manager import GlobalOptimManager
 
 
 class StableEmbedding(torch.nn.Embedding):
-    """torch.nn.Embedding with Xavier-uniform weights, a layer norm after the lookup and 32-bit optimizer states.
+    """An embedding with Xavier-uniform weights, a layer norm after the lookup and 32-bit optimizer states.
 
     Args:
         num_embeddings: rows of the table.
@@ -65,9 +65,11 @@ class StableEmbedding(torch.nn.Embedding):
         GlobalOptimManager.get_instance().register_module_override(self, "weight", {"optim_bits": 32})
 
     def reset_parameters(self) -> None:
+        """Draws the table anew."""
         torch.nn.init.xavier_uniform_(self.weight)
         self._fill_padding_idx_with_zero()
 
     def forward(self, input: Tensor) -> Tensor:
+        """Looks indices up and normalizes what it finds."""
         looked_up = super().forward(input)
         return self.norm(looked_up.to(self.norm.weight.dtype)).to(self.weight.dtype)

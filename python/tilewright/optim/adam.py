@@ -53,7 +53,12 @@ class _AdamBase(BlockwiseOptimizer):
     def _kernel_options(self, group: Mapping[str, Any], lr: float | Tensor) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         eps, weight_decay = group["eps"], group["weight_decay"]
-        if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0 and 0.0 <= eps < math.inf and 0.0 <= weight_decay < math.inf):
+        if not (
+            0.0 <= beta1 < 1.0
+            and 0.0 <= beta2 < 1.0
+            and 0.0 <= eps < math.inf
+            and 0.0 <= weight_decay < math.inf
+        ):
             check_options(group)
         return {
             "lr": lr,
@@ -187,7 +192,7 @@ class AdamW8bit(_AdamBase):
     Args:
         params: parameters, parameter groups or named parameters. float32, float16 or bfloat16, on CPUs or
             CUDA devices, dense in memory in any layout; gradients of the same dtype.
-        lr: learning rate; a tensor of one element may live on the GPU (a captured CUDA graph then follows it).
+        lr: learning rate; a tensor of one element may live on the GPU (a captured CUDA graph follows it).
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
@@ -197,11 +202,11 @@ class AdamW8bit(_AdamBase):
         min_8bit_size: smaller parameters keep float32 states.
         is_paged: must be False.
         maximize: ascend instead.
-        param_precision: how a float16 or bfloat16 parameter is rounded: "nearest", or "stochastic", which keeps
-            updates below half a unit in the last place from being lost. Stochastic rounding depends on (seed,
-            step, parameter, element) only.
-        max_grad_norm: clip the norm of all gradients together, as torch.nn.utils.clip_grad_norm_ does, without
-            a host synchronization and without writing the gradients.
+        param_precision: how float16 and bfloat16 parameters are rounded: "nearest", or "stochastic", which
+            keeps updates below half a unit in the last place from being lost. Stochastic rounding depends on
+            (seed, step, parameter, element) only.
+        max_grad_norm: clip the norm of all gradients together, as torch.nn.utils.clip_grad_norm_ does, but
+            without a host synchronization and without writing the gradients.
         seed: of stochastic rounding; None draws one from torch's generator. It is part of the state_dict.
 
     Groups may set lr, betas, eps, weight_decay, maximize, param_precision, optim_bits and min_8bit_size.
@@ -298,6 +303,6 @@ def _check_always_8bit(optimizer: BlockwiseOptimizer, optim_bits: int) -> None:
     if optim_bits != 32:
         name = type(optimizer).__name__
         raise ValueError(
-            f"{name} is always 8-bit and takes optim_bits only for bitsandbytes' signature (32), got {optim_bits}; "
-            f"{name.removesuffix('8bit')} takes optim_bits=8"
+            f"{name} is always 8-bit and takes optim_bits only for bitsandbytes' signature (32), "
+            f"got {optim_bits}; {name.removesuffix('8bit')} takes optim_bits=8"
         )

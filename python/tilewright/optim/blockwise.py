@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (registers torch.ops.tilewright.*)
+from . import ops
 from .maps import check_map, shared_map
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
-_DEVICES = ("cpu", "cuda")
+
+_quantize = torch.ops.tilewright.quantize_blockwise.default
+_quantize_out = torch.ops.tilewright.quantize_blockwise_out.default
+_dequantize = torch.ops.tilewright.dequantize_blockwise.default
+_dequantize_out = torch.ops.tilewright.dequantize_blockwise_out.default
 
 
 class QuantState:
@@ -44,6 +48,7 @@ class QuantState:
 
     @property
     def code(self) -> Tensor:
+        """The map, float32 ``(256,)``."""
         return shared_map(self.absmax.device, True) if self._code is None else self._code
 
     @code.setter
@@ -100,18 +105,19 @@ def quantize_blockwise(
         raise ValueError(f"A must be float32, float16 or bfloat16, got {A.dtype}")
     _check_blocksize(blocksize)
     _check_code(code, A)
-    A = A.detach()
+    A = _without_grad(A)
     if out is None and absmax is None:
-        out, absmax = torch.ops.tilewright.quantize_blockwise(A, code, True, blocksize)
+        out, absmax = _quantize(A, code, True, blocksize)
     else:
         if out is None:
             out = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
         if absmax is None:
             blocks = ops.block_count(A.numel(), blocksize)
-            absmax = torch.empty(blocks, dtype=torch.float32, device=A.device)
+            absmax = A.new_empty(blocks, dtype=torch.float32)
         _check_out("out", out, A, torch.uint8)
         _check_absmax(absmax, A, blocksize)
-        torch.ops.tilewright.quantize_blockwise_out(A, code, True, blocksize, out, absmax)
+        _check_writable("absmax", absmax)
+        _quantize_out(A, code, True, blocksize, out, absmax)
     return out, QuantState(absmax, A.shape, code, blocksize, A.dtype)
 
 
@@ -163,20 +169,24 @@ def dequantize_blockwise(
     _check_blocksize(blocksize)
     _check_code(code, A)
     _check_absmax(absmax, A, blocksize)
-    absmax = absmax.detach()
+    absmax = _without_grad(absmax)
     if out is None:
-        return torch.ops.tilewright.dequantize_blockwise(A, absmax, code, True, blocksize, dtype)
+        return _dequantize(A, absmax, code, True, blocksize, dtype)
     _check_out("out", out, A, *_FLOATS)
-    torch.ops.tilewright.dequantize_blockwise_out(A, absmax, code, True, blocksize, out)
+    _dequantize_out(A, absmax, code, True, blocksize, out)
     return out
+
+
+def _without_grad(t: Tensor) -> Tensor:
+    return t.detach() if t.requires_grad else t
 
 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.device.type not in _DEVICES:
+    if not (value.is_cpu or value.is_cuda):
         raise ValueError(f"{name} must be on a CPU or CUDA device, got {value.device}")
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
 
 
@@ -198,11 +208,16 @@ def _check_absmax(absmax: Tensor, like: Tensor, blocksize: int) -> None:
     blocks = ops.block_count(like.numel(), blocksize)
     if absmax.dtype != torch.float32 or absmax.shape != (blocks,):
         raise ValueError(
-            f"absmax must be float32 of shape ({blocks},) for {like.numel()} elements in blocks of {blocksize}, "
-            f"got {absmax.dtype} of shape {tuple(absmax.shape)}"
+            f"absmax must be float32 of shape ({blocks},) for {like.numel()} elements "
+            f"in blocks of {blocksize}, got {absmax.dtype} of shape {tuple(absmax.shape)}"
         )
     if absmax.device != like.device:
         raise ValueError(f"absmax is on {absmax.device}, A is on {like.device}")
+
+
+def _check_writable(name: str, value: Tensor) -> None:
+    if value.is_neg():
+        raise ValueError(f"{name} is a negated view, which cannot be written to")
 
 
 def _check_out(name: str, out: Tensor, like: Tensor, *dtypes: torch.dtype) -> None:
@@ -213,3 +228,4 @@ def _check_out(name: str, out: Tensor, like: Tensor, *dtypes: torch.dtype) -> No
         raise ValueError(f"{name} has shape {tuple(out.shape)}, A has {tuple(like.shape)}")
     if out.device != like.device:
         raise ValueError(f"{name} is on {out.device}, A is on {like.device}")
+    _check_writable(name, out)

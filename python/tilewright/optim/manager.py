@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .options import check_options
+from .options import check_options, parse_betas
 
 OVERRIDABLE = ("optim_bits", "lr", "betas", "eps", "weight_decay", "min_8bit_size")
 
@@ -90,7 +90,9 @@ class GlobalOptimManager:
             self._of_tensor[p] = {**self._of_tensor.get(p, {}), **config}
         self.version += 1
 
-    def register_module_override(self, module: torch.nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
+    def register_module_override(
+        self, module: torch.nn.Module, param_name: str, config: Mapping[str, Any]
+    ) -> None:
         """Overrides settings of whatever parameter `module` holds under `param_name` when a step needs it.
 
         Raises:
@@ -128,4 +130,4 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
             f"the keys are {', '.join(OVERRIDABLE)}"
         )
     check_options(config)
-    return dict(config)
+    return {key: parse_betas(value) if key == "betas" else value for key, value in config.items()}

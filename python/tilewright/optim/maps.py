@@ -46,7 +46,7 @@ def is_shared_map(code: Tensor, signed: bool) -> bool:
 
 
 def resolve_map(code: Tensor, signed: bool, device: torch.device) -> Tensor:
-    """`code` on `device`: the shared tensor if its values are the built-in map's, a copy of its own otherwise.
+    """`code` on `device`: the shared tensor if its values are the built-in map's, else a copy of its own.
 
     Raises:
         ValueError: unless `code` holds 256 finite, ascending float32 values.

@@ -38,21 +38,19 @@ def block_count(numel: int, blocksize: int) -> int:
 
 
 def _quantize(A: Tensor, code: Tensor | None, signed: bool, blocksize: int) -> tuple[Tensor, Tensor]:
-    codes = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
-    absmax = torch.empty(block_count(A.numel(), blocksize), dtype=torch.float32, device=A.device)
-    _backend.C.quantize_blockwise(
-        A.contiguous(), code, signed, codes, absmax, blocksize, _backend.num_threads()
-    )
+    A = A.contiguous()
+    codes = torch.empty_like(A, dtype=torch.uint8)
+    absmax = A.new_empty(block_count(A.numel(), blocksize), dtype=torch.float32)
+    _backend.C.quantize_blockwise(A, code, signed, codes, absmax, blocksize, _backend.num_threads())
     return codes, absmax
 
 
 def _quantize_out(
     A: Tensor, code: Tensor | None, signed: bool, blocksize: int, codes: Tensor, absmax: Tensor
 ) -> None:
+    A, threads = A.contiguous(), _backend.num_threads()
     dense_codes, dense_absmax = codes.contiguous(), absmax.contiguous()
-    _backend.C.quantize_blockwise(
-        A.contiguous(), code, signed, dense_codes, dense_absmax, blocksize, _backend.num_threads()
-    )
+    _backend.C.quantize_blockwise(A, code, signed, dense_codes, dense_absmax, blocksize, threads)
     _give_back(dense_codes, codes)
     _give_back(dense_absmax, absmax)
 
@@ -60,32 +58,18 @@ def _quantize_out(
 def _dequantize(
     codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, dtype: torch.dtype
 ) -> Tensor:
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    _backend.C.dequantize_blockwise(
-        codes.contiguous(),
-        absmax.contiguous(),
-        code,
-        signed,
-        out,
-        blocksize,
-        _backend.num_threads(),
-    )
+    codes, absmax, threads = codes.contiguous(), absmax.contiguous(), _backend.num_threads()
+    out = torch.empty_like(codes, dtype=dtype)
+    _backend.C.dequantize_blockwise(codes, absmax, code, signed, out, blocksize, threads)
     return out
 
 
 def _dequantize_out(
     codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, out: Tensor
 ) -> None:
+    codes, absmax, threads = codes.contiguous(), absmax.contiguous(), _backend.num_threads()
     dense = out.contiguous()
-    _backend.C.dequantize_blockwise(
-        codes.contiguous(),
-        absmax.contiguous(),
-        code,
-        signed,
-        dense,
-        blocksize,
-        _backend.num_threads(),
-    )
+    _backend.C.dequantize_blockwise(codes, absmax, code, signed, dense, blocksize, threads)
     _give_back(dense, out)
 
 
@@ -126,7 +110,5 @@ def _(
 
 
 @torch.library.register_fake("tilewright::dequantize_blockwise_out", lib=_library)
-def _(
-    codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, out: Tensor
-) -> None:
+def _(codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, out: Tensor) -> None:
     return None

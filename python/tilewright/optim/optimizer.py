@@ -1,4 +1,4 @@
-"""The base of all optimizers here: parameter groups and state as torch.optim has them, one kernel launch a step.
+"""The base of all optimizers: parameter groups and state as torch.optim has them, one kernel launch a step.
 
 What happens in a step, for N parameters in G groups:
 
@@ -9,6 +9,7 @@ What happens in a step, for N parameters in G groups:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
@@ -28,6 +29,8 @@ from .state_io import Moment
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+_BITS_KEYS = ("optim_bits", "min_8bit_size")
 
 # Settings of torch.optim that choose an implementation: dropped when a checkpoint brings them.
 _IMPLEMENTATION_KEYS = frozenset(("amsgrad", "foreach", "fused", "capturable", "differentiable"))
@@ -58,17 +61,15 @@ class _Roster(NamedTuple):
     ids: list[int]
     bits: list[int]
     overrides: list[tuple[int, dict[str, Any]]]  # (index into param_groups, what differs)
-    devices: list[torch.device]
     has_foreign: bool  # some parameter is of a type with memory of its own kind, such as DTensor
     group_sizes: list[int]
     manager_version: int
 
     def describes(self, param_groups: list[dict[str, Any]], manager_version: int) -> bool:
-        if self.manager_version != manager_version or len(self.group_sizes) != len(param_groups):
+        if self.manager_version != manager_version:
             return False
-        for size, group in zip(self.group_sizes, param_groups):
-            if size != len(group["params"]):
-                return False
+        if self.group_sizes != [len(group["params"]) for group in param_groups]:
+            return False
         return all(map(is_, chain.from_iterable([group["params"] for group in param_groups]), self.params))
 
 
@@ -82,7 +83,7 @@ class BlockwiseOptimizer(Optimizer):
     _moments: tuple[Moment, ...]
     _overridable: tuple[str, ...] = ("optim_bits", "lr", "betas", "eps", "weight_decay", "min_8bit_size")
 
-    # GradScaler then leaves unscaling and skipping to step(), through the attributes grad_scale and found_inf.
+    # GradScaler then leaves unscaling and skipping to step(), by the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -107,21 +108,25 @@ class BlockwiseOptimizer(Optimizer):
         if defaults["seed"] is not None and not self._is_stochastic():
             raise ValueError('seed has no effect without param_precision="stochastic"')
 
-    def _refuse_arguments(self, amsgrad: bool, args: Any, is_paged: bool, max_grad_norm: float | None) -> None:
+    def _refuse_arguments(
+        self, amsgrad: bool, args: Any, is_paged: bool, max_grad_norm: float | None
+    ) -> None:
         name = type(self).__name__
         if amsgrad:
             raise ValueError(f"{name} does not support amsgrad=True")
         if args is not None:
             raise ValueError(f"{name}: args is not supported, give its entries as keyword arguments")
         if is_paged:
-            raise NotImplementedError(f"{name} keeps its state on the parameters' device: is_paged must be False")
+            raise NotImplementedError(
+                f"{name} keeps its state on the parameters' device: is_paged must be False"
+            )
         if max_grad_norm is not None and not 0.0 < max_grad_norm < float("inf"):
             raise ValueError(f"max_grad_norm must be positive and finite or None, got {max_grad_norm}")
 
     # -- parameter groups -------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, which may set anything the constructor sets per group, and optim_bits, min_8bit_size."""
+        """Adds a group, which may set what the constructor sets per group, and optim_bits, min_8bit_size."""
         if isinstance(param_group, dict) and "params" in param_group:
             self._check_group({**self.defaults, **param_group})
             params = param_group["params"]
@@ -135,8 +140,10 @@ class BlockwiseOptimizer(Optimizer):
         self._roster = None
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Other optimizers' settings, which a checkpoint may bring, and the user's own entries are not looked at."""
-        check_options({key: value for key, value in group.items() if key in self.defaults or key not in SETTINGS})
+        """Leaves alone what is the user's own, and other optimizers' settings that a checkpoint may bring."""
+        check_options(
+            {key: value for key, value in group.items() if key in self.defaults or key not in SETTINGS}
+        )
 
     def _choose_seed(self, group: dict[str, Any]) -> None:
         """One seed for all groups, drawn from torch's generator when the first that needs one has none."""
@@ -173,8 +180,8 @@ class BlockwiseOptimizer(Optimizer):
 
         Raises:
             ValueError, TypeError, NotImplementedError: a parameter, gradient, state or setting that cannot be
-                used: sparse, complex or integer tensors, DTensors, gradients of another dtype, shape or device,
-                a learning rate that is not finite. No parameter and no state has changed then.
+                used: sparse, complex or integer tensors, DTensors, gradients of another dtype, shape or
+                device, a learning rate that is not finite. No parameter and no state has changed then.
         """
         loss = None
         if closure is not None:
@@ -195,7 +202,7 @@ class BlockwiseOptimizer(Optimizer):
             batch = batch.take(row for row, grad in enumerate(grads) if grad is not None)
             if not batch.params:
                 return None
-            for p, grad, number in zip(batch.params, batch.grads, batch.ids):
+            for grad, number in zip(batch.grads, batch.ids, strict=True):
                 if type(grad) not in _PLAIN:
                     raise NotImplementedError(
                         f"{self._label(number)}: gradients of type {type(grad).__name__} are not supported"
@@ -208,11 +215,8 @@ class BlockwiseOptimizer(Optimizer):
         return batch
 
     def _launch(self, batch: _Batch) -> None:
-        roster = self._roster
         batch, fresh = self._with_states(batch)
-        devices = roster.devices
-        if len(devices) > 1:
-            devices = list(dict.fromkeys(p.device for p in batch.params))
+        devices = set([p.device for p in batch.params])  # noqa: C403  (a list first is a third faster)
         if len(devices) == 1:
             parts = [batch]
         else:
@@ -223,7 +227,7 @@ class BlockwiseOptimizer(Optimizer):
                     "use torch.nn.utils.clip_grad_norm_"
                 )
         launches = []
-        for device, part in zip(devices, parts):
+        for device, part in zip(devices, parts, strict=True):
             options, scaling, plan = self._options_on(device), self._scaling_on(device), self._plan_on(device)
             size, part = self._bind(plan, part, fresh)
             launches.append((plan, part, options, self._workspace_on(device, size), *scaling))
@@ -235,17 +239,17 @@ class BlockwiseOptimizer(Optimizer):
             plan.step(options, workspace, grad_scale, found_inf, self._max_grad_norm, seed, threads)
 
     def _with_states(self, batch: _Batch) -> tuple[_Batch, dict[Tensor, dict[str, Any]]]:
-        """The batch with a state in every row, and the states made for it: they count once bind has passed."""
+        """The batch with a state in every row, and the new ones, which count once bind has passed."""
         if all(batch.states):
             return batch, {}
         fresh: dict[Tensor, dict[str, Any]] = {}
-        bits = self._roster.bits
-        for row, (p, state) in enumerate(zip(batch.params, batch.states)):
-            if not state:
-                if p.dtype not in _FLOATS or p.layout != torch.strided:
-                    self._refuse(batch, row)
-                fresh[p] = state_io.new_state(p, self._moments, bits[batch.ids[row]])
-        return batch._replace(states=[state or fresh[p] for p, state in zip(batch.params, batch.states)]), fresh
+        states = list(batch.states)
+        bits = self._current_roster().bits
+        for row, p in enumerate(batch.params):
+            if not states[row]:
+                self._refuse(batch, row)
+                states[row] = fresh[p] = state_io.new_state(p, self._moments, bits[batch.ids[row]])
+        return batch._replace(states=states), fresh
 
     def _bind(self, plan: Any, batch: _Batch, fresh: dict[Tensor, dict[str, Any]]) -> tuple[int, _Batch]:
         """Bytes of workspace the step needs, and what was bound: the plan holds bare pointers into it.
@@ -254,10 +258,11 @@ class BlockwiseOptimizer(Optimizer):
         """
         try:
             return plan.bind(*batch), batch
-        except (ValueError, TypeError, NotImplementedError, RuntimeError):
-            repaired = self._repair(batch, fresh)
-            if repaired is None:
-                raise
+        except (ValueError, TypeError, RuntimeError) as error:
+            refusal = error
+        repaired = self._repair(batch, fresh)
+        if repaired is None:
+            raise refusal
         return plan.bind(*repaired), repaired
 
     def _repair(self, batch: _Batch, fresh: dict[Tensor, dict[str, Any]]) -> _Batch | None:
@@ -265,22 +270,14 @@ class BlockwiseOptimizer(Optimizer):
         grads, states = list(batch.grads), list(batch.states)
         changed = False
         with torch.no_grad():
-            for row, (p, grad, state) in enumerate(zip(*batch[:3])):
+            for row, p in enumerate(batch.params):
                 self._refuse(batch, row)
-                if not state_io.same_layout(grad, p):
-                    grads[row] = torch.empty_like(p, requires_grad=False).copy_(grad)
+                if not state_io.same_layout(grads[row], p):
+                    grads[row] = torch.empty_like(p, requires_grad=False).copy_(grads[row])
                     changed = True
-                if any(
-                    moment.state in state
-                    and state[moment.state].shape == p.shape
-                    and not (
-                        state_io.same_layout(state[moment.state], p)
-                        and state[moment.state].device == state["step"].device == p.device
-                    )
-                    for moment in self._moments
-                ):
-                    bits = state_io.bits_of(state)
-                    states[row] = fresh[p] = state_io.refit(state, p, self._moments, bits)
+                if state_io.is_misplaced(states[row], p, self._moments):
+                    bits = state_io.bits_of(states[row])
+                    states[row] = fresh[p] = state_io.refit(states[row], p, self._moments, bits)
                     changed = True
         return batch._replace(grads=grads, states=states) if changed else None
 
@@ -288,15 +285,23 @@ class BlockwiseOptimizer(Optimizer):
         """Raises if a parameter and its gradient cannot be stepped, whatever the extension would say."""
         p, grad, label = batch.params[row], batch.grads[row], self._label(batch.ids[row])
         if grad.layout != torch.strided:
-            raise NotImplementedError(f"{label}: sparse gradients are not supported, make the embedding sparse=False")
+            raise NotImplementedError(
+                f"{label}: sparse gradients are not supported, make the embedding sparse=False"
+            )
         if p.layout != torch.strided or _is_foreign(p):
-            raise NotImplementedError(f"{label}: parameters of type {type(p).__name__} ({p.layout}) are not supported")
+            raise NotImplementedError(
+                f"{label}: parameters of type {type(p).__name__} ({p.layout}) are not supported"
+            )
         if p.dtype not in _FLOATS:
-            raise TypeError(f"{label}: dtype {p.dtype} is not supported, expected float32, float16 or bfloat16")
+            raise TypeError(
+                f"{label}: dtype {p.dtype} is not supported, expected float32, float16 or bfloat16"
+            )
         if grad.dtype != p.dtype:
             raise TypeError(f"{label}: grad has dtype {grad.dtype}, expected the parameter's {p.dtype}")
         if grad.shape != p.shape:
-            raise ValueError(f"{label}: grad has shape {tuple(grad.shape)}, expected the parameter's {tuple(p.shape)}")
+            raise ValueError(
+                f"{label}: grad has shape {tuple(grad.shape)}, expected the parameter's {tuple(p.shape)}"
+            )
         if grad.device != p.device:
             raise ValueError(f"{label}: grad is on {grad.device}, expected the parameter's {p.device}")
         if p.device.type not in ("cpu", "cuda"):
@@ -315,25 +320,27 @@ class BlockwiseOptimizer(Optimizer):
     def _new_roster(self, manager: GlobalOptimManager) -> _Roster:
         params = [p for group in self.param_groups for p in group["params"]]
         found = manager.overrides()
-        groups, bits, overrides = [], [], []
+        groups, bits = [], []
+        overrides: dict[Any, int] = {}
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 override = found.get(id(p), {})
                 self._check_override(override)
-                groups.append(index)
-                if any(key not in ("optim_bits", "min_8bit_size") for key in override):
-                    groups[-1] = len(self.param_groups) + len(overrides)
-                    overrides.append((index, self._translate_override(override)))
                 bits.append(self._bits({**group, **override}, p))
-        for p, wanted in zip(params, bits):
+                settings = tuple(item for item in override.items() if item[0] not in _BITS_KEYS)
+                groups.append(index)
+                if settings:
+                    position = len(self.param_groups) + len(overrides)
+                    groups[-1] = overrides.setdefault((index, settings), position)
+        for p, wanted in zip(params, bits, strict=True):
             state = self.state.get(p)
             if state and state_io.bits_of(state) != wanted:
                 self.state[p] = state_io.refit(state, p, self._moments, wanted)
-        devices = list(dict.fromkeys(p.device for p in params))
         sizes = [len(group["params"]) for group in self.param_groups]
         foreign = any(map(_is_foreign, params))
         ids = list(range(len(params)))
-        return _Roster(params, groups, ids, bits, overrides, devices, foreign, sizes, manager.version)
+        translated = [(index, self._translate_override(dict(settings))) for index, settings in overrides]
+        return _Roster(params, groups, ids, bits, translated, foreign, sizes, manager.version)
 
     def _bits(self, options: Mapping[str, Any], p: Tensor) -> int:
         if p.numel() < options.get("min_8bit_size", self._min_8bit_size):
@@ -393,7 +400,8 @@ class BlockwiseOptimizer(Optimizer):
             self._optimizer_state_dict_post_hooks = hooks
         result["state"] = state_io.export_states(result["state"])
         result["param_groups"] = [
-            {**group, **self._foreign_options(group), _BLOCK_ORDER: "storage"} for group in result["param_groups"]
+            {**group, **self._foreign_options(group), _BLOCK_ORDER: "storage"}
+            for group in result["param_groups"]
         ]
         for hook in hooks.values():
             changed = hook(self, result)
@@ -428,10 +436,11 @@ class BlockwiseOptimizer(Optimizer):
     def _merge_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(saved_groups) != len(self.param_groups):
             raise ValueError(
-                f"the checkpoint has {len(saved_groups)} parameter groups, the optimizer {len(self.param_groups)}"
+                f"the checkpoint has {len(saved_groups)} parameter groups, "
+                f"the optimizer {len(self.param_groups)}"
             )
         merged = []
-        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups)):
+        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
                     f"parameter group {index} has {len(saved['params'])} parameters in the checkpoint, "
@@ -445,13 +454,17 @@ class BlockwiseOptimizer(Optimizer):
         return merged
 
     def _import_states(
-        self, saved_states: Mapping[Any, Any], saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]
+        self,
+        saved_states: Mapping[Any, Any],
+        saved_groups: list[dict[str, Any]],
+        groups: list[dict[str, Any]],
     ) -> dict[Tensor, dict[str, Any]]:
         overrides = GlobalOptimManager.get_instance().overrides()
-        states, left, number = {}, dict(saved_states), -1
-        for saved_group, group in zip(saved_groups, groups):
+        states: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+        left, number = dict(saved_states), -1
+        for saved_group, group in zip(saved_groups, groups, strict=True):
             own_layout = saved_group.get(_BLOCK_ORDER) == "storage"
-            for key, p in zip(saved_group["params"], group["params"]):
+            for key, p in zip(saved_group["params"], group["params"], strict=True):
                 number += 1
                 bits = self._bits({**group, **overrides.get(id(p), {})}, p)
                 saved = left.pop(key, {})

@@ -1,4 +1,4 @@
-"""Checks of optimizer settings, in one place for constructors, parameter groups, overrides and checkpoints."""
+"""Checks of optimizer settings: one place for constructors, groups, overrides and checkpoints."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def parse_betas(betas: Any) -> tuple[float, float]:
 
 
 def read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
-    """What a kernel on `device` takes as a learning rate: a float, or a float32 scalar in that device's memory.
+    """What a kernel on `device` takes as a learning rate: a float, or a float32 scalar in device memory.
 
     Raises:
         ValueError: a learning rate that is negative or not finite. (One on a GPU is not looked at.)
@@ -71,7 +71,9 @@ def read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
 def _check_lr(key: str, lr: Any) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or not lr.is_floating_point():
-            raise ValueError(f"a tensor {key} must hold one real number, got {lr.dtype} of shape {tuple(lr.shape)}")
+            raise ValueError(
+                f"a tensor {key} must hold one real number, got {lr.dtype} of shape {tuple(lr.shape)}"
+            )
         if lr.device.type != "cpu":
             return
         lr = float(lr)
@@ -97,7 +99,9 @@ def _check_betas(key: str, betas: Any) -> None:
 
 def _check_momentum(key: str, value: Any) -> None:
     if _check_number(key, value) == 0.0:
-        raise NotImplementedError("momentum=0 keeps no state, so there is nothing to store in 8 bits: use torch.optim.SGD")
+        raise NotImplementedError(
+            "momentum=0 keeps no state, so there is nothing to store in 8 bits: use torch.optim.SGD"
+        )
     if not 0.0 < value < 1.0:
         raise ValueError(f"{key} must be in (0, 1), got {value}")
 

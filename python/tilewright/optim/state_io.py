@@ -39,14 +39,17 @@ class Moment(NamedTuple):
 
     @property
     def state(self) -> str:
+        """Key of the values or codes."""
         return "state" + self.suffix
 
     @property
     def absmax(self) -> str:
+        """Key of the blocks' scales."""
         return "absmax" + self.suffix
 
     @property
     def qmap(self) -> str:
+        """Key of the map."""
         return "qmap" + self.suffix
 
 
@@ -74,7 +77,17 @@ def new_state(p: Tensor, moments: Iterable[Moment], bits: int) -> dict[str, Any]
 
 
 def bits_of(state: Mapping[str, Any]) -> int:
+    """8 or 32, what a state is stored in."""
     return 8 if state["state1"].dtype == torch.uint8 else 32
+
+
+def is_misplaced(state: Mapping[str, Any], p: Tensor, moments: Iterable[Moment]) -> bool:
+    """Whether a state of p's shape lies on another device or in another layout than p."""
+    values = [state[moment.state] for moment in moments if isinstance(state.get(moment.state), Tensor)]
+    if not isinstance(state.get("step"), Tensor) or any(value.shape != p.shape for value in values):
+        return False
+    fits = all(value.device == p.device and same_layout(value, p) for value in values)
+    return not fits or state["step"].device != p.device
 
 
 def refit(state: Mapping[str, Any], p: Tensor, moments: Iterable[Moment], bits: int) -> dict[str, Any]:
@@ -101,7 +114,7 @@ def share_maps(states: Iterable[Mapping[str, Any]], moments: Iterable[Moment]) -
 
 
 def export_states(states: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The checkpoint form of states: steps as ints, read with one synchronization a device, the rest nested."""
+    """The checkpoint form of states: steps as ints, read at once for each device, and the rest nested."""
     steps: dict[torch.device, list[Tensor]] = {}
     for state in states.values():
         if "step" in state:
@@ -139,11 +152,13 @@ def import_state(
     known = {"step"}.union(*((m.state, m.absmax, m.qmap, m.torch_name) for m in moments))
     unknown = sorted(set(entries) - known - _IGNORED_KEYS)
     if unknown:
-        raise ValueError(f"{label}: the checkpoint holds {', '.join(unknown)}, which this optimizer does not have")
+        raise ValueError(
+            f"{label}: the checkpoint holds {', '.join(unknown)}, which this optimizer does not have"
+        )
     stored = [_read_moment(entries, moment, p, own_layout, label) for moment in moments]
     step = _read_step(entries, len(moments) == 1, label)
     state: dict[str, Any] = {"step": torch.tensor(step, dtype=torch.int64, device=p.device)}
-    for moment, values in zip(moments, stored):
+    for moment, values in zip(moments, stored, strict=True):
         try:
             state.update(_place(values, moment, p, bits, fresh=True))
         except ValueError as error:
@@ -154,7 +169,9 @@ def import_state(
 def is_dense(t: Tensor) -> bool:
     """Whether the elements fill one gapless range of memory, in any order of the axes."""
     expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape) if size != 1):
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1
+    ):
         if stride != expected:
             return t.numel() == 0
         expected *= size
@@ -164,7 +181,7 @@ def is_dense(t: Tensor) -> bool:
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether equal indices are equal places in memory."""
     return a.shape == b.shape and all(
-        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride())
+        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
 
 
@@ -175,7 +192,7 @@ def _flatten(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_step(entries: Mapping[str, Any], optional: bool, label: str) -> int:
-    """Steps taken. torch.optim.SGD and most Lions store none; theirs is over the first, which is all that matters."""
+    """Steps taken. torch.optim.SGD and most Lions store none: all that matters is that the first is over."""
     step = entries.get("step")
     if step is None and optional:
         return 1
@@ -186,7 +203,9 @@ def _read_step(entries: Mapping[str, Any], optional: bool, label: str) -> int:
     return int(step)
 
 
-def _read_moment(entries: Mapping[str, Any], moment: Moment, p: Tensor, own_layout: bool, label: str) -> _Stored:
+def _read_moment(
+    entries: Mapping[str, Any], moment: Moment, p: Tensor, own_layout: bool, label: str
+) -> _Stored:
     names = [name for name in (moment.state, moment.torch_name) if entries.get(name) is not None]
     if len(names) != 1:
         raise ValueError(
@@ -229,8 +248,8 @@ def _read_codes(codes: Tensor, entries: Mapping[str, Any], moment: Moment, label
         if absmax.numel() == ops.block_count(codes.numel(), blocksize):
             return _Stored(codes, absmax.detach(), qmap, blocksize)
     raise ValueError(
-        f"{label}: {moment.absmax} has {absmax.numel()} blocks, which fits {codes.numel()} elements in blocks of "
-        f"neither {' nor '.join(map(str, _CHECKPOINT_BLOCKSIZES))}"
+        f"{label}: {moment.absmax} has {absmax.numel()} blocks, which fits {codes.numel()} elements "
+        f"in blocks of neither {' nor '.join(map(str, _CHECKPOINT_BLOCKSIZES))}"
     )
 
 
@@ -268,7 +287,9 @@ def _encode(values: Tensor, moment: Moment, p: Tensor) -> dict[str, Tensor]:
     if not bool(torch.isfinite(values).all()):
         raise ValueError("values that are not finite cannot be stored in 8 bits")
     placed = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(values)
-    codes, absmax = torch.ops.tilewright.quantize_blockwise(_along_memory(placed), None, moment.signed, BLOCKSIZE)
+    codes, absmax = torch.ops.tilewright.quantize_blockwise(
+        _along_memory(placed), None, moment.signed, BLOCKSIZE
+    )
     return {
         moment.state: codes.as_strided(placed.shape, placed.stride()),
         moment.absmax: absmax,
