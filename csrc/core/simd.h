@@ -160,12 +160,17 @@ static inline Int shift_right(Int x, int by) {
   return (Int)((Unsigned)x >> by);
 }
 
-// bf16 by round to nearest even; the AVX512-BF16 instruction is not used because it flushes subnormals.
+// bf16 by round to nearest even, NaN to NaN. The AVX512-BF16 instruction is not used: it flushes subnormals.
 static inline void store(bf16* p, Float x) {
   const Int b = bits(x);
   const Int rounded = shift_right(b + 0x7fff + (shift_right(b, 16) & 1), 16);
-  const Int nan = (b & 0x7fffffff) > 0x7f800000;
-  store_halves(&p->bits, (rounded & ~nan) | ((shift_right(b, 16) | 0x40) & nan));
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  store_halves(&p->bits, (Int)_mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7fc0)));
+#else
+  const Int nan = x != x;
+  store_halves(&p->bits, (rounded & ~nan) | (nan & 0x7fc0));
+#endif
 }
 
 // Loads that may read a whole vector although fewer than kLanes elements remain go through these.

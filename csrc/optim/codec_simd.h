@@ -23,12 +23,16 @@ static inline BlockScale block_scale(float absmax) {
   return {prescale, absmax == 0.0f ? 0.0f : 1.0f / (absmax * prescale)};
 }
 
-// max |x| as an unsigned integer: orders NaN above infinity above every number.
+// The largest of magnitudes given as integers, which order NaN above infinity above every number.
+static inline float absmax_from(Int magnitudes) {
+  const int32_t largest = reduce_max(magnitudes);
+  return float_of(uint32_t(largest > 0x7f800000 ? 0x7fc00000 : largest));
+}
+
 static inline float absmax_of(const float* x, int64_t count) {
   Int largest = splat(int32_t{0});
   for (int64_t i = 0; i < count; i += kLanes) largest = max(largest, bits(load(x + i)) & 0x7fffffff);
-  const int32_t result = reduce_max(largest);
-  return float_of(uint32_t(result > 0x7f800000 ? 0x7fc00000 : result));
+  return absmax_from(largest);
 }
 
 #if defined(__AVX512VBMI__)
@@ -91,19 +95,15 @@ static inline void decode_block(const uint8_t* codes, const Codebook& book, floa
 // Values of magnitude at most 1. The signed map has no -1.0: its lowest code is one short of it.
 // Free of branches, which random signs would make unpredictable.
 template <bool kSigned>
-__attribute__((noinline)) static void encode_step_by_buckets(const float* __restrict x, float reciprocal,
-                                                             const uint32_t* __restrict buckets,
-                                                             uint8_t* __restrict codes) {
+static inline uint8_t encode(float x, const uint32_t* buckets) {
   constexpr int32_t kFirst = int32_t(kFirstBucket << 16);
-  for (int i = 0; i < kStep; ++i) {
-    const int32_t b = int32_t(bits_of(x[i] * reciprocal));
-    int32_t magnitude = b & 0x7fffffff;
-    magnitude = magnitude < kFirst ? kFirst : magnitude;
-    int32_t k = int32_t(buckets[(magnitude >> 16) - int32_t(kFirstBucket)] + uint32_t(magnitude)) >> 16;
-    const int32_t sign = b >> 31;
-    k += sign & (k == 128 ? -1 : 0);
-    codes[i] = uint8_t(kSigned ? kSignedZero + ((k ^ sign) - sign) : k);
-  }
+  const int32_t b = int32_t(bits_of(x));
+  int32_t magnitude = b & 0x7fffffff;
+  magnitude = magnitude < kFirst ? kFirst : magnitude;
+  int32_t k = int32_t(buckets[(magnitude >> 16) - int32_t(kFirstBucket)] + uint32_t(magnitude)) >> 16;
+  const int32_t sign = b >> 31;
+  k += sign & (k == 128 ? -1 : 0);
+  return uint8_t(kSigned ? kSignedZero + ((k ^ sign) - sign) : k);
 }
 
 #if defined(__AVX512F__)
@@ -120,11 +120,20 @@ struct Encoder {
         cap(load(segments.cap)) {}
 };
 
-// Encodes kStep values; see Segments. The few values next to a midpoint send the whole step to the buckets.
+// Encodes anew the values whose bit is set.
+template <bool kSigned>
+__attribute__((noinline)) static void encode_selected(uint64_t selected, const float* x, float reciprocal,
+                                                      const uint32_t* buckets, uint8_t* codes) {
+  for (; selected != 0; selected &= selected - 1) {
+    const int i = __builtin_ctzll(selected);
+    codes[i] = encode<kSigned>(x[i] * reciprocal, buckets);
+  }
+}
+
+// Encodes kStep values; see Segments. The few values next to a midpoint are left to the buckets.
 template <bool kSigned>
 static inline void encode_step(const Encoder& e, const float* x, const Codebook& book, uint8_t* codes) {
-  constexpr int kSmallerMagnitude = 0b1010;  // of VRANGEPS, without its sign
-  Float to_integer = splat(1.0f);
+  Float to_integer[4];
   __m512i code[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
@@ -136,7 +145,7 @@ static inline void encode_step(const Encoder& e, const float* x, const Codebook&
     const Float line =
         fma(magnitude, _mm512_permutexvar_ps(segment, e.slope), _mm512_permutexvar_ps(segment, e.offset));
     const Float position = _mm512_min_ps(line, _mm512_permutexvar_ps(segment, e.cap));
-    to_integer = _mm512_range_ps(to_integer, _mm512_reduce_ps(position, _MM_FROUND_TO_NEAREST_INT), kSmallerMagnitude);
+    to_integer[i] = _mm512_reduce_ps(position, _MM_FROUND_TO_NEAREST_INT);
     Float from_lowest = position;
     if (kSigned) {
       // 127 + floor(position) or 127 - floor(position); truncation takes the absent -1.0 (-0.5 here) to code 0.
@@ -149,8 +158,16 @@ static inline void encode_step(const Encoder& e, const float* x, const Codebook&
   const __m512i halves = _mm512_packus_epi32(code[0], code[1]), more_halves = _mm512_packus_epi32(code[2], code[3]);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(halves, more_halves)));
-  const __mmask16 ambiguous = _mm512_cmp_ps_mask(to_integer, splat(kAmbiguous), _CMP_LT_OQ);
-  if (__builtin_expect(ambiguous != 0, 0)) encode_step_by_buckets<kSigned>(x, e.reciprocal[0], book.buckets, codes);
+  constexpr int kSmaller = 0b1010;  // of two magnitudes, for VRANGEPS
+  const Float nearest = _mm512_range_ps(_mm512_range_ps(to_integer[0], to_integer[1], kSmaller),
+                                        _mm512_range_ps(to_integer[2], to_integer[3], kSmaller), kSmaller);
+  if (__builtin_expect(_mm512_cmp_ps_mask(nearest, splat(kAmbiguous), _CMP_LT_OQ) != 0, 0)) {
+    uint64_t ambiguous = 0;
+    for (int i = 0; i < 4; ++i) {
+      ambiguous |= uint64_t{_mm512_cmp_ps_mask(abs(to_integer[i]), splat(kAmbiguous), _CMP_LT_OQ)} << (16 * i);
+    }
+    encode_selected<kSigned>(ambiguous, x, e.reciprocal[0], book.buckets, codes);
+  }
 }
 
 #else
@@ -162,8 +179,9 @@ struct Encoder {
 };
 
 template <bool kSigned>
-static inline void encode_step(const Encoder& e, const float* x, const Codebook& book, uint8_t* codes) {
-  encode_step_by_buckets<kSigned>(x, e.reciprocal, book.buckets, codes);
+static inline void encode_step(const Encoder& e, const float* __restrict x, const Codebook& book,
+                               uint8_t* __restrict codes) {
+  for (int i = 0; i < kStep; ++i) codes[i] = encode<kSigned>(x[i] * e.reciprocal, book.buckets);
 }
 
 #endif

@@ -91,8 +91,13 @@ struct Span {
   const uint16_t* random;  // null: round to nearest
 };
 
+// Largest magnitudes of the new states, as bits (see codec::absmax_of).
+struct Largest {
+  Int state1 = splat(int32_t{0}), state2 = splat(int32_t{0});
+};
+
 template <Algorithm kAlgorithm, bool kStochastic, class T>
-void update_whole_vectors(const Vectors& c, const Span<T>& span, int64_t count) {
+void update_whole_vectors(const Vectors& c, const Span<T>& span, int64_t count, Largest& largest) {
   for (int64_t i = 0; i < count; i += kLanes) {
     Float s1 = load(span.state1 + i);
     Float s2 = kAlgorithm == Algorithm::kAdam ? load(span.state2 + i) : splat(0.0f);
@@ -103,16 +108,21 @@ void update_whole_vectors(const Vectors& c, const Span<T>& span, int64_t count) 
       store(span.param + i, p);
     }
     store(span.state1 + i, s1);
-    if (kAlgorithm == Algorithm::kAdam) store(span.state2 + i, s2);
+    largest.state1 = max(largest.state1, bits(s1) & 0x7fffffff);
+    if (kAlgorithm == Algorithm::kAdam) {
+      store(span.state2 + i, s2);
+      largest.state2 = max(largest.state2, bits(s2) & 0x7fffffff);
+    }
   }
 }
 
 template <Algorithm kAlgorithm, bool kStochastic, class T>
-void update_span(const Coefficients& coefficients, const Span<T>& span, int64_t count) {
+Largest update_span(const Coefficients& coefficients, const Span<T>& span, int64_t count) {
   const Vectors c(coefficients);
   const int64_t whole = count / kLanes * kLanes, rest = count - whole;
-  update_whole_vectors<kAlgorithm, kStochastic>(c, span, whole);
-  if (rest == 0) return;
+  Largest largest;
+  update_whole_vectors<kAlgorithm, kStochastic>(c, span, whole, largest);
+  if (rest == 0) return largest;
   T grad[kLanes] = {}, param[kLanes] = {};
   float state1[kLanes] = {}, state2[kLanes] = {};
   uint16_t random[kLanes] = {};
@@ -121,18 +131,21 @@ void update_span(const Coefficients& coefficients, const Span<T>& span, int64_t 
   std::memcpy(state1, span.state1 + whole, size_t(rest) * sizeof(float));
   if (kAlgorithm == Algorithm::kAdam) std::memcpy(state2, span.state2 + whole, size_t(rest) * sizeof(float));
   if (kStochastic) std::memcpy(random, span.random + whole, size_t(rest) * sizeof(uint16_t));
-  update_whole_vectors<kAlgorithm, kStochastic>(c, Span<T>{grad, param, state1, state2, random}, kLanes);
+  update_whole_vectors<kAlgorithm, kStochastic>(c, Span<T>{grad, param, state1, state2, random}, kLanes, largest);
   std::memcpy(span.param + whole, param, size_t(rest) * sizeof(T));
   std::memcpy(span.state1 + whole, state1, size_t(rest) * sizeof(float));
   if (kAlgorithm == Algorithm::kAdam) std::memcpy(span.state2 + whole, state2, size_t(rest) * sizeof(float));
+  return largest;
 }
 
-// 8-bit state of a tile: decoded on the way in, encoded on the way out.
+// 8-bit state of a tile: decoded on the way in, encoded on the way out. The padding keeps the values of two states
+// from lying at the same place in their 4 KiB pages, where a load would wait for the other state's store.
 struct CodedState {
   uint8_t* codes;
   float* absmax;
   const float* map;  // null: the built-in one
   alignas(64) float values[kMaxTile];
+  char padding[2048];
 };
 
 int64_t padded_to_step(int64_t count) { return (count + codec::kStep - 1) / codec::kStep * codec::kStep; }
@@ -182,11 +195,12 @@ void encode_state(CodedState& state, float absmax, int64_t count) {
 }
 
 template <bool kTwo>
-void encode_states(CodedState& state1, CodedState& state2, int64_t count) {
-  const int64_t padded = padded_to_step(count);
-  float absmax1 = codec::absmax_of(state1.values, padded);
-  float absmax2 = kTwo ? codec::absmax_of(state2.values, padded) : 0.0f;
-  if (!is_finite(absmax1) || !is_finite(absmax2)) {
+void encode_states(CodedState& state1, CodedState& state2, const Largest& largest, int64_t count) {
+  // Both reductions and, in the encoders, both reciprocals start before either encoding has to wait for its own.
+  float absmax1 = codec::absmax_from(largest.state1);
+  float absmax2 = kTwo ? codec::absmax_from(largest.state2) : 0.0f;
+  if (__builtin_expect(!is_finite(absmax1) || !is_finite(absmax2), 0)) {
+    const int64_t padded = padded_to_step(count);
     drop_nonfinite(state1.values, kTwo ? state2.values : state1.values, padded);
     absmax1 = codec::absmax_of(state1.values, padded);
     if (kTwo) absmax2 = codec::absmax_of(state2.values, padded);
@@ -195,9 +209,26 @@ void encode_states(CodedState& state1, CodedState& state2, int64_t count) {
   if (kTwo) encode_state<false>(state2, absmax2, count);
 }
 
+// Asks for the tile after this one. The stretches a tile reads are too short for the hardware to have caught up with
+// all four streams before they end.
+template <class T>
+void prefetch_next(const Row& row, const T* grads, int64_t next) {
+  constexpr int64_t kLine = 64;
+  if (row.absmax1 == nullptr || next + row.block_size > row.numel) return;
+  for (int64_t i = 0; i < row.block_size; i += kLine / int64_t(sizeof(T))) {
+    __builtin_prefetch(grads + next + i, 0, 3);
+    __builtin_prefetch(static_cast<const T*>(row.param) + next + i, 1, 3);
+  }
+  for (int64_t i = 0; i < row.block_size; i += kLine) {
+    __builtin_prefetch(static_cast<const uint8_t*>(row.state1) + next + i, 1, 3);
+    if (row.state2 != nullptr) __builtin_prefetch(static_cast<const uint8_t*>(row.state2) + next + i, 1, 3);
+  }
+}
+
 template <Algorithm kAlgorithm, class T>
 void update_tile(const Row& row, const void* grads, const Coefficients& c, int64_t tile) {
   const int64_t begin = tile * row.block_size;
+  prefetch_next(row, static_cast<const T*>(grads), begin + row.block_size);
   const int64_t count = row.numel - begin < row.block_size ? row.numel - begin : row.block_size;
   const bool stochastic = c.stochastic && sizeof(T) == 2;
   alignas(64) PhiloxWords random[kMaxTile / 8];
@@ -222,12 +253,9 @@ void update_tile(const Row& row, const void* grads, const Coefficients& c, int64
       span.state2 = state2.values;
     }
   }
-  if (stochastic) {
-    update_span<kAlgorithm, true>(c, span, count);
-  } else {
-    update_span<kAlgorithm, false>(c, span, count);
-  }
-  if (row.absmax1 != nullptr) encode_states<kAlgorithm == Algorithm::kAdam>(state1, state2, count);
+  const Largest largest = stochastic ? update_span<kAlgorithm, true>(c, span, count)
+                                     : update_span<kAlgorithm, false>(c, span, count);
+  if (row.absmax1 != nullptr) encode_states<kAlgorithm == Algorithm::kAdam>(state1, state2, largest, count);
 }
 
 template <Algorithm kAlgorithm>

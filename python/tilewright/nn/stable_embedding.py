@@ -58,7 +58,7 @@ class StableEmbedding(torch.nn.Embedding):
         self._keep_32bit()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._keep_32bit()
 
     def _keep_32bit(self) -> None:
@@ -72,4 +72,5 @@ class StableEmbedding(torch.nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Looks indices up and normalizes what it finds."""
         looked_up = super().forward(input)
-        return self.norm(looked_up.to(self.norm.weight.dtype)).to(self.weight.dtype)
+        normalized: Tensor = self.norm(looked_up.to(self.norm.weight.dtype))
+        return normalized.to(self.weight.dtype)

@@ -171,7 +171,8 @@ def dequantize_blockwise(
     _check_absmax(absmax, A, blocksize)
     absmax = _without_grad(absmax)
     if out is None:
-        return _dequantize(A, absmax, code, True, blocksize, dtype)
+        decoded: Tensor = _dequantize(A, absmax, code, True, blocksize, dtype)
+        return decoded
     _check_out("out", out, A, *_FLOATS)
     _dequantize_out(A, absmax, code, True, blocksize, out)
     return out
@@ -216,7 +217,7 @@ def _check_absmax(absmax: Tensor, like: Tensor, blocksize: int) -> None:
 
 
 def _check_writable(name: str, value: Tensor) -> None:
-    if value.is_neg():
+    if not torch.compiler.is_compiling() and value.is_neg():
         raise ValueError(f"{name} is a negated view, which cannot be written to")
 
 

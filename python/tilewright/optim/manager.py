@@ -43,7 +43,7 @@ class GlobalOptimManager:
 
     def initialize(self) -> None:
         """Forgets every override."""
-        self._of_tensor = WeakTensorKeyDictionary()
+        self._of_tensor: Any = WeakTensorKeyDictionary()
         self._of_module: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, dict[str, Any]]]
         self._of_module = weakref.WeakKeyDictionary()
         self.version = getattr(self, "version", 0) + 1

@@ -10,13 +10,15 @@ A `code` of None is the built-in map, `signed` says which of the two. None of th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _backend
 
-_library = torch.library.Library("tilewright", "FRAGMENT")
+_library: Any = torch.library.Library("tilewright", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("quantize_blockwise(Tensor A, Tensor? code, bool signed, int blocksize) -> (Tensor, Tensor)")
 _library.define(
     "quantize_blockwise_out(Tensor A, Tensor? code, bool signed, int blocksize, "
@@ -81,34 +83,27 @@ def _give_back(dense: Tensor, target: Tensor) -> None:
         target.copy_(dense)
 
 
-for _name, _implementation in (
-    ("quantize_blockwise", _quantize),
-    ("quantize_blockwise_out", _quantize_out),
-    ("dequantize_blockwise", _dequantize),
-    ("dequantize_blockwise_out", _dequantize_out),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _key)
-
-
-@torch.library.register_fake("tilewright::quantize_blockwise", lib=_library)
-def _(A: Tensor, code: Tensor | None, signed: bool, blocksize: int) -> tuple[Tensor, Tensor]:
+def _fake_quantize(A: Tensor, code: Tensor | None, signed: bool, blocksize: int) -> tuple[Tensor, Tensor]:
     absmax = A.new_empty((block_count(A.numel(), blocksize),), dtype=torch.float32)
     return A.new_empty(A.shape, dtype=torch.uint8), absmax
 
 
-@torch.library.register_fake("tilewright::quantize_blockwise_out", lib=_library)
-def _(A: Tensor, code: Tensor | None, signed: bool, blocksize: int, codes: Tensor, absmax: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("tilewright::dequantize_blockwise", lib=_library)
-def _(
+def _fake_dequantize(
     codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, dtype: torch.dtype
 ) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-@torch.library.register_fake("tilewright::dequantize_blockwise_out", lib=_library)
-def _(codes: Tensor, absmax: Tensor, code: Tensor | None, signed: bool, blocksize: int, out: Tensor) -> None:
+def _fake_mutation(*arguments: Any) -> None:
     return None
+
+
+for _name, _implementation, _fake in (
+    ("quantize_blockwise", _quantize, _fake_quantize),
+    ("quantize_blockwise_out", _quantize_out, _fake_mutation),
+    ("dequantize_blockwise", _dequantize, _fake_dequantize),
+    ("dequantize_blockwise_out", _dequantize_out, _fake_mutation),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"tilewright::{_name}", _fake, lib=_library)

@@ -9,7 +9,7 @@ What happens in a step, for N parameters in G groups:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
@@ -50,7 +51,8 @@ class _Batch(NamedTuple):
 
     def take(self, rows: Iterable[int]) -> _Batch:
         rows = list(rows)
-        return _Batch(*([column[row] for row in rows] for column in self))
+        params, grads, states, groups, ids = ([column[row] for row in rows] for column in self)
+        return _Batch(params, grads, states, groups, ids)  # type: ignore[arg-type]
 
 
 class _Roster(NamedTuple):
@@ -82,6 +84,10 @@ class BlockwiseOptimizer(Optimizer):
     _kind: str
     _moments: tuple[Moment, ...]
     _overridable: tuple[str, ...] = ("optim_bits", "lr", "betas", "eps", "weight_decay", "min_8bit_size")
+
+    _roster: _Roster | None
+    _plans: dict[Any, Any]  # by device and extension
+    _workspaces: dict[torch.device, Tensor]
 
     # GradScaler then leaves unscaling and skipping to step(), by the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
@@ -168,7 +174,7 @@ class BlockwiseOptimizer(Optimizer):
 
     # -- a step -----------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have a gradient.
 
@@ -187,17 +193,18 @@ class BlockwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batch = self._gather()
+        roster = self._current_roster()
+        batch = self._gather(roster)
         if batch is not None:
-            self._launch(batch)
+            self._launch(batch, roster)
         return loss
 
-    def _gather(self) -> _Batch | None:
+    def _gather(self, roster: _Roster) -> _Batch | None:
         """The rows that have a gradient; None if there are none."""
-        roster = self._current_roster()
         params = roster.params
-        grads = [p.grad for p in params]
-        batch = _Batch(params, grads, list(map(self.state.get, params)), roster.groups, roster.ids)
+        grads: list[Any] = [p.grad for p in params]
+        states: list[Any] = [*map(self.state.get, params)]
+        batch = _Batch(params, grads, states, roster.groups, roster.ids)
         if not _PLAIN.issuperset(map(type, grads)):
             batch = batch.take(row for row, grad in enumerate(grads) if grad is not None)
             if not batch.params:
@@ -214,8 +221,8 @@ class BlockwiseOptimizer(Optimizer):
             batch = batch._replace(grads=[grad.resolve_neg() for grad in batch.grads])
         return batch
 
-    def _launch(self, batch: _Batch) -> None:
-        batch, fresh = self._with_states(batch)
+    def _launch(self, batch: _Batch, roster: _Roster) -> None:
+        batch, fresh = self._with_states(batch, roster)
         devices = set([p.device for p in batch.params])  # noqa: C403  (a list first is a third faster)
         if len(devices) == 1:
             parts = [batch]
@@ -228,27 +235,28 @@ class BlockwiseOptimizer(Optimizer):
                 )
         launches = []
         for device, part in zip(devices, parts, strict=True):
-            options, scaling, plan = self._options_on(device), self._scaling_on(device), self._plan_on(device)
-            size, part = self._bind(plan, part, fresh)
-            launches.append((plan, part, options, self._workspace_on(device, size), *scaling))
+            plan, options = self._plan_on(device), self._options_on(device, roster)
+            size, bound = self._bind(plan, part, fresh)
+            launches.append(
+                (plan, bound, options, self._workspace_on(device, size), self._scaling_on(device))
+            )
         for p, state in fresh.items():
             self.state[p] = state
         increment_version(batch.params)
         threads, seed = _backend.num_threads(), self._seed() or 0
-        for plan, _, options, workspace, grad_scale, found_inf in launches:
-            plan.step(options, workspace, grad_scale, found_inf, self._max_grad_norm, seed, threads)
+        for plan, _, options, workspace, scaling in launches:
+            plan.step(options, workspace, *scaling, self._max_grad_norm, seed, threads)
 
-    def _with_states(self, batch: _Batch) -> tuple[_Batch, dict[Tensor, dict[str, Any]]]:
+    def _with_states(self, batch: _Batch, roster: _Roster) -> tuple[_Batch, dict[Tensor, dict[str, Any]]]:
         """The batch with a state in every row, and the new ones, which count once bind has passed."""
         if all(batch.states):
             return batch, {}
         fresh: dict[Tensor, dict[str, Any]] = {}
         states = list(batch.states)
-        bits = self._current_roster().bits
         for row, p in enumerate(batch.params):
             if not states[row]:
                 self._refuse(batch, row)
-                states[row] = fresh[p] = state_io.new_state(p, self._moments, bits[batch.ids[row]])
+                states[row] = fresh[p] = state_io.new_state(p, self._moments, roster.bits[batch.ids[row]])
         return batch._replace(states=states), fresh
 
     def _bind(self, plan: Any, batch: _Batch, fresh: dict[Tensor, dict[str, Any]]) -> tuple[int, _Batch]:
@@ -345,7 +353,8 @@ class BlockwiseOptimizer(Optimizer):
     def _bits(self, options: Mapping[str, Any], p: Tensor) -> int:
         if p.numel() < options.get("min_8bit_size", self._min_8bit_size):
             return 32
-        return options.get("optim_bits", self._optim_bits)
+        bits: int = options.get("optim_bits", self._optim_bits)
+        return bits
 
     def _check_override(self, override: Mapping[str, Any]) -> None:
         for key in override:
@@ -355,10 +364,10 @@ class BlockwiseOptimizer(Optimizer):
     def _translate_override(self, override: Mapping[str, Any]) -> dict[str, Any]:
         return dict(override)
 
-    def _options_on(self, device: torch.device) -> list[dict[str, Any]]:
+    def _options_on(self, device: torch.device, roster: _Roster) -> list[dict[str, Any]]:
         groups = self.param_groups
-        if self._roster.overrides:
-            groups = groups + [{**groups[index], **override} for index, override in self._roster.overrides]
+        if roster.overrides:
+            groups = groups + [{**groups[index], **override} for index, override in roster.overrides]
         return [self._kernel_options(group, read_lr(group["lr"], device)) for group in groups]
 
     def _scaling_on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -390,10 +399,11 @@ class BlockwiseOptimizer(Optimizer):
 
     # -- state ------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state as bitsandbytes lays it out, which can load it; see docs for what goes across."""
-        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, {}
+        hooks = self._optimizer_state_dict_post_hooks
+        self._optimizer_state_dict_post_hooks = OrderedDict()
         try:
             result = super().state_dict()
         finally:
@@ -409,7 +419,7 @@ class BlockwiseOptimizer(Optimizer):
                 result = changed
         return result
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a checkpoint of this class, of bitsandbytes or of torch.optim.
@@ -430,8 +440,8 @@ class BlockwiseOptimizer(Optimizer):
         groups = self._merge_groups(saved_groups)
         states = self._import_states(state_dict["state"], saved_groups, groups)
         self.__setstate__({"state": states, "param_groups": groups})
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for finished in self._optimizer_load_state_dict_post_hooks.values():
+            finished(self)
 
     def _merge_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(saved_groups) != len(self.param_groups):
@@ -499,9 +509,9 @@ class BlockwiseOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drops what is only a cache: it is made anew by the next step."""
-        self._roster: _Roster | None = None
-        self._plans: dict[Any, Any] = {}
-        self._workspaces: dict[torch.device, Tensor] = {}
+        self._roster = None
+        self._plans = {}
+        self._workspaces = {}
 
 
 def _is_foreign(p: Tensor) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .blockwise import dequantize_blockwise
 from .maps import is_shared_map, resolve_map, shared_map
 
 BLOCKSIZE = 256
@@ -99,7 +100,7 @@ def refit(state: Mapping[str, Any], p: Tensor, moments: Iterable[Moment], bits: 
     return fitted
 
 
-def share_maps(states: Iterable[Mapping[str, Any]], moments: Iterable[Moment]) -> None:
+def share_maps(states: Iterable[dict[str, Any]], moments: Iterable[Moment]) -> None:
     """Replaces copies of the built-in map, as unpickling and copying make them, by the shared tensor."""
     resolved: dict[tuple[int, bool], Tensor] = {}
     for state in states:
@@ -255,14 +256,16 @@ def _read_codes(codes: Tensor, entries: Mapping[str, Any], moment: Moment, label
 
 def _place(stored: _Stored, moment: Moment, p: Tensor, bits: int, fresh: bool = False) -> dict[str, Tensor]:
     """A stored moment as part of p's state. Codes stay as they are if layout, blocks and bits are right."""
-    quantized = stored.absmax is not None
-    if quantized and bits == 8 and stored.blocksize == BLOCKSIZE and same_layout(stored.values, p):
-        return {
-            moment.state: _copy_like(stored.values, p, torch.uint8, fresh),
-            moment.absmax: stored.absmax.to(p.device, copy=fresh),
-            moment.qmap: resolve_map(stored.qmap, moment.signed, p.device),
-        }
-    values = _decode(stored, moment, p.device) if quantized else stored.values
+    values, absmax, qmap = stored.values, stored.absmax, stored.qmap
+    if absmax is not None and qmap is not None:
+        qmap = resolve_map(qmap, moment.signed, p.device)
+        if bits == 8 and stored.blocksize == BLOCKSIZE and same_layout(values, p):
+            return {
+                moment.state: _copy_like(values, p, torch.uint8, fresh),
+                moment.absmax: absmax.to(p.device, copy=fresh),
+                moment.qmap: qmap,
+            }
+        values = _decode(values.to(p.device), absmax.to(p.device), qmap, stored.blocksize)
     if bits == 32:
         return {moment.state: _copy_like(values, p, torch.float32, fresh)}
     return _encode(values, moment, p)
@@ -274,12 +277,8 @@ def _copy_like(values: Tensor, p: Tensor, dtype: torch.dtype, fresh: bool) -> Te
     return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(values)
 
 
-def _decode(stored: _Stored, moment: Moment, device: torch.device) -> Tensor:
-    codes, absmax = stored.values.to(device), stored.absmax.to(device)
-    qmap = resolve_map(stored.qmap, moment.signed, device)
-    flat = torch.ops.tilewright.dequantize_blockwise(
-        _along_memory(codes), absmax, qmap, moment.signed, stored.blocksize, torch.float32
-    )
+def _decode(codes: Tensor, absmax: Tensor, qmap: Tensor, blocksize: int) -> Tensor:
+    flat = dequantize_blockwise(_along_memory(codes), absmax=absmax, code=qmap, blocksize=blocksize)
     return flat.as_strided(codes.shape, codes.stride())
 
 
