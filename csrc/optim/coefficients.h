@@ -1,5 +1,5 @@
 // Coefficients of one tensor's update and the random bits of stochastic rounding: scalar functions that CPU and
-// GPU share to the letter. A .cu file defines TW_HOST_DEVICE before it includes this.
+// GPU share to the letter. A .cu file defines both macros before it includes this.
 #pragma once
 
 #include <cmath>
@@ -8,6 +8,7 @@
 
 #ifndef TW_HOST_DEVICE
 #define TW_HOST_DEVICE
+#define TW_FEW_REGISTERS
 #endif
 
 namespace tilewright::optim {
@@ -58,6 +59,7 @@ struct PhiloxWords {
 
 TW_HOST_DEVICE static inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0,
                                                 uint32_t key1) {
+  TW_FEW_REGISTERS
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
     const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;

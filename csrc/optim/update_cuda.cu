@@ -6,6 +6,7 @@
 //
 // Roofline, AdamW: 10.06 bytes per 16-bit parameter, 16.06 per fp32 one.
 #define TW_HOST_DEVICE __host__ __device__
+#define TW_FEW_REGISTERS _Pragma("unroll 2")
 #include "device/atomics.h"
 #include "device/launch.h"
 #include "device/smem.h"

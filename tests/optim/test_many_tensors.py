@@ -1,0 +1,51 @@
+"""Models that exceed what one launch can be told: 3840 tensors or 384 parameter groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tilewright as tw
+
+
+def _tensors(count: int, device: torch.device | str) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(3 + i % 5, generator=generator).to(device)) for i in range(count)]
+
+
+def _set_grads(params: list[torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_more_tensors_than_one_launch_takes(backend, max_grad_norm) -> None:
+    ours, theirs = _tensors(3900, backend.device), _tensors(3900, "cpu")
+    optimizer = tw.optim.AdamW8bit(ours, lr=1e-2, max_grad_norm=max_grad_norm)
+    exact = torch.optim.AdamW(theirs, lr=1e-2)
+    for seed in range(2):
+        _set_grads(ours, seed)
+        _set_grads(theirs, seed)
+        optimizer.step()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm)
+        exact.step()
+    torch.testing.assert_close(
+        torch.cat([p.detach().cpu() for p in ours]), torch.cat([p.detach() for p in theirs]), rtol=0, atol=2e-6
+    )
+
+
+def test_more_groups_than_one_launch_takes(backend) -> None:
+    ours, theirs = _tensors(400, backend.device), _tensors(400, "cpu")
+    rates = [1e-3 * (1 + i % 7) for i in range(400)]
+    optimizer = tw.optim.AdamW8bit([{"params": [p], "lr": lr} for p, lr in zip(ours, rates, strict=True)])
+    exact = torch.optim.AdamW([{"params": [p], "lr": lr} for p, lr in zip(theirs, rates, strict=True)])
+    for seed in range(2):
+        _set_grads(ours, seed)
+        _set_grads(theirs, seed)
+        optimizer.step()
+        exact.step()
+    torch.testing.assert_close(
+        torch.cat([p.detach().cpu() for p in ours]), torch.cat([p.detach() for p in theirs]), rtol=0, atol=2e-6
+    )
