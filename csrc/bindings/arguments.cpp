@@ -7,16 +7,26 @@ DType dtype_from(TwDLDataType type) {
   if (type.lanes != 1) return DType::kOther;
   const int key = type.code * 256 + type.bits;
   switch (key) {
-    case kTwDLFloat * 256 + 64: return DType::kFloat64;
-    case kTwDLFloat * 256 + 32: return DType::kFloat32;
-    case kTwDLFloat * 256 + 16: return DType::kFloat16;
-    case kTwDLBfloat * 256 + 16: return DType::kBFloat16;
-    case kTwDLUInt * 256 + 8: return DType::kUInt8;
-    case kTwDLInt * 256 + 8: return DType::kInt8;
-    case kTwDLInt * 256 + 32: return DType::kInt32;
-    case kTwDLInt * 256 + 64: return DType::kInt64;
-    case kTwDLBool * 256 + 8: return DType::kBool;
-    default: return DType::kOther;
+    case kTwDLFloat * 256 + 64:
+      return DType::kFloat64;
+    case kTwDLFloat * 256 + 32:
+      return DType::kFloat32;
+    case kTwDLFloat * 256 + 16:
+      return DType::kFloat16;
+    case kTwDLBfloat * 256 + 16:
+      return DType::kBFloat16;
+    case kTwDLUInt * 256 + 8:
+      return DType::kUInt8;
+    case kTwDLInt * 256 + 8:
+      return DType::kInt8;
+    case kTwDLInt * 256 + 32:
+      return DType::kInt32;
+    case kTwDLInt * 256 + 64:
+      return DType::kInt64;
+    case kTwDLBool * 256 + 8:
+      return DType::kBool;
+    default:
+      return DType::kOther;
   }
 }
 
@@ -37,17 +47,19 @@ TensorView view_of(const TwDLTensor& tensor, Label name) {
   return view;
 }
 
-// The table that the object's type publishes, or null. Types are few, so the last ones asked for are remembered;
-// a type that publishes a table lives as long as the process.
+// The table that the object's type publishes, or null. Types are few, so the last ones asked for are
+// remembered; a type that publishes a table lives as long as the process.
 const TwDLExchangeApi* exchange_api_of(PyTypeObject* type) {
   static std::array<std::pair<PyTypeObject*, const TwDLExchangeApi*>, 4> known{};
   static size_t next = 0;
   for (const auto& [seen, api] : known) {
     if (seen == type) return api;
   }
-  py::object capsule = py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", py::none());
+  py::object capsule =
+      py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", py::none());
   if (capsule.is_none() || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
-  const auto* api = static_cast<const TwDLExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  const auto* api =
+      static_cast<const TwDLExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api->header.version.major != 1 || api->tensor_from_object == nullptr) return nullptr;
   known[next++ % known.size()] = {type, api};
   return api;

@@ -19,8 +19,8 @@ using optim::Algorithm;
 
 constexpr int64_t kMapEntries = 256;
 
-// Device tensors that hold a built-in map. Their content cannot be looked at without waiting for the device, so
-// Python says once which they are and keeps them alive.
+// Device tensors that hold a built-in map. Their content cannot be looked at without waiting for the device,
+// so Python says once which they are and keeps them alive.
 std::vector<std::pair<const void*, bool>>& registered_maps() {
   static std::vector<std::pair<const void*, bool>> maps;
   return maps;
@@ -52,16 +52,16 @@ bool is_parameter_dtype(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 
-optim::QuantizeParams quantize_params(Arguments& arguments, py::handle values, const char* values_name, py::handle codes,
-                                      const char* codes_name, py::handle absmax, py::handle map, bool is_signed,
-                                      int64_t blocksize, Device& device) {
+optim::QuantizeParams quantize_params(Arguments& arguments, py::handle values, const char* values_name,
+                                      py::handle codes, const char* codes_name, py::handle absmax,
+                                      py::handle map, bool is_signed, int64_t blocksize, Device& device) {
   const TensorView v = arguments.tensor(values, values_name), c = arguments.tensor(codes, codes_name);
   const TensorView a = arguments.tensor(absmax, "absmax");
   device = v.device;
   check_type(is_parameter_dtype(v.dtype), values_name, ": got dtype ", v.dtype,
              ", allowed: float32, float16, bfloat16");
-  check_value(blocksize >= 64 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, "blocksize: got ", blocksize,
-              ", allowed: 64, 128, 256, 512, 1024, 2048, 4096");
+  check_value(blocksize >= 64 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0, "blocksize: got ",
+              blocksize, ", allowed: 64, 128, 256, 512, 1024, 2048, 4096");
   check_dtype(c, DType::kUInt8, codes_name);
   check_dtype(a, DType::kFloat32, "absmax");
   check_contiguous(v, values_name);
@@ -84,32 +84,37 @@ optim::QuantizeParams quantize_params(Arguments& arguments, py::handle values, c
   return p;
 }
 
-void quantize(py::handle values, py::handle map, bool is_signed, py::handle codes, py::handle absmax, int64_t blocksize,
-              int threads) {
+void quantize(py::handle values, py::handle map, bool is_signed, py::handle codes, py::handle absmax,
+              int64_t blocksize, int threads) {
   Arguments arguments;
   Device device;
-  const auto p = quantize_params(arguments, values, "A", codes, "out", absmax, map, is_signed, blocksize, device);
+  const auto p =
+      quantize_params(arguments, values, "A", codes, "out", absmax, map, is_signed, blocksize, device);
   const Stream stream = arguments.current_stream(device);
   py::gil_scoped_release released;
   (void)threads;
   (void)stream;
-  TW_RUN(device.is_cuda, TW_CALL_CPU(quantize_cpu, p, threads), optim::quantize_cuda(p, device.index, stream));
+  TW_RUN(device.is_cuda, TW_CALL_CPU(quantize_cpu, p, threads),
+         optim::quantize_cuda(p, device.index, stream));
 }
 
 void dequantize(py::handle codes, py::handle absmax, py::handle map, bool is_signed, py::handle values,
                 int64_t blocksize, int threads) {
   Arguments arguments;
   Device device;
-  const auto p = quantize_params(arguments, values, "out", codes, "A", absmax, map, is_signed, blocksize, device);
+  const auto p =
+      quantize_params(arguments, values, "out", codes, "A", absmax, map, is_signed, blocksize, device);
   const Stream stream = arguments.current_stream(device);
   py::gil_scoped_release released;
   (void)threads;
   (void)stream;
-  TW_RUN(device.is_cuda, TW_CALL_CPU(dequantize_cpu, p, threads), optim::dequantize_cuda(p, device.index, stream));
+  TW_RUN(device.is_cuda, TW_CALL_CPU(dequantize_cpu, p, threads),
+         optim::dequantize_cuda(p, device.index, stream));
 }
 
-// One optimizer's tensors on one device. bind() reads and checks everything anew each step, so nothing can go stale
-// when a caller replaces a gradient, a parameter's memory or a state; only what was uploaded is remembered.
+// One optimizer's tensors on one device. bind() reads and checks everything anew each step, so nothing can go
+// stale when a caller replaces a gradient, a parameter's memory or a state; only what was uploaded is
+// remembered.
 class OptimizerPlan {
  public:
   explicit OptimizerPlan(const std::string& kind) {
@@ -126,8 +131,9 @@ class OptimizerPlan {
   int64_t bind(const py::list& params, const py::list& grads, const py::list& states, const py::list& groups,
                const py::list& ids) {
     const size_t count = params.size();
-    check_value(grads.size() == count && states.size() == count && groups.size() == count && ids.size() == count,
-                "params, grads, states, groups and ids must be equally long");
+    check_value(
+        grads.size() == count && states.size() == count && groups.size() == count && ids.size() == count,
+        "params, grads, states, groups and ids must be equally long");
     Arguments arguments;
     rows_.clear();
     grads_.clear();
@@ -137,8 +143,9 @@ class OptimizerPlan {
       const int64_t id = PyLong_AsLongLong(PyList_GET_ITEM(ids.ptr(), Py_ssize_t(i)));
       const int64_t group = PyLong_AsLongLong(PyList_GET_ITEM(groups.ptr(), Py_ssize_t(i)));
       if (PyErr_Occurred()) throw py::error_already_set();
-      add_row(arguments, PyList_GET_ITEM(params.ptr(), Py_ssize_t(i)), PyList_GET_ITEM(grads.ptr(), Py_ssize_t(i)),
-              PyList_GET_ITEM(states.ptr(), Py_ssize_t(i)), group, id, i == 0);
+      add_row(arguments, PyList_GET_ITEM(params.ptr(), Py_ssize_t(i)),
+              PyList_GET_ITEM(grads.ptr(), Py_ssize_t(i)), PyList_GET_ITEM(states.ptr(), Py_ssize_t(i)),
+              group, id, i == 0);
     }
     stream_ = count == 0 ? nullptr : arguments.current_stream(device_);
     return on_gpu_ && count != 0 ? optim::workspace_bytes(int64_t(count)) : 0;
@@ -150,8 +157,8 @@ class OptimizerPlan {
     Arguments arguments;
     std::vector<optim::Group> read;
     for (py::handle group : groups) read.push_back(read_group(arguments, group));
-    check_value(largest_group_ < int64_t(read.size()), "groups: got ", read.size(), " entries, a parameter names group ",
-                largest_group_);
+    check_value(largest_group_ < int64_t(read.size()), "groups: got ", read.size(),
+                " entries, a parameter names group ", largest_group_);
     optim::StepParams params{};
     params.grad_scale = read_scalar(arguments, grad_scale, "grad_scale");
     params.found_inf = read_scalar(arguments, found_inf, "found_inf");
@@ -173,8 +180,8 @@ class OptimizerPlan {
       py::gil_scoped_release released;
       (void)threads;
       TW_RUN(on_gpu_, optim::step_cpu(update, read.data(), params, threads),
-             optim::step_cuda(update, read.data(), int64_t(read.size()), params, device_memory, upload, device_.index,
-                              stream_));
+             optim::step_cuda(update, read.data(), int64_t(read.size()), params, device_memory, upload,
+                              device_.index, stream_));
     }
     if (upload) {
       uploaded_ = rows_;
@@ -185,10 +192,12 @@ class OptimizerPlan {
  private:
   static PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-  static py::handle entry(py::handle state, PyObject* key) { return PyDict_GetItemWithError(state.ptr(), key); }
+  static py::handle entry(py::handle state, PyObject* key) {
+    return PyDict_GetItemWithError(state.ptr(), key);
+  }
 
-  void add_row(Arguments& arguments, py::handle param, py::handle grad, py::handle state, int64_t group, int64_t id,
-               bool first) {
+  void add_row(Arguments& arguments, py::handle param, py::handle grad, py::handle state, int64_t group,
+               int64_t id, bool first) {
     const TensorView p = arguments.tensor(param, Label("param", id, "the parameter"));
     const TensorView g = arguments.tensor(grad, Label("param", id, "grad"));
     check_type(is_parameter_dtype(p.dtype), "param ", id, ": got dtype ", p.dtype,
@@ -251,9 +260,9 @@ class OptimizerPlan {
       check_dtype(scale, DType::kFloat32, Label("param", id, absmax_names[i]));
       check_contiguous(scale, Label("param", id, absmax_names[i]));
       const int32_t block_size = block_size_of(row.numel, scale.numel());
-      check_value(block_size != 0 && (i == 0 || block_size == row.block_size), "param ", id, ": ", absmax_names[i],
-                  " has ", scale.numel(), " entries, which fits no block size of 256 to 4096 for ", row.numel,
-                  " elements");
+      check_value(block_size != 0 && (i == 0 || block_size == row.block_size), "param ", id, ": ",
+                  absmax_names[i], " has ", scale.numel(),
+                  " entries, which fits no block size of 256 to 4096 for ", row.numel, " elements");
       row.block_size = block_size;
       *scales[i] = static_cast<float*>(scale.data);
       if (py::handle map = entry(state, map_keys[i]); map.ptr() != nullptr) {
@@ -261,10 +270,12 @@ class OptimizerPlan {
         *maps[i] = read_map(arguments.tensor(map, name), i == 0, device_, name);
       }
     }
-    row.general = coded && (row.block_size != optim::kUsualBlock || row.map1 != nullptr || row.map2 != nullptr);
+    row.general =
+        coded && (row.block_size != optim::kUsualBlock || row.map1 != nullptr || row.map2 != nullptr);
   }
 
-  TensorView state_tensor(Arguments& arguments, py::handle state, PyObject* key, int64_t id, const char* name) {
+  TensorView state_tensor(Arguments& arguments, py::handle state, PyObject* key, int64_t id,
+                          const char* name) {
     const py::handle found = entry(state, key);
     check_value(found.ptr() != nullptr, "param ", id, ": ", name, " is missing");
     const TensorView view = arguments.tensor(found, Label("param", id, name));
@@ -341,17 +352,17 @@ void bind_optim(py::module_& m) {
   m.def("dynamic_map", &dynamic_map, py::arg("signed"), "The built-in map's 256 entries, ascending.");
   m.def("register_builtin_map", &register_builtin_map, py::arg("qmap"), py::arg("signed"),
         "Declares that this device tensor holds the built-in map.");
-  m.def("quantize_blockwise", &quantize, py::arg("A"), py::arg("code").none(true), py::arg("signed"), py::arg("out"),
-        py::arg("absmax"), py::arg("blocksize"), py::arg("threads"));
+  m.def("quantize_blockwise", &quantize, py::arg("A"), py::arg("code").none(true), py::arg("signed"),
+        py::arg("out"), py::arg("absmax"), py::arg("blocksize"), py::arg("threads"));
   m.def("dequantize_blockwise", &dequantize, py::arg("A"), py::arg("absmax"), py::arg("code").none(true),
         py::arg("signed"), py::arg("out"), py::arg("blocksize"), py::arg("threads"));
   py::class_<OptimizerPlan>(m, "OptimizerPlan")
       .def(py::init<const std::string&>(), py::arg("kind"))
-      .def("bind", &OptimizerPlan::bind, py::arg("params"), py::arg("grads"), py::arg("states"), py::arg("groups"),
-           py::arg("ids"))
+      .def("bind", &OptimizerPlan::bind, py::arg("params"), py::arg("grads"), py::arg("states"),
+           py::arg("groups"), py::arg("ids"))
       .def("step", &OptimizerPlan::step, py::arg("groups"), py::arg("workspace").none(true),
-           py::arg("grad_scale").none(true), py::arg("found_inf").none(true), py::arg("max_grad_norm").none(true),
-           py::arg("seed"), py::arg("threads"));
+           py::arg("grad_scale").none(true), py::arg("found_inf").none(true),
+           py::arg("max_grad_norm").none(true), py::arg("seed"), py::arg("threads"));
 }
 
 }  // namespace tilewright

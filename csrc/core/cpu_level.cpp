@@ -13,10 +13,13 @@ bool machine_supports(CpuLevel level) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   switch (level) {
-    case CpuLevel::kBaseline: return true;
+    case CpuLevel::kBaseline:
+      return true;
     case CpuLevel::kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case CpuLevel::kAvx512: return __builtin_cpu_supports("x86-64-v4");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case CpuLevel::kAvx512:
+      return __builtin_cpu_supports("x86-64-v4");
     case CpuLevel::kAvx512Bf16:
       return machine_supports(CpuLevel::kAvx512) && __builtin_cpu_supports("avx512bf16") &&
              __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
@@ -46,10 +49,14 @@ std::atomic<int> chosen_level{-1};
 
 const char* name_of(CpuLevel level) {
   switch (level) {
-    case CpuLevel::kBaseline: return "baseline";
-    case CpuLevel::kAvx2: return "avx2";
-    case CpuLevel::kAvx512: return "avx512";
-    case CpuLevel::kAvx512Bf16: return "avx512_bf16";
+    case CpuLevel::kBaseline:
+      return "baseline";
+    case CpuLevel::kAvx2:
+      return "avx2";
+    case CpuLevel::kAvx512:
+      return "avx512";
+    case CpuLevel::kAvx512Bf16:
+      return "avx512_bf16";
   }
   return "unknown";
 }
@@ -66,8 +73,9 @@ CpuLevel cpu_level() {
   const int chosen = chosen_level.load(std::memory_order_relaxed);
   if (chosen >= 0) return CpuLevel(chosen);
   const char* forced = std::getenv("TILEWRIGHT_CPU");
-  const CpuLevel level = forced != nullptr && *forced != '\0' ? level_named(forced, "environment variable TILEWRIGHT_CPU")
-                                                              : usable_cpu_levels().back();
+  const CpuLevel level = forced != nullptr && *forced != '\0'
+                             ? level_named(forced, "environment variable TILEWRIGHT_CPU")
+                             : usable_cpu_levels().back();
   chosen_level.store(int(level), std::memory_order_relaxed);
   return level;
 }

@@ -12,26 +12,38 @@
 #endif
 
 // Declares `result name signature` in every level's namespace.
-#define TW_DECLARE_CPU(result, name, signature)                    \
-  namespace baseline { result name signature; }                    \
+#define TW_DECLARE_CPU(result, name, signature) \
+  namespace baseline {                          \
+  result name signature;                        \
+  }                                             \
   TW_DECLARE_X86_(result, name, signature)
 
 // Calls the version of `name` for the level in use.
 #define TW_CALL_CPU(name, ...) TW_CALL_CPU_(name, (__VA_ARGS__))
 
 #if defined(__x86_64__)
-#define TW_DECLARE_X86_(result, name, signature)    \
-  namespace avx2 { result name signature; }         \
-  namespace avx512 { result name signature; }       \
-  namespace avx512_bf16 { result name signature; }
-#define TW_CALL_CPU_(name, arguments)                                                        \
-  [&] {                                                                                      \
-    switch (::tilewright::cpu_level()) {                                                     \
-      case ::tilewright::CpuLevel::kAvx512Bf16: return ::tilewright::avx512_bf16::name arguments; \
-      case ::tilewright::CpuLevel::kAvx512: return ::tilewright::avx512::name arguments;     \
-      case ::tilewright::CpuLevel::kAvx2: return ::tilewright::avx2::name arguments;         \
-      default: return ::tilewright::baseline::name arguments;                                \
-    }                                                                                        \
+#define TW_DECLARE_X86_(result, name, signature) \
+  namespace avx2 {                               \
+  result name signature;                         \
+  }                                              \
+  namespace avx512 {                             \
+  result name signature;                         \
+  }                                              \
+  namespace avx512_bf16 {                        \
+  result name signature;                         \
+  }
+#define TW_CALL_CPU_(name, arguments)                     \
+  [&] {                                                   \
+    switch (::tilewright::cpu_level()) {                  \
+      case ::tilewright::CpuLevel::kAvx512Bf16:           \
+        return ::tilewright::avx512_bf16::name arguments; \
+      case ::tilewright::CpuLevel::kAvx512:               \
+        return ::tilewright::avx512::name arguments;      \
+      case ::tilewright::CpuLevel::kAvx2:                 \
+        return ::tilewright::avx2::name arguments;        \
+      default:                                            \
+        return ::tilewright::baseline::name arguments;    \
+    }                                                     \
   }()
 #else
 #define TW_DECLARE_X86_(result, name, signature)

@@ -1,11 +1,13 @@
-// Vectors of kLanes floats for the level being compiled. Arithmetic uses the operators that GCC and Clang give
-// native vector types; what has no operator is a function here. Included by instruction-set files only, and
-// everything is `static inline` in the level's namespace, so nothing compiled here can leak to another level.
+// Vectors of kLanes floats for the level being compiled. Arithmetic uses the operators that GCC and Clang
+// give native vector types; what has no operator is a function here. Included by instruction-set files only,
+// and everything is `static inline` in the level's namespace, so nothing compiled here can leak to another
+// level.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/half.h"
 
@@ -24,7 +26,8 @@ typedef int32_t Int __attribute__((vector_size(64)));
 static inline Float splat(float x) { return _mm512_set1_ps(x); }
 static inline Float load(const float* p) { return _mm512_loadu_ps(p); }
 static inline Float load(const bf16* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 static inline Float load(const fp16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 static inline void store(float* p, Float x) { _mm512_storeu_ps(p, x); }
@@ -47,7 +50,9 @@ static inline double sum(Float x) {
 static inline Int load_bytes(const uint8_t* p) {
   return (Int)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
-static inline void store_bytes(uint8_t* p, Int x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x)); }
+static inline void store_bytes(uint8_t* p, Int x) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+}
 static inline void store_halves(uint16_t* p, Int x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)x));
 }
@@ -66,7 +71,8 @@ typedef int32_t Int __attribute__((vector_size(32)));
 static inline Float splat(float x) { return _mm256_set1_ps(x); }
 static inline Float load(const float* p) { return _mm256_loadu_ps(p); }
 static inline Float load(const bf16* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 static inline Float load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 static inline void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
@@ -80,12 +86,18 @@ static inline Float sqrt(Float x) { return _mm256_sqrt_ps(x); }
 static inline Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
 static inline Int max(Int a, Int b) { return (Int)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 static inline Int min(Int a, Int b) { return (Int)_mm256_min_epi32((__m256i)a, (__m256i)b); }
-static inline Int load_bytes(const uint8_t* p) { return (Int)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-static inline Int load_halves(const uint16_t* p) { return (Int)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline Int load_bytes(const uint8_t* p) {
+  return (Int)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+static inline Int load_halves(const uint16_t* p) {
+  return (Int)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+}
 static inline __m128i pack_halves(Int x) {
   return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
 }
-static inline void store_halves(uint16_t* p, Int x) { _mm_storeu_si128((__m128i*)p, pack_halves(x & 0xffff)); }
+static inline void store_halves(uint16_t* p, Int x) {
+  _mm_storeu_si128((__m128i*)p, pack_halves(x & 0xffff));
+}
 static inline void store_bytes(uint8_t* p, Int x) {
   const __m128i halves = pack_halves(x & 0xff);
   _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(halves, halves));
@@ -160,7 +172,7 @@ static inline Int shift_right(Int x, int by) {
   return (Int)((Unsigned)x >> by);
 }
 
-// bf16 by round to nearest even, NaN to NaN. The AVX512-BF16 instruction is not used: it flushes subnormals.
+// bf16 by round to nearest even, NaN to NaN. The AVX512-BF16 instruction would flush subnormals.
 static inline void store(bf16* p, Float x) {
   const Int b = bits(x);
   const Int rounded = shift_right(b + 0x7fff + (shift_right(b, 16) & 1), 16);
@@ -171,6 +183,18 @@ static inline void store(bf16* p, Float x) {
   const Int nan = x != x;
   store_halves(&p->bits, (rounded & ~nan) | (nan & 0x7fc0));
 #endif
+}
+
+// As store, where results below 2^-126 may become zero.
+template <class T>
+static inline void store_fast(T* p, Float x) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+    return;
+  }
+#endif
+  store(p, x);
 }
 
 // Loads that may read a whole vector although fewer than kLanes elements remain go through these.

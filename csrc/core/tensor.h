@@ -7,20 +7,41 @@
 
 namespace tilewright {
 
-enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16, kUInt8, kInt8, kInt32, kInt64, kBool, kOther };
+enum class DType : int32_t {
+  kFloat64,
+  kFloat32,
+  kFloat16,
+  kBFloat16,
+  kUInt8,
+  kInt8,
+  kInt32,
+  kInt64,
+  kBool,
+  kOther
+};
 
 inline const char* name_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat64: return "float64";
-    case DType::kFloat32: return "float32";
-    case DType::kFloat16: return "float16";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kUInt8: return "uint8";
-    case DType::kInt8: return "int8";
-    case DType::kInt32: return "int32";
-    case DType::kInt64: return "int64";
-    case DType::kBool: return "bool";
-    case DType::kOther: break;
+    case DType::kFloat64:
+      return "float64";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kUInt8:
+      return "uint8";
+    case DType::kInt8:
+      return "int8";
+    case DType::kInt32:
+      return "int32";
+    case DType::kInt64:
+      return "int64";
+    case DType::kBool:
+      return "bool";
+    case DType::kOther:
+      break;
   }
   return "an unsupported dtype";
 }
@@ -31,7 +52,8 @@ struct Device {
   bool operator==(const Device&) const = default;
 };
 
-// Devices, dtypes and shapes are written by streaming, so that passing one to a check costs nothing when it holds.
+// Devices, dtypes and shapes are written by streaming, so that passing one to a check costs nothing when it
+// holds.
 inline std::ostream& operator<<(std::ostream& out, Device device) {
   return device.is_cuda ? out << "cuda:" << device.index : out << "cpu";
 }

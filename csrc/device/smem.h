@@ -31,7 +31,8 @@ using SharedAddress = uint32_t;
 
 __device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
 #if TILEWRIGHT_EMULATED
-  return SharedAddress(static_cast<const char*>(pointer) - static_cast<const char*>(emulator::shared_memory(1)));
+  return SharedAddress(static_cast<const char*>(pointer) -
+                       static_cast<const char*>(emulator::shared_memory(1)));
 #else
   return SharedAddress(__cvta_generic_to_shared(pointer));
 #endif
@@ -43,7 +44,8 @@ __device__ __forceinline__ T load_shared(SharedAddress address) {
   static_assert(sizeof(T) == 4);
   T value;
 #if TILEWRIGHT_EMULATED
-  std::memcpy(&value, static_cast<const char*>(emulator::shared_memory(address + sizeof(T))) + address, sizeof(T));
+  std::memcpy(&value, static_cast<const char*>(emulator::shared_memory(address + sizeof(T))) + address,
+              sizeof(T));
 #else
   uint32_t word;
   asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));

@@ -22,20 +22,19 @@ constexpr int kSignedZero = 127;  // the signed map's code of 0.0
 constexpr float kTinyAbsmax = 0x1p-100f;
 constexpr float kTinyScale = 0x1p64f;
 
-// A float's segment is its exponent's bits 1 to 4, less one at or below the segment's threshold. Segments never
-// straddle decades, so within one the code is floor(min(slope * |x| + offset, cap)), but for rounding next to a
-// midpoint (closer than kAmbiguous to an integer, twice the error there), where the buckets decide.
+// A float's segment is its exponent's bits 1 to 4, less one at or below the segment's threshold. Segments
+// never straddle decades, so within one the code is floor(min(slope * |x| + offset, cap)), but for rounding
+// next to a midpoint (closer than 2^-15 to an integer, twice the error there), where the buckets decide.
 struct Segments {
   alignas(64) float threshold[16];
   alignas(64) float slope[16];
   alignas(64) float offset[16];
   alignas(64) float cap[16];
 };
-constexpr float kAmbiguous = 0x1p-15f;
 
 struct Codebook {
-  alignas(64) float decode[256];      // ascending
-  alignas(64) uint8_t planes[4][256]; // byte b of decode[i] is planes[b][i], for byte-permute lookups
+  alignas(64) float decode[256];       // ascending
+  alignas(64) uint8_t planes[4][256];  // byte b of decode[i] is planes[b][i], for byte-permute lookups
   alignas(64) uint32_t buckets[kPaddedBuckets];  // for |x|: gives the distance k from the code of zero
   Segments segments;
 };

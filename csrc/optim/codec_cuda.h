@@ -1,5 +1,5 @@
-// The codec on a GPU: both directions through tables in shared memory (see codec.h). Eight consecutive elements
-// belong to a lane, so a warp holds 256, the usual quantization block, and needs no barrier.
+// The codec on a GPU: both directions through tables in shared memory (see codec.h). Eight consecutive
+// elements belong to a lane, so a warp holds 256, the usual quantization block, and needs no barrier.
 #pragma once
 
 #include "device/half.h"
@@ -26,7 +26,8 @@ constexpr Codebook kUnsignedTable = make_codebook<false>();
 static __device__ const Codebook kDeviceSigned = kSignedTable;
 static __device__ const Codebook kDeviceUnsigned = kUnsignedTable;
 
-// The signed map has no -1.0: a negative value beyond the midpoint to where it would be counts as that midpoint.
+// The signed map has no -1.0: a negative value beyond the midpoint to where it would be counts as that
+// midpoint.
 constexpr float kLowestEncoded = std::bit_cast<float>(threshold_bits(-kSignedTable.decode[0], 1.0f));
 
 // What a kernel keeps of a codebook in shared memory.
@@ -39,7 +40,8 @@ template <class T>
 __device__ __forceinline__ void copy_table(T* shared, const T* global, int count) {
   using Four = device::Vector<T, 4>;
   for (int i = int(threadIdx.x); i < count / 4; i += kThreads) {
-    device::store(reinterpret_cast<Four*>(shared) + i, device::load(reinterpret_cast<const Four*>(global) + i));
+    device::store(reinterpret_cast<Four*>(shared) + i,
+                  device::load(reinterpret_cast<const Four*>(global) + i));
   }
 }
 
@@ -49,15 +51,16 @@ __device__ __forceinline__ void load_tables(CodecTables& tables, const Codebook&
   copy_table(tables.buckets, book.buckets, kPaddedBuckets);
 }
 
-// Eight elements of a lane. kWhole: all exist and the address allows 16-byte access; else `count` of them exist, and
-// the others read as zero.
+// Eight elements of a lane. kWhole: all exist and the address allows 16-byte access; else `count` of them
+// exist, and the others read as zero.
 template <bool kWhole, class T>
 __device__ __forceinline__ void load_lane(float (&out)[kLaneElements], const T* address, int count) {
   constexpr int kPerLoad = 16 / int(sizeof(T));
   if constexpr (kWhole) {
 #pragma unroll
     for (int i = 0; i < kLaneElements; i += kPerLoad) {
-      const auto part = device::load_streaming(reinterpret_cast<const device::Vector<T, kPerLoad>*>(address + i));
+      const auto part =
+          device::load_streaming(reinterpret_cast<const device::Vector<T, kPerLoad>*>(address + i));
 #pragma unroll
       for (int j = 0; j < kPerLoad; ++j) out[i + j] = device::to_float(part[j]);
     }
@@ -129,8 +132,8 @@ __device__ __forceinline__ void store_codes(uint8_t* address, LaneCodes codes, i
   }
 }
 
-__device__ __forceinline__ void decode_lane(float (&out)[kLaneElements], LaneCodes codes, const CodecTables& tables,
-                                            float scale) {
+__device__ __forceinline__ void decode_lane(float (&out)[kLaneElements], LaneCodes codes,
+                                            const CodecTables& tables, float scale) {
   const device::SharedAddress base = device::shared_address(tables.decode);
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) {
@@ -156,7 +159,8 @@ __device__ __forceinline__ uint32_t encode_word(float x, device::SharedAddress b
 
 // Eight values as codes of x / absmax.
 template <bool kSigned>
-__device__ __forceinline__ LaneCodes encode_lane(float (&x)[kLaneElements], float absmax, const CodecTables& tables) {
+__device__ __forceinline__ LaneCodes encode_lane(float (&x)[kLaneElements], float absmax,
+                                                 const CodecTables& tables) {
   const device::SharedAddress buckets = device::shared_address(tables.buckets);
   if (absmax < kTinyAbsmax) [[unlikely]] {
 #pragma unroll
@@ -178,7 +182,8 @@ __device__ __forceinline__ LaneCodes encode_lane(float (&x)[kLaneElements], floa
 }
 
 // Any other ascending map lies in global memory.
-__device__ inline void decode_lane_foreign(float (&out)[kLaneElements], LaneCodes codes, const float* map, float scale) {
+__device__ inline void decode_lane_foreign(float (&out)[kLaneElements], LaneCodes codes, const float* map,
+                                           float scale) {
   for (int i = 0; i < kLaneElements; ++i) out[i] = map[codes.word[i / 4] >> (8 * (i % 4)) & 0xffu] * scale;
 }
 
@@ -200,7 +205,8 @@ __device__ inline uint32_t nearest_entry(const float* map, float x) {
   return uint32_t(below < above || (below == above && smaller_below) ? low - 1 : low);
 }
 
-__device__ inline LaneCodes encode_lane_foreign(const float (&x)[kLaneElements], float absmax, const float* map) {
+__device__ inline LaneCodes encode_lane_foreign(const float (&x)[kLaneElements], float absmax,
+                                                const float* map) {
   const float prescale = absmax < kTinyAbsmax ? kTinyScale : 1.0f;
   const float reciprocal = absmax == 0.0f ? 0.0f : device::div_rn(1.0f, absmax * prescale);
   LaneCodes codes{};

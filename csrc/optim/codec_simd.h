@@ -39,14 +39,17 @@ static inline float absmax_of(const float* x, int64_t count) {
 
 // Bytes `plane[code]` for 64 codes: two 128-entry permutes, chosen between by the codes' upper bit.
 static inline __m512i lookup_plane(const uint8_t* plane, __m512i codes, __mmask64 upper) {
-  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(plane), codes, _mm512_load_si512(plane + 64));
-  const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(plane + 128), codes, _mm512_load_si512(plane + 192));
+  const __m512i low =
+      _mm512_permutex2var_epi8(_mm512_load_si512(plane), codes, _mm512_load_si512(plane + 64));
+  const __m512i high =
+      _mm512_permutex2var_epi8(_mm512_load_si512(plane + 128), codes, _mm512_load_si512(plane + 192));
   return _mm512_mask_blend_epi8(upper, low, high);
 }
 
 // out = table[code] * absmax. The four byte planes of the table fit in registers' reach, so a lookup of 64
 // codes costs 12 permutes and blends instead of 64 gathered loads.
-static inline void decode_block(const uint8_t* codes, const Codebook& book, float absmax, float* out, int64_t count) {
+static inline void decode_block(const uint8_t* codes, const Codebook& book, float absmax, float* out,
+                                int64_t count) {
   const __m512i transpose = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512 scale = _mm512_set1_ps(absmax);
   for (int64_t i = 0; i < count; i += kStep) {
@@ -73,7 +76,8 @@ static inline void decode_block(const uint8_t* codes, const Codebook& book, floa
 static inline Float lookup_code(const float* table, Int codes) {
   Float part[8];
   for (int i = 0; i < 8; ++i) {
-    part[i] = _mm512_permutex2var_ps(_mm512_load_ps(table + 32 * i), (__m512i)codes, _mm512_load_ps(table + 32 * i + 16));
+    part[i] = _mm512_permutex2var_ps(_mm512_load_ps(table + 32 * i), (__m512i)codes,
+                                     _mm512_load_ps(table + 32 * i + 16));
   }
   for (int width = 4, bit = 32; width > 0; width /= 2, bit *= 2) {
     const __mmask16 upper = _mm512_test_epi32_mask((__m512i)codes, _mm512_set1_epi32(bit));
@@ -85,15 +89,18 @@ static inline Float lookup_code(const float* table, Int codes) {
 static inline Float lookup_code(const float* table, Int codes) { return lookup<float, Float>(table, codes); }
 #endif
 
-static inline void decode_block(const uint8_t* codes, const Codebook& book, float absmax, float* out, int64_t count) {
+static inline void decode_block(const uint8_t* codes, const Codebook& book, float absmax, float* out,
+                                int64_t count) {
   const Float scale = splat(absmax);
-  for (int64_t i = 0; i < count; i += kLanes) store(out + i, lookup_code(book.decode, load_bytes(codes + i)) * scale);
+  for (int64_t i = 0; i < count; i += kLanes)
+    store(out + i, lookup_code(book.decode, load_bytes(codes + i)) * scale);
 }
 
 #endif
 
-// Values of magnitude at most 1. The signed map has no -1.0: its lowest code is one short of it.
-// Free of branches, which random signs would make unpredictable.
+#if defined(__AVX512F__)
+
+// A value of magnitude at most 1. The signed map has no -1.0: its lowest code is one short of it.
 template <bool kSigned>
 static inline uint8_t encode(float x, const uint32_t* buckets) {
   constexpr int32_t kFirst = int32_t(kFirstBucket << 16);
@@ -102,11 +109,9 @@ static inline uint8_t encode(float x, const uint32_t* buckets) {
   magnitude = magnitude < kFirst ? kFirst : magnitude;
   int32_t k = int32_t(buckets[(magnitude >> 16) - int32_t(kFirstBucket)] + uint32_t(magnitude)) >> 16;
   const int32_t sign = b >> 31;
-  k += sign & (k == 128 ? -1 : 0);
+  k -= int32_t(k == 128) & -sign;
   return uint8_t(kSigned ? kSignedZero + ((k ^ sign) - sign) : k);
 }
-
-#if defined(__AVX512F__)
 
 // Registers that encode_step needs for a whole block.
 struct Encoder {
@@ -133,40 +138,41 @@ __attribute__((noinline)) static void encode_selected(uint64_t selected, const f
 // Encodes kStep values; see Segments. The few values next to a midpoint are left to the buckets.
 template <bool kSigned>
 static inline void encode_step(const Encoder& e, const float* x, const Codebook& book, uint8_t* codes) {
-  Float to_integer[4];
+  __mmask16 ambiguous[4];
   __m512i code[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const Float scaled = load(x + 16 * i) * e.reciprocal;
     const Float magnitude = max(kSigned ? abs(scaled) : scaled, splat(kSmallestBucketed));
     const __m512i pair = _mm512_srli_epi32(_mm512_castps_si512(magnitude), 24);
-    const __mmask16 below = _mm512_cmp_ps_mask(magnitude, _mm512_permutexvar_ps(pair, e.threshold), _CMP_LE_OQ);
+    const __mmask16 below =
+        _mm512_cmp_ps_mask(magnitude, _mm512_permutexvar_ps(pair, e.threshold), _CMP_LE_OQ);
     const __m512i segment = _mm512_mask_sub_epi32(pair, below, pair, _mm512_set1_epi32(1));
     const Float line =
         fma(magnitude, _mm512_permutexvar_ps(segment, e.slope), _mm512_permutexvar_ps(segment, e.offset));
     const Float position = _mm512_min_ps(line, _mm512_permutexvar_ps(segment, e.cap));
-    to_integer[i] = _mm512_reduce_ps(position, _MM_FROUND_TO_NEAREST_INT);
+    // Beside 512 a float has 14 bits of fraction left: all zero if the position is nearer than 2^-15 to an
+    // integer.
+    const __m512i fraction = _mm512_castps_si512(position + splat(512.0f));
+    ambiguous[i] = _mm512_testn_epi32_mask(fraction, _mm512_set1_epi32(0x3fff));
     Float from_lowest = position;
     if (kSigned) {
-      // 127 + floor(position) or 127 - floor(position); truncation takes the absent -1.0 (-0.5 here) to code 0.
+      // 127 + floor(position) or 127 - floor(position); truncation takes the absent -1.0 (-0.5 here) to code
+      // 0.
       const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(scaled));
       from_lowest = _mm512_mask_sub_ps(position + splat(127.0f), negative, splat(128.0f), position);
     }
     code[i] = _mm512_cvttps_epi32(from_lowest);
   }
   // Packing works within 128-bit lanes; the last permutation brings the groups of four into memory order.
-  const __m512i halves = _mm512_packus_epi32(code[0], code[1]), more_halves = _mm512_packus_epi32(code[2], code[3]);
+  const __m512i halves = _mm512_packus_epi32(code[0], code[1]),
+                more_halves = _mm512_packus_epi32(code[2], code[3]);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(codes, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(halves, more_halves)));
-  constexpr int kSmaller = 0b1010;  // of two magnitudes, for VRANGEPS
-  const Float nearest = _mm512_range_ps(_mm512_range_ps(to_integer[0], to_integer[1], kSmaller),
-                                        _mm512_range_ps(to_integer[2], to_integer[3], kSmaller), kSmaller);
-  if (__builtin_expect(_mm512_cmp_ps_mask(nearest, splat(kAmbiguous), _CMP_LT_OQ) != 0, 0)) {
-    uint64_t ambiguous = 0;
-    for (int i = 0; i < 4; ++i) {
-      ambiguous |= uint64_t{_mm512_cmp_ps_mask(abs(to_integer[i]), splat(kAmbiguous), _CMP_LT_OQ)} << (16 * i);
-    }
-    encode_selected<kSigned>(ambiguous, x, e.reciprocal[0], book.buckets, codes);
+  if (__builtin_expect((ambiguous[0] | ambiguous[1] | ambiguous[2] | ambiguous[3]) != 0, 0)) {
+    uint64_t selected = 0;
+    for (int i = 0; i < 4; ++i) selected |= uint64_t{ambiguous[i]} << (16 * i);
+    encode_selected<kSigned>(selected, x, e.reciprocal[0], book.buckets, codes);
   }
 }
 
@@ -179,9 +185,16 @@ struct Encoder {
 };
 
 template <bool kSigned>
-static inline void encode_step(const Encoder& e, const float* __restrict x, const Codebook& book,
-                               uint8_t* __restrict codes) {
-  for (int i = 0; i < kStep; ++i) codes[i] = encode<kSigned>(x[i] * e.reciprocal, book.buckets);
+static inline void encode_step(const Encoder& e, const float* x, const Codebook& book, uint8_t* codes) {
+  for (int i = 0; i < kStep; i += kLanes) {
+    const Float scaled = load(x + i) * splat(e.reciprocal);
+    const Int b = bits(max(abs(scaled), splat(kSmallestBucketed)));
+    const Int entry = lookup<uint32_t, Int>(book.buckets, shift_right(b, 16) - int32_t(kFirstBucket));
+    const Int k = shift_right(entry + b, 16);
+    // As in encode(): -1.0 is absent, and -k is ~k + 1.
+    const Int sign = kSigned ? bits(scaled) >> 31 : Int{};
+    store_bytes(codes + i, kSigned ? kSignedZero + (((k + (sign & (k == 128))) ^ sign) - sign) : k);
+  }
 }
 
 #endif
@@ -225,12 +238,14 @@ static inline uint8_t nearest_entry(const float* map, float x) {
   return uint8_t(below < above || (below == above && smaller_below) ? low - 1 : low);
 }
 
-static inline void encode_block_foreign(const float* x, float absmax, const float* map, uint8_t* codes, int64_t count) {
+static inline void encode_block_foreign(const float* x, float absmax, const float* map, uint8_t* codes,
+                                        int64_t count) {
   const BlockScale scale = block_scale(absmax);
   for (int64_t i = 0; i < count; ++i) codes[i] = nearest_entry(map, x[i] * scale.prescale * scale.reciprocal);
 }
 
-static inline void decode_block_foreign(const uint8_t* codes, const float* map, float absmax, float* out, int64_t count) {
+static inline void decode_block_foreign(const uint8_t* codes, const float* map, float absmax, float* out,
+                                        int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = map[codes[i]] * absmax;
 }
 

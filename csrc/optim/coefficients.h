@@ -1,5 +1,5 @@
-// Coefficients of one tensor's update and the random bits of stochastic rounding: scalar functions that CPU and
-// GPU share to the letter. A .cu file defines both macros before it includes this.
+// Coefficients of one tensor's update and the random bits of stochastic rounding: scalar functions that CPU
+// and GPU share to the letter. A .cu file defines both macros before it includes this.
 #pragma once
 
 #include <cmath>
@@ -25,7 +25,8 @@ TW_HOST_DEVICE static inline Coefficients coefficients(Algorithm algorithm, cons
   const double lr = group.device_lr != nullptr ? double(*group.device_lr) : group.lr;
   double scale = params.grad_scale != nullptr ? 1.0 / double(*params.grad_scale) : 1.0;
   if (params.max_grad_norm >= 0) scale *= clip_factor(sqrt(squared) * scale, params.max_grad_norm);
-  const bool first_momentum = algorithm == Algorithm::kSgd && step == 1;  // torch starts from the gradient itself
+  const bool first_momentum =
+      algorithm == Algorithm::kSgd && step == 1;  // torch starts from the gradient itself
   Coefficients c{};
   c.grad_scale = float(group.maximize ? -scale : scale);
   c.l2 = group.decoupled ? 0.0f : float(group.weight_decay);
@@ -51,14 +52,14 @@ TW_HOST_DEVICE static inline Coefficients coefficients(Algorithm algorithm, cons
   return c;
 }
 
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words that
-// depend on counter and key alone.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words
+// that depend on counter and key alone.
 struct PhiloxWords {
   uint32_t word[4];
 };
 
-TW_HOST_DEVICE static inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0,
-                                                uint32_t key1) {
+TW_HOST_DEVICE static inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
+                                                uint32_t key0, uint32_t key1) {
   TW_FEW_REGISTERS
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c0;

@@ -1,5 +1,5 @@
-// Blockwise 8-bit quantization: each run of block_size elements is stored as 8-bit codes of x / absmax, absmax
-// being the block's largest magnitude.
+// Blockwise 8-bit quantization: each run of block_size elements is stored as 8-bit codes of x / absmax,
+// absmax being the block's largest magnitude.
 #pragma once
 
 #include <cstdint>

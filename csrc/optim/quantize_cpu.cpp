@@ -1,7 +1,7 @@
 // Blockwise quantization on the CPU, compiled once per instruction-set level.
 //
-// Roofline: quantize reads 4 (or 2) bytes and writes 1 + 4/block_size per element, dequantize the reverse; with
-// about 15 vector instructions per kLanes elements both are bound by memory on two cores.
+// Roofline: quantize reads 4 (or 2) bytes and writes 1 + 4/block_size per element, dequantize the reverse;
+// with about 15 vector instructions per kLanes elements both are bound by memory on two cores.
 #include "core/threads.h"
 #include "optim/codec_simd.h"
 #include "optim/quantize.h"
@@ -30,7 +30,8 @@ void decode_any(const QuantizeParams& p, const uint8_t* codes, float absmax, flo
   if (p.map != nullptr) {
     TW_ISA::optim::decode_block_foreign(codes, p.map, absmax, out, padded);
   } else {
-    TW_ISA::optim::decode_block(codes, p.is_signed ? kSignedCodebook : kUnsignedCodebook, absmax, out, padded);
+    TW_ISA::optim::decode_block(codes, p.is_signed ? kSignedCodebook : kUnsignedCodebook, absmax, out,
+                                padded);
   }
 }
 

@@ -1,8 +1,9 @@
 // One optimizer step over any number of tensors, with 8-bit blockwise or fp32 states.
 //
-// A step is at most three passes, each a single sweep over everything: the gradient norm (only when clipping),
-// the coefficients (one small computation per tensor: bias corrections, clip factor, step count), the update.
-// Work is cut into tiles: a tile is one quantization block, or kPlainTile elements of a tensor with fp32 states.
+// A step is at most three passes, each a single sweep over everything: the gradient norm (only when
+// clipping), the coefficients (one small computation per tensor: bias corrections, clip factor, step count),
+// the update. Work is cut into tiles: a tile is one quantization block, or kPlainTile elements of a tensor
+// with fp32 states.
 #pragma once
 
 #include <cstdint>
@@ -28,29 +29,29 @@ struct Group {
   double eps;
   double weight_decay;
   double dampening;  // SGD
-  bool decoupled;    // weight decay shrinks the parameter itself (AdamW, Lion) instead of entering the gradient
-  bool nesterov;     // SGD
+  bool decoupled;  // weight decay shrinks the parameter itself (AdamW, Lion) instead of entering the gradient
+  bool nesterov;   // SGD
   bool maximize;
   bool stochastic;  // round 16-bit parameters stochastically
 };
 
 // One parameter tensor. Strides do not appear: parameter, gradient and states share one dense layout.
 struct alignas(16) Row {
-  void* param;          // [numel] of dtype, updated in place
-  void* state1;         // [numel] uint8 codes, or float32 if absmax1 is null
-  void* state2;         // likewise; null for one-state algorithms
-  float* absmax1;       // [ceil(numel / block_size)]
+  void* param;     // [numel] of dtype, updated in place
+  void* state1;    // [numel] uint8 codes, or float32 if absmax1 is null
+  void* state2;    // likewise; null for one-state algorithms
+  float* absmax1;  // [ceil(numel / block_size)]
   float* absmax2;
-  const float* map1;    // [256] a map other than the built-in signed one, else null
-  const float* map2;    // [256] a map other than the built-in unsigned one, else null
-  int64_t* step;        // [1] steps taken so far, advanced by the coefficients pass
+  const float* map1;  // [256] a map other than the built-in signed one, else null
+  const float* map2;  // [256] a map other than the built-in unsigned one, else null
+  int64_t* step;      // [1] steps taken so far, advanced by the coefficients pass
   int64_t numel;
-  int64_t first_tile;   // tiles of all rows before this one
-  int32_t block_size;   // elements of a tile
-  DType dtype;          // of parameter and gradient
+  int64_t first_tile;  // tiles of all rows before this one
+  int32_t block_size;  // elements of a tile
+  DType dtype;         // of parameter and gradient
   int32_t group;
-  int32_t id;           // the parameter's number in its optimizer, the same in every step
-  int32_t general;      // 8-bit states with a map or a block size other than the usual ones
+  int32_t id;       // the parameter's number in its optimizer, the same in every step
+  int32_t general;  // 8-bit states with a map or a block size other than the usual ones
   int32_t unused[3];
 };
 
@@ -97,15 +98,15 @@ double squared_norm(const UpdateParams&, int threads);
 // A step on the CPU.
 void step_cpu(const UpdateParams&, const Group* groups, const StepParams&, int threads);
 
-// A step on the GPU. `rows` is host memory; workspace is device memory of workspace_bytes(num_rows). The table of
-// rows travels to the device only when `upload` says that it differs from what the workspace holds; gradients'
-// addresses travel as kernel parameters, so fresh gradients cost neither a copy nor an allocation.
+// A step on the GPU. `rows` is host memory; workspace is device memory of workspace_bytes(num_rows). The
+// table of rows travels to the device only when `upload` says that it differs from what the workspace holds;
+// gradients' addresses travel as kernel parameters, so fresh gradients cost neither a copy nor an allocation.
 constexpr int64_t kMaxPartials = 4096;  // of the gradient norm
 static inline int64_t workspace_bytes(int64_t num_rows) {
   return kMaxPartials * int64_t(sizeof(double)) + num_rows * int64_t(sizeof(Row) + sizeof(Coefficients));
 }
-void step_cuda(const UpdateParams&, const Group* groups, int64_t num_groups, const StepParams&, void* workspace,
-               bool upload, int device, Stream);
+void step_cuda(const UpdateParams&, const Group* groups, int64_t num_groups, const StepParams&,
+               void* workspace, bool upload, int device, Stream);
 
 }  // namespace tilewright::optim
 

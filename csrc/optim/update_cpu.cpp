@@ -1,8 +1,8 @@
 // Optimizer updates on the CPU, compiled once per instruction-set level.
 //
 // A tile's states are decoded into the L1 cache, updated there together with the parameters, and encoded from
-// there. Roofline, AdamW with fp32 parameters: 16.06 bytes per element (parameter and two codes read and written,
-// gradient read) against 28 for fp32 states.
+// there. Roofline, AdamW with fp32 parameters: 16.06 bytes per element (parameter and two codes read and
+// written, gradient read) against 28 for fp32 states.
 #include "core/threads.h"
 #include "optim/codec_simd.h"
 #include "optim/coefficients.h"
@@ -18,8 +18,9 @@ constexpr int64_t kMaxTile = 4096;
 constexpr int64_t kSerialTiles = 64;  // fewer than this are done before a second thread wakes up
 
 struct Vectors {
-  Float scale, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction2,
-      eps, momentum_weight, grad_weight;
+  Float scale, l2, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction2, eps,
+      momentum_weight, grad_weight;
+  bool plain;  // the gradient is taken as it is
 
   explicit Vectors(const Coefficients& c)
       : scale(splat(c.grad_scale)),
@@ -33,12 +34,13 @@ struct Vectors {
         inverse_correction2(splat(c.inverse_correction2)),
         eps(splat(c.eps)),
         momentum_weight(splat(c.momentum_weight)),
-        grad_weight(splat(c.grad_weight)) {}
+        grad_weight(splat(c.grad_weight)),
+        plain(c.grad_scale == 1.0f && c.l2 == 0.0f) {}
 };
 
 template <Algorithm kAlgorithm>
 Float updated(const Vectors& c, Float g, Float p, Float& s1, Float& s2) {
-  g = fma(c.l2, p, g * c.scale);
+  if (!c.plain) g = fma(c.l2, p, g * c.scale);
   if constexpr (kAlgorithm == Algorithm::kAdam) {
     s1 = fma(c.beta1, s1, c.one_minus_beta1 * g);
     s2 = fma(c.beta2, s2, c.one_minus_beta2 * g * g);
@@ -65,8 +67,8 @@ void store_stochastic(bf16* p, Float x, Int random) {
   store_halves(&p->bits, shift_right(b + (random & finite), 16) | (nan & 0x40));
 }
 
-// As for bf16 where fp16 is normal; below 2^-14 its steps are 2^-24 wide, so the value is moved to where such a
-// step is one. Values at or above the largest finite one round to nearest.
+// As for bf16 where fp16 is normal; below 2^-14 its steps are 2^-24 wide, so the value is moved to where such
+// a step is one. Values at or above the largest finite one round to nearest.
 void store_stochastic(fp16* p, Float x, Int random) {
   const Int b = bits(x), magnitude = b & 0x7fffffff;
   const Int normal = magnitude >= 0x38800000, large = magnitude >= 0x477fe000;
@@ -81,7 +83,8 @@ void store_stochastic(fp16* p, Float x, Int random) {
 
 void store_stochastic(float* p, Float x, Int) { store(p, x); }
 
-// A tile's stretch of memory. States are float here: scratch for 8-bit states, the states themselves otherwise.
+// A tile's stretch of memory. States are float here: scratch for 8-bit states, the states themselves
+// otherwise.
 template <class T>
 struct Span {
   const T* grad;
@@ -105,7 +108,7 @@ void update_whole_vectors(const Vectors& c, const Span<T>& span, int64_t count, 
     if constexpr (kStochastic) {
       store_stochastic(span.param + i, p, load_halves(span.random + i));
     } else {
-      store(span.param + i, p);
+      store_fast(span.param + i, p);
     }
     store(span.state1 + i, s1);
     largest.state1 = max(largest.state1, bits(s1) & 0x7fffffff);
@@ -131,27 +134,40 @@ Largest update_span(const Coefficients& coefficients, const Span<T>& span, int64
   std::memcpy(state1, span.state1 + whole, size_t(rest) * sizeof(float));
   if (kAlgorithm == Algorithm::kAdam) std::memcpy(state2, span.state2 + whole, size_t(rest) * sizeof(float));
   if (kStochastic) std::memcpy(random, span.random + whole, size_t(rest) * sizeof(uint16_t));
-  update_whole_vectors<kAlgorithm, kStochastic>(c, Span<T>{grad, param, state1, state2, random}, kLanes, largest);
+  update_whole_vectors<kAlgorithm, kStochastic>(c, Span<T>{grad, param, state1, state2, random}, kLanes,
+                                                largest);
   std::memcpy(span.param + whole, param, size_t(rest) * sizeof(T));
   std::memcpy(span.state1 + whole, state1, size_t(rest) * sizeof(float));
   if (kAlgorithm == Algorithm::kAdam) std::memcpy(span.state2 + whole, state2, size_t(rest) * sizeof(float));
   return largest;
 }
 
-// 8-bit state of a tile: decoded on the way in, encoded on the way out. The padding keeps the values of two states
-// from lying at the same place in their 4 KiB pages, where a load would wait for the other state's store.
+// 8-bit state of a tile: decoded on the way in, encoded on the way out. The padding keeps the values of the
+// four states in flight from lying at the same place in their 4 KiB pages, where a load would wait for
+// another state's store.
 struct CodedState {
   uint8_t* codes;
-  float* absmax;
+  float* absmax;     // where the scale is kept
   const float* map;  // null: the built-in one
+  float new_absmax;
   alignas(64) float values[kMaxTile];
-  char padding[2048];
+  char padding[1024];
+};
+
+// What a tile needs between its update and its encoding.
+struct Pending {
+  CodedState state1, state2;
+  int64_t count = 0;  // elements waiting to be encoded
 };
 
 int64_t padded_to_step(int64_t count) { return (count + codec::kStep - 1) / codec::kStep * codec::kStep; }
 
 template <bool kSigned>
-void decode_state(CodedState& state, int64_t count) {
+float* decode_state(CodedState& state, void* codes_of_row, float* absmax_of_row, const float* map,
+                    const Row& row, int64_t tile, int64_t count) {
+  state.codes = static_cast<uint8_t*>(codes_of_row) + tile * row.block_size;
+  state.absmax = absmax_of_row + tile;
+  state.map = map;
   const int64_t padded = padded_to_step(count);
   alignas(64) uint8_t copy[kMaxTile];
   const uint8_t* codes = state.codes;
@@ -163,15 +179,17 @@ void decode_state(CodedState& state, int64_t count) {
   if (state.map != nullptr) {
     codec::decode_block_foreign(codes, state.map, *state.absmax, state.values, padded);
   } else {
-    codec::decode_block(codes, kSigned ? kSignedCodebook : kUnsignedCodebook, *state.absmax, state.values, padded);
+    codec::decode_block(codes, kSigned ? kSignedCodebook : kUnsignedCodebook, *state.absmax, state.values,
+                        padded);
   }
   for (int64_t i = count; i < padded; ++i) state.values[i] = 0.0f;
+  return state.values;
 }
 
 bool is_finite(float x) { return std::fabs(x) <= codec::kLargestFloat; }
 
-// States that a non-finite or an overflowing gradient reached become zero, both of an element: its neighbours in the
-// block keep theirs. Its parameter is what torch would make of it.
+// States that a non-finite or an overflowing gradient reached become zero, both of an element: its neighbours
+// in the block keep theirs. Its parameter is what torch would make of it.
 void drop_nonfinite(float* state1, float* state2, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     if (is_finite(state1[i]) && is_finite(state2[i])) continue;
@@ -181,7 +199,8 @@ void drop_nonfinite(float* state1, float* state2, int64_t count) {
 }
 
 template <bool kSigned>
-void encode_state(CodedState& state, float absmax, int64_t count) {
+void encode_state(CodedState& state, int64_t count) {
+  const float absmax = state.new_absmax;
   const int64_t padded = padded_to_step(count);
   alignas(64) uint8_t copy[kMaxTile];
   uint8_t* codes = padded == count ? state.codes : copy;
@@ -195,22 +214,27 @@ void encode_state(CodedState& state, float absmax, int64_t count) {
 }
 
 template <bool kTwo>
-void encode_states(CodedState& state1, CodedState& state2, const Largest& largest, int64_t count) {
-  // Both reductions and, in the encoders, both reciprocals start before either encoding has to wait for its own.
-  float absmax1 = codec::absmax_from(largest.state1);
-  float absmax2 = kTwo ? codec::absmax_from(largest.state2) : 0.0f;
-  if (__builtin_expect(!is_finite(absmax1) || !is_finite(absmax2), 0)) {
-    const int64_t padded = padded_to_step(count);
-    drop_nonfinite(state1.values, kTwo ? state2.values : state1.values, padded);
-    absmax1 = codec::absmax_of(state1.values, padded);
-    if (kTwo) absmax2 = codec::absmax_of(state2.values, padded);
-  }
-  encode_state<true>(state1, absmax1, count);
-  if (kTwo) encode_state<false>(state2, absmax2, count);
+void find_absmax(Pending& tile, const Largest& largest) {
+  CodedState &state1 = tile.state1, &state2 = tile.state2;
+  state1.new_absmax = codec::absmax_from(largest.state1);
+  state2.new_absmax = kTwo ? codec::absmax_from(largest.state2) : 0.0f;
+  if (__builtin_expect(is_finite(state1.new_absmax) && is_finite(state2.new_absmax), 1)) return;
+  const int64_t padded = padded_to_step(tile.count);
+  drop_nonfinite(state1.values, kTwo ? state2.values : state1.values, padded);
+  state1.new_absmax = codec::absmax_of(state1.values, padded);
+  if (kTwo) state2.new_absmax = codec::absmax_of(state2.values, padded);
 }
 
-// Asks for the tile after this one. The stretches a tile reads are too short for the hardware to have caught up with
-// all four streams before they end.
+template <bool kTwo>
+void encode_pending(Pending& tile) {
+  if (tile.count == 0) return;
+  encode_state<true>(tile.state1, tile.count);
+  if (kTwo) encode_state<false>(tile.state2, tile.count);
+  tile.count = 0;
+}
+
+// Asks for the tile after this one. The stretches a tile reads are too short for the hardware to have caught
+// up with all four streams before they end.
 template <class T>
 void prefetch_next(const Row& row, const T* grads, int64_t next) {
   constexpr int64_t kLine = 64;
@@ -225,8 +249,11 @@ void prefetch_next(const Row& row, const T* grads, int64_t next) {
   }
 }
 
+// Updates a tile. 8-bit states are left in `pending`, to be encoded after the next tile's update: the
+// reductions that find their absmax are over by then.
 template <Algorithm kAlgorithm, class T>
-void update_tile(const Row& row, const void* grads, const Coefficients& c, int64_t tile) {
+void update_tile(const Row& row, const void* grads, const Coefficients& c, int64_t tile, Pending& pending) {
+  constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
   const int64_t begin = tile * row.block_size;
   prefetch_next(row, static_cast<const T*>(grads), begin + row.block_size);
   const int64_t count = row.numel - begin < row.block_size ? row.numel - begin : row.block_size;
@@ -235,37 +262,32 @@ void update_tile(const Row& row, const void* grads, const Coefficients& c, int64
   if (stochastic) {
     for (int64_t i = 0; i * 8 < count; ++i) random[i] = random_octet(c, row.id, begin / 8 + i);
   }
-  CodedState state1, state2;
-  Span<T> span{static_cast<const T*>(grads) + begin, static_cast<T*>(row.param) + begin,
-               static_cast<float*>(row.state1) + begin, static_cast<float*>(row.state2) + begin,
+  Span<T> span{static_cast<const T*>(grads) + begin, static_cast<T*>(row.param) + begin, nullptr, nullptr,
                reinterpret_cast<const uint16_t*>(random)};
-  if (row.absmax1 != nullptr) {
-    state1.codes = static_cast<uint8_t*>(row.state1) + begin;
-    state1.absmax = row.absmax1 + tile;
-    state1.map = row.map1;
-    decode_state<true>(state1, count);
-    span.state1 = state1.values;
-    if (kAlgorithm == Algorithm::kAdam) {
-      state2.codes = static_cast<uint8_t*>(row.state2) + begin;
-      state2.absmax = row.absmax2 + tile;
-      state2.map = row.map2;
-      decode_state<false>(state2, count);
-      span.state2 = state2.values;
-    }
+  const bool coded = row.absmax1 != nullptr;
+  if (coded) {
+    pending.count = count;
+    span.state1 = decode_state<true>(pending.state1, row.state1, row.absmax1, row.map1, row, tile, count);
+    if (kTwo)
+      span.state2 = decode_state<false>(pending.state2, row.state2, row.absmax2, row.map2, row, tile, count);
+  } else {
+    span.state1 = static_cast<float*>(row.state1) + begin;
+    if (kTwo) span.state2 = static_cast<float*>(row.state2) + begin;
   }
   const Largest largest = stochastic ? update_span<kAlgorithm, true>(c, span, count)
                                      : update_span<kAlgorithm, false>(c, span, count);
-  if (row.absmax1 != nullptr) encode_states<kAlgorithm == Algorithm::kAdam>(state1, state2, largest, count);
+  if (coded) find_absmax<kTwo>(pending, largest);
 }
 
 template <Algorithm kAlgorithm>
-void update_tile_of(const Row& row, const void* grads, const Coefficients& c, int64_t tile) {
+void update_tile_of(const Row& row, const void* grads, const Coefficients& c, int64_t tile,
+                    Pending& pending) {
   if (row.dtype == DType::kFloat32) {
-    update_tile<kAlgorithm, float>(row, grads, c, tile);
+    update_tile<kAlgorithm, float>(row, grads, c, tile, pending);
   } else if (row.dtype == DType::kBFloat16) {
-    update_tile<kAlgorithm, bf16>(row, grads, c, tile);
+    update_tile<kAlgorithm, bf16>(row, grads, c, tile, pending);
   } else {
-    update_tile<kAlgorithm, fp16>(row, grads, c, tile);
+    update_tile<kAlgorithm, fp16>(row, grads, c, tile, pending);
   }
 }
 
@@ -299,9 +321,14 @@ void update_all(const UpdateParams& p, int threads) {
   parallel_chunks(chunks, p.num_tiles <= kSerialTiles ? 1 : threads, [&](int64_t chunk) {
     const int64_t begin = chunk * kTilesPerChunk;
     const int64_t end = begin + kTilesPerChunk < p.num_tiles ? begin + kTilesPerChunk : p.num_tiles;
+    Pending pending[2];
+    int current = 0;
     for_tiles(p, begin, end, [&](int64_t row, int64_t tile) {
-      update_tile_of<kAlgorithm>(p.rows[row], p.grads[row], p.coefficients[row], tile);
+      update_tile_of<kAlgorithm>(p.rows[row], p.grads[row], p.coefficients[row], tile, pending[current]);
+      current ^= 1;
+      encode_pending<kAlgorithm == Algorithm::kAdam>(pending[current]);
     });
+    encode_pending<kAlgorithm == Algorithm::kAdam>(pending[current ^ 1]);
   });
 }
 
@@ -321,9 +348,12 @@ double squared_sum(const T* x, int64_t count) {
 
 void update_cpu(const UpdateParams& p, int threads) {
   switch (p.algorithm) {
-    case Algorithm::kAdam: return update_all<Algorithm::kAdam>(p, threads);
-    case Algorithm::kLion: return update_all<Algorithm::kLion>(p, threads);
-    case Algorithm::kSgd: return update_all<Algorithm::kSgd>(p, threads);
+    case Algorithm::kAdam:
+      return update_all<Algorithm::kAdam>(p, threads);
+    case Algorithm::kLion:
+      return update_all<Algorithm::kLion>(p, threads);
+    case Algorithm::kSgd:
+      return update_all<Algorithm::kSgd>(p, threads);
   }
 }
 

@@ -1,8 +1,9 @@
 // Optimizer steps on the GPU: one launch a pass, whatever the number of tensors.
 //
-// A warp takes a tile (a quantization block), eight elements a lane, and finds its tensor by walking the table of rows
-// as its tile number grows; for blocks of 256 the absmax is one warp reduction and nothing is shared but the codec's
-// tables. Larger blocks, from older checkpoints, are swept twice: once for the absmax, once to write.
+// A warp takes a tile (a quantization block), eight elements a lane, and finds its tensor by walking the
+// table of rows as its tile number grows; for blocks of 256 the absmax is one warp reduction and nothing is
+// shared but the codec's tables. Larger blocks, from older checkpoints, are swept twice: once for the absmax,
+// once to write.
 //
 // Roofline, AdamW: 10.06 bytes per 16-bit parameter, 16.06 per fp32 one.
 #define TW_HOST_DEVICE __host__ __device__
@@ -17,8 +18,8 @@
 namespace tilewright::optim {
 namespace {
 
-constexpr int kMaxGrads = 3840;   // rows a launch: their gradients' addresses are kernel parameters
-constexpr int kMaxGroups = 384;   // parameter groups a launch of the coefficients kernel
+constexpr int kMaxGrads = 3840;  // rows a launch: their gradients' addresses are kernel parameters
+constexpr int kMaxGroups = 384;  // parameter groups a launch of the coefficients kernel
 
 // Rows first_row .. first_row + num_rows of the table.
 struct Slice {
@@ -63,13 +64,15 @@ __device__ __forceinline__ T load_struct(const T* address) {
   static_assert(sizeof(T) % sizeof(Four) == 0);
   Four words[sizeof(T) / sizeof(Four)];
 #pragma unroll
-  for (unsigned i = 0; i < sizeof(T) / sizeof(Four); ++i) words[i] = device::load(reinterpret_cast<const Four*>(address) + i);
+  for (unsigned i = 0; i < sizeof(T) / sizeof(Four); ++i)
+    words[i] = device::load(reinterpret_cast<const Four*>(address) + i);
   T value;
   memcpy(&value, words, sizeof value);
   return value;
 }
 
-// The warp's tiles: every (grid's warps)-th one of the slice. Calls body(row index in the slice, tile within the row).
+// The warp's tiles: every (grid's warps)-th one of the slice. Calls body(row index in the slice, tile within
+// the row).
 template <class Body>
 __device__ __forceinline__ void for_tiles(const Slice& slice, const Body& body) {
   const int64_t warps = int64_t{gridDim.x} * kWarps;
@@ -94,7 +97,8 @@ __device__ __forceinline__ float state1_factor(const Coefficients& c) {
   return kAlgorithm == Algorithm::kLion ? 1.0f : c.beta1;
 }
 
-// The parameter after the step. s1 and s2 come multiplied with state1_factor and beta2 and leave as the new states.
+// The parameter after the step. s1 and s2 come multiplied with state1_factor and beta2 and leave as the new
+// states.
 template <Algorithm kAlgorithm>
 __device__ __forceinline__ float updated(const Coefficients& c, float g, float p, float& s1, float& s2) {
   if constexpr (kAlgorithm == Algorithm::kAdam) {
@@ -142,8 +146,8 @@ __device__ __forceinline__ Lane lane_of(int64_t chunk, int64_t end) {
 }
 
 template <bool kWhole, class T>
-__device__ __forceinline__ void store_params(T* param, float (&p)[kLaneElements], const Coefficients& c, int32_t id,
-                                             const Lane& lane) {
+__device__ __forceinline__ void store_params(T* param, float (&p)[kLaneElements], const Coefficients& c,
+                                             int32_t id, const Lane& lane) {
   if constexpr (sizeof(T) == 2) {
     if (c.stochastic) {
       const PhiloxWords random = random_octet(c, id, lane.offset / kLaneElements);
@@ -179,8 +183,8 @@ __device__ __forceinline__ void update_lane(const Coefficients& c, const T* grad
   for (int i = 0; i < kLaneElements; ++i) p[i] = updated<kAlgorithm>(c, g[i], p[i], s1[i], s2[i]);
 }
 
-// States that a non-finite or an overflowing gradient reached become zero, both of an element: its neighbours in the
-// block keep theirs. Its parameter is what torch would make of it.
+// States that a non-finite or an overflowing gradient reached become zero, both of an element: its neighbours
+// in the block keep theirs. Its parameter is what torch would make of it.
 __device__ __forceinline__ void drop_nonfinite(float (&s1)[kLaneElements], float (&s2)[kLaneElements]) {
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) {
@@ -197,7 +201,9 @@ __device__ __forceinline__ float warp_absmax(const float (&s)[kLaneElements], fl
   return device::bits_float(device::reduce_max(device::float_bits(largest)));
 }
 
-__device__ __forceinline__ bool is_infinite(float magnitude) { return device::float_bits(magnitude) == kInfinityBits; }
+__device__ __forceinline__ bool is_infinite(float magnitude) {
+  return device::float_bits(magnitude) == kInfinityBits;
+}
 
 // Codes beyond the end of the tensor were read as zero, which the signed map does not decode to zero.
 __device__ __forceinline__ void clear_absent(float (&s)[kLaneElements], const Lane& lane) {
@@ -207,8 +213,8 @@ __device__ __forceinline__ void clear_absent(float (&s)[kLaneElements], const La
   }
 }
 
-// The usual case: 256 elements, the built-in maps, everything in registers between one read and one write. kWhole: no
-// element is missing and every address allows its widest access.
+// The usual case: 256 elements, the built-in maps, everything in registers between one read and one write.
+// kWhole: no element is missing and every address allows its widest access.
 template <Algorithm kAlgorithm, bool kWhole, class T>
 __device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& row, const Coefficients& c,
                                                   const T* grad, int64_t tile) {
@@ -236,13 +242,14 @@ __device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& r
   store_codes<kWhole>(codes1 + lane.offset, encode_lane<true>(s1, absmax1, smem.signed_tables), lane.count);
   if (device::lane_id() == 0) row.absmax1[tile] = absmax1;
   if constexpr (kTwo) {
-    store_codes<kWhole>(codes2 + lane.offset, encode_lane<false>(s2, absmax2, smem.unsigned_tables), lane.count);
+    store_codes<kWhole>(codes2 + lane.offset, encode_lane<false>(s2, absmax2, smem.unsigned_tables),
+                        lane.count);
     if (device::lane_id() == 0) row.absmax2[tile] = absmax2;
   }
 }
 
-__device__ __forceinline__ void decode_any(float (&out)[kLaneElements], LaneCodes codes, const CodecTables& tables,
-                                           const float* map, float scale) {
+__device__ __forceinline__ void decode_any(float (&out)[kLaneElements], LaneCodes codes,
+                                           const CodecTables& tables, const float* map, float scale) {
   if (map != nullptr) {
     decode_lane_foreign(out, codes, map, scale);
   } else {
@@ -250,11 +257,11 @@ __device__ __forceinline__ void decode_any(float (&out)[kLaneElements], LaneCode
   }
 }
 
-// A block of any size, maps of any kind: in chunks, swept once for the scales and once to write. Nothing is written in
-// the first sweep, so the second computes the same values again.
+// A block of any size, maps of any kind: in chunks, swept once for the scales and once to write. Nothing is
+// written in the first sweep, so the second computes the same values again.
 template <Algorithm kAlgorithm, class T>
 __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row& row, const Coefficients& c,
-                                                  const T* grad, int64_t tile) {
+                                                    const T* grad, int64_t tile) {
   constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
   T* param = static_cast<T*>(row.param);
   uint8_t* codes1 = static_cast<uint8_t*>(row.state1);
@@ -269,7 +276,9 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
   const auto compute = [&](int64_t chunk) {
     const Lane lane = lane_of(chunk, end);
     decode_any(s1, load_codes<false>(codes1 + lane.offset, lane.count), smem.signed_tables, row.map1, scale1);
-    if (kTwo) decode_any(s2, load_codes<false>(codes2 + lane.offset, lane.count), smem.unsigned_tables, row.map2, scale2);
+    if (kTwo)
+      decode_any(s2, load_codes<false>(codes2 + lane.offset, lane.count), smem.unsigned_tables, row.map2,
+                 scale2);
     clear_absent(s1, lane);
     clear_absent(s2, lane);
     update_lane<kAlgorithm, false>(c, grad, param, lane, p, s1, s2);
@@ -308,7 +317,8 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
 }
 
 template <Algorithm kAlgorithm, bool kWhole, class T>
-__device__ __forceinline__ void update_plain_tile(const Row& row, const Coefficients& c, const T* grad, int64_t tile) {
+__device__ __forceinline__ void update_plain_tile(const Row& row, const Coefficients& c, const T* grad,
+                                                  int64_t tile) {
   constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
   T* param = static_cast<T*>(row.param);
   const Lane lane = lane_of(tile * kWarpElements, row.numel);
@@ -331,16 +341,17 @@ __device__ __forceinline__ void update_plain_tile(const Row& row, const Coeffici
 static_assert(kPlainTile == kWarpElements && kUsualBlock == kWarpElements);
 
 // Whether the warp may use the widest accesses throughout the tile.
-__device__ __forceinline__ bool is_whole(const Row& row, const void* grad, int64_t tile, uintptr_t state_alignment) {
+__device__ __forceinline__ bool is_whole(const Row& row, const void* grad, int64_t tile,
+                                         uintptr_t state_alignment) {
   return (tile + 1) * kWarpElements <= row.numel && is_aligned(row.param, 16) && is_aligned(grad, 16) &&
          is_aligned(row.state1, state_alignment) && is_aligned(row.state2, state_alignment);
 }
 
-// kGeneral picks the rows: a model without foreign maps or large blocks has none of the general kind, and the kernel
-// for the others keeps the registers that those would cost.
+// kGeneral picks the rows: a model without foreign maps or large blocks has none of the general kind, and the
+// kernel for the others keeps the registers that those would cost.
 template <Algorithm kAlgorithm, bool kGeneral, class T>
-__device__ __forceinline__ void update_tile(const Smem& smem, const Row& row, const Coefficients& c, const void* grads,
-                                            int64_t tile) {
+__device__ __forceinline__ void update_tile(const Smem& smem, const Row& row, const Coefficients& c,
+                                            const void* grads, int64_t tile) {
   const T* grad = static_cast<const T*>(grads);
   if constexpr (kGeneral) {
     update_general_tile<kAlgorithm>(smem, row, c, grad, tile);
@@ -358,7 +369,8 @@ __device__ __forceinline__ void update_tile(const Smem& smem, const Row& row, co
 }
 
 template <Algorithm kAlgorithm, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3) update_kernel(const __grid_constant__ Slice slice) {
+__global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3)
+    update_kernel(const __grid_constant__ Slice slice) {
   Smem& smem = device::shared_memory<Smem>();
   if (slice.coded) {
     load_tables(smem.signed_tables, kDeviceSigned);
@@ -370,9 +382,12 @@ __global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3) update_kernel(cons
     const Coefficients c = load_struct(slice.coefficients + index);
     if (c.skip || bool(row.general) != kGeneral) return;
     switch (row.dtype) {
-      case DType::kFloat32: return update_tile<kAlgorithm, kGeneral, float>(smem, row, c, slice.grads[index], tile);
-      case DType::kBFloat16: return update_tile<kAlgorithm, kGeneral, bf16>(smem, row, c, slice.grads[index], tile);
-      default: return update_tile<kAlgorithm, kGeneral, fp16>(smem, row, c, slice.grads[index], tile);
+      case DType::kFloat32:
+        return update_tile<kAlgorithm, kGeneral, float>(smem, row, c, slice.grads[index], tile);
+      case DType::kBFloat16:
+        return update_tile<kAlgorithm, kGeneral, bf16>(smem, row, c, slice.grads[index], tile);
+      default:
+        return update_tile<kAlgorithm, kGeneral, fp16>(smem, row, c, slice.grads[index], tile);
     }
   });
 }
@@ -408,8 +423,8 @@ __device__ __forceinline__ double squared_sum(const Row& row, const void* grad, 
   return total;
 }
 
-// Each thread block adds up its tiles in a fixed order and writes one partial sum: the norm has the same bits every
-// time.
+// Each thread block adds up its tiles in a fixed order and writes one partial sum: the norm has the same bits
+// every time.
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Slice slice) {
   NormSmem& smem = device::shared_memory<NormSmem>();
   double total = 0;
@@ -424,7 +439,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
   if (threadIdx.x == 0) slice.partials[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kThreads) coefficients_kernel(const __grid_constant__ CoefficientsLaunch p) {
+__global__ void __launch_bounds__(kThreads)
+    coefficients_kernel(const __grid_constant__ CoefficientsLaunch p) {
   double squared = 0;
   for (int i = int(threadIdx.x); i < p.num_partials; i += kThreads) squared += p.partials[i];
   squared = sum_over_block(device::shared_memory<NormSmem>(), squared);
@@ -445,9 +461,12 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(const __grid_con
 template <bool kGeneral>
 device::Kernel<Slice> kernel_of(Algorithm algorithm) {
   switch (algorithm) {
-    case Algorithm::kAdam: return update_kernel<Algorithm::kAdam, kGeneral>;
-    case Algorithm::kLion: return update_kernel<Algorithm::kLion, kGeneral>;
-    default: return update_kernel<Algorithm::kSgd, kGeneral>;
+    case Algorithm::kAdam:
+      return update_kernel<Algorithm::kAdam, kGeneral>;
+    case Algorithm::kLion:
+      return update_kernel<Algorithm::kLion, kGeneral>;
+    default:
+      return update_kernel<Algorithm::kSgd, kGeneral>;
   }
 }
 
@@ -507,8 +526,9 @@ int64_t launch_norm(const UpdateParams& p, Layout layout, int device, Stream str
   return partials;
 }
 
-void launch_coefficients(const UpdateParams& p, const Group* groups, int64_t num_groups, const StepParams& params,
-                         const Layout& layout, int64_t num_partials, Stream stream) {
+void launch_coefficients(const UpdateParams& p, const Group* groups, int64_t num_groups,
+                         const StepParams& params, const Layout& layout, int64_t num_partials,
+                         Stream stream) {
   for (int64_t first = 0; first < num_groups; first += kMaxGroups) {
     CoefficientsLaunch launch;
     launch.rows = layout.rows;
@@ -521,8 +541,8 @@ void launch_coefficients(const UpdateParams& p, const Group* groups, int64_t num
     launch.algorithm = p.algorithm;
     launch.params = params;
     for (int i = 0; i < launch.num_groups; ++i) launch.groups[i] = groups[first + i];
-    device::launch(coefficients_kernel, dim3(unsigned((p.num_rows + kThreads - 1) / kThreads)), dim3(kThreads),
-                   sizeof(NormSmem), stream, launch);
+    device::launch(coefficients_kernel, dim3(unsigned((p.num_rows + kThreads - 1) / kThreads)),
+                   dim3(kThreads), sizeof(NormSmem), stream, launch);
   }
 }
 

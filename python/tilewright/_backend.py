@@ -1,10 +1,10 @@
-"""The compiled extension in use. Call it as ``_backend.C.name(...)``: tests switch ``C`` to the emulated build."""
+"""The compiled extension in use, as ``_backend.C.name(...)``: tests switch ``C`` to the emulated build."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-import torch  # noqa: F401  # loads its OpenMP runtime first, which the extension then shares
+import torch  # loads its OpenMP runtime first, which the extension then shares
 
 from tilewright import _C
 

@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 
+import numpy
 import pytest
 import torch
 from optim_cases import CASES, OPTIMIZERS, assert_same_bits, make, parameters, run, set_grads, snapshot
@@ -129,6 +130,14 @@ def test_a_tensor_as_learning_rate(backend, name: str) -> None:
             set_grads(params, step)
             each.step()
     assert_same_bits(snapshot(optimizer), snapshot(plain))
+
+
+@pytest.mark.parametrize("lr", [1, numpy.float32(0.5), numpy.float64(0.5)])
+def test_a_learning_rate_of_another_kind(lr) -> None:
+    left, right = (parameters([300], torch.float32, CPU) for _ in range(2))
+    run(tw.optim.AdamW8bit(left, lr=lr), 1)
+    run(tw.optim.AdamW8bit(right, lr=float(lr)), 1)
+    assert torch.equal(left[0], right[0])
 
 
 def test_a_closure_is_called_with_gradients_enabled() -> None:

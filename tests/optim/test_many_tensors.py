@@ -32,7 +32,10 @@ def test_more_tensors_than_one_launch_takes(backend, max_grad_norm) -> None:
             torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm)
         exact.step()
     torch.testing.assert_close(
-        torch.cat([p.detach().cpu() for p in ours]), torch.cat([p.detach() for p in theirs]), rtol=0, atol=2e-6
+        torch.cat([p.detach().cpu() for p in ours]),
+        torch.cat([p.detach() for p in theirs]),
+        rtol=0,
+        atol=2e-6,
     )
 
 
@@ -47,5 +50,8 @@ def test_more_groups_than_one_launch_takes(backend) -> None:
         optimizer.step()
         exact.step()
     torch.testing.assert_close(
-        torch.cat([p.detach().cpu() for p in ours]), torch.cat([p.detach() for p in theirs]), rtol=0, atol=2e-6
+        torch.cat([p.detach().cpu() for p in ours]),
+        torch.cat([p.detach() for p in theirs]),
+        rtol=0,
+        atol=2e-6,
     )

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from optim_cases import CASES, FLOATS, SIZES, assert_error_rule, decoded, make, moments, parameters, set_grads
 from torch import Tensor
 
@@ -59,6 +61,28 @@ def test_32bit_states(backend, name: str, dtype: torch.dtype) -> None:
     optimizer = make(CASES[name], params, min_8bit_size=10**6)
     check_steps(CASES[name], params, optimizer, 3)
     assert all(optimizer.state[p]["state1"].dtype == torch.float32 for p in params)
+
+
+@given(
+    o=st.builds(
+        Options,
+        kind=st.sampled_from(["adamw", "adam", "lion", "sgd"]),
+        lr=st.floats(0, 0.1),
+        betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.999)),
+        eps=st.floats(1e-8, 0.1),
+        weight_decay=st.floats(0, 1),
+        momentum=st.floats(0.01, 0.99),
+        nesterov=st.booleans(),
+        maximize=st.booleans(),
+    ),
+    sizes=st.lists(st.integers(0, 700), min_size=1, max_size=4),
+    dtype=st.sampled_from(FLOATS),
+    smallest=st.sampled_from([0, 256]),
+)
+@settings(deadline=None)
+def test_any_settings_and_sizes(o: Options, sizes: list[int], dtype: torch.dtype, smallest: int) -> None:
+    params = parameters(sizes, dtype, torch.device("cpu"))
+    check_steps(o, params, make(o, params, min_8bit_size=smallest), 2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd_nesterov"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
         lr = lr.item()
     if not 0.0 <= lr < math.inf:
         raise ValueError(f"lr must be finite and not negative, got {lr}")
-    return lr
+    return float(lr)
 
 
 def _check_lr(key: str, lr: Any) -> None:
@@ -81,7 +82,7 @@ def _check_lr(key: str, lr: Any) -> None:
 
 
 def _check_number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{key} must be a number, got {value!r}")
     return float(value)
 
