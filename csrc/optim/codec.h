@@ -32,6 +32,10 @@ struct Segments {
   alignas(64) float cap[16];
 };
 
+// How values below the first midpoint are encoded. A second moment is divided by: one that was rounded to
+// zero would make the next step thousands of times too long, so there a positive value gets a positive code.
+enum class SmallValues { kNearest, kPositive };
+
 struct Codebook {
   alignas(64) float decode[256];       // ascending
   alignas(64) uint8_t planes[4][256];  // byte b of decode[i] is planes[b][i], for byte-permute lookups

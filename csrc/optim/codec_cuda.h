@@ -30,6 +30,9 @@ static __device__ const Codebook kDeviceUnsigned = kUnsignedTable;
 // midpoint.
 constexpr float kLowestEncoded = std::bit_cast<float>(threshold_bits(-kSignedTable.decode[0], 1.0f));
 
+// The unsigned map's code 1.
+constexpr float kSmallestPositive = kUnsignedTable.decode[1];
+
 // What a kernel keeps of a codebook in shared memory.
 struct alignas(16) CodecTables {
   float decode[256];
@@ -144,11 +147,12 @@ __device__ __forceinline__ void decode_lane(float (&out)[kLaneElements], LaneCod
 }
 
 // The code in byte 2 of the result. |x| is at most 1, or one ulp above; NaN counts as 0.
-template <bool kSigned>
+template <bool kSigned, SmallValues kSmall>
 __device__ __forceinline__ uint32_t encode_word(float x, device::SharedAddress buckets) {
   const bool negative = kSigned && x < 0.0f;
   float magnitude = device::max(fabsf(x), kSmallestBucketed);
   if (negative) magnitude = device::min(magnitude, kLowestEncoded);
+  if (kSmall == SmallValues::kPositive && x > 0.0f) magnitude = device::max(magnitude, kSmallestPositive);
   const uint32_t b = device::float_bits(magnitude);
   const uint32_t first = buckets - kFirstBucket * uint32_t(sizeof(uint32_t));
   const uint32_t k = device::load_shared<uint32_t>(first + ((b & 0xffff0000u) >> 14)) + b;
@@ -158,7 +162,7 @@ __device__ __forceinline__ uint32_t encode_word(float x, device::SharedAddress b
 }
 
 // Eight values as codes of x / absmax.
-template <bool kSigned>
+template <bool kSigned, SmallValues kSmall = SmallValues::kNearest>
 __device__ __forceinline__ LaneCodes encode_lane(float (&x)[kLaneElements], float absmax,
                                                  const CodecTables& tables) {
   const device::SharedAddress buckets = device::shared_address(tables.buckets);
@@ -173,7 +177,7 @@ __device__ __forceinline__ LaneCodes encode_lane(float (&x)[kLaneElements], floa
   for (int half = 0; half < 2; ++half) {
     uint32_t word[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) word[i] = encode_word<kSigned>(x[4 * half + i] * reciprocal, buckets);
+    for (int i = 0; i < 4; ++i) word[i] = encode_word<kSigned, kSmall>(x[4 * half + i] * reciprocal, buckets);
     const uint32_t low = device::byte_permute(word[0], word[1], 0x0062u);
     const uint32_t high = device::byte_permute(word[2], word[3], 0x0062u);
     codes.word[half] = device::byte_permute(low, high, 0x5410u);
@@ -205,13 +209,17 @@ __device__ inline uint32_t nearest_entry(const float* map, float x) {
   return uint32_t(below < above || (below == above && smaller_below) ? low - 1 : low);
 }
 
+template <SmallValues kSmall = SmallValues::kNearest>
 __device__ inline LaneCodes encode_lane_foreign(const float (&x)[kLaneElements], float absmax,
                                                 const float* map) {
   const float prescale = absmax < kTinyAbsmax ? kTinyScale : 1.0f;
   const float reciprocal = absmax == 0.0f ? 0.0f : device::div_rn(1.0f, absmax * prescale);
   LaneCodes codes{};
   for (int i = 0; i < kLaneElements; ++i) {
-    codes.word[i / 4] |= nearest_entry(map, x[i] * prescale * reciprocal) << (8 * (i % 4));
+    uint32_t code = nearest_entry(map, x[i] * prescale * reciprocal);
+    const bool rounded_to_zero = x[i] > 0.0f && map[code] <= 0.0f && code < 255;
+    if (kSmall == SmallValues::kPositive && rounded_to_zero) ++code;
+    codes.word[i / 4] |= code << (8 * (i % 4));
   }
   return codes;
 }

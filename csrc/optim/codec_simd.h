@@ -98,6 +98,21 @@ static inline void decode_block(const uint8_t* codes, const Codebook& book, floa
 
 #endif
 
+// Magnitudes as encode_step looks them up: never below the buckets, and 0 only where it may be.
+template <bool kSigned, SmallValues kSmall>
+static inline Float magnitude_of(Float scaled) {
+  if constexpr (kSigned) return max(abs(scaled), splat(kSmallestBucketed));
+  if constexpr (kSmall == SmallValues::kNearest) return max(scaled, splat(kSmallestBucketed));
+  const Float kept = max(scaled, splat(kUnsignedCodebook.decode[1]));
+#if defined(__AVX512F__)
+  const __mmask16 positive = _mm512_cmp_ps_mask(scaled, splat(0.0f), _CMP_GT_OQ);
+  return _mm512_mask_mov_ps(splat(kSmallestBucketed), positive, kept);
+#else
+  const Int positive = scaled > splat(0.0f);
+  return from_bits((bits(kept) & positive) | (bits(splat(kSmallestBucketed)) & ~positive));
+#endif
+}
+
 #if defined(__AVX512F__)
 
 // A value of magnitude at most 1. The signed map has no -1.0: its lowest code is one short of it.
@@ -136,14 +151,14 @@ __attribute__((noinline)) static void encode_selected(uint64_t selected, const f
 }
 
 // Encodes kStep values; see Segments. The few values next to a midpoint are left to the buckets.
-template <bool kSigned>
+template <bool kSigned, SmallValues kSmall>
 static inline void encode_step(const Encoder& e, const float* x, const Codebook& book, uint8_t* codes) {
   __mmask16 ambiguous[4];
   __m512i code[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const Float scaled = load(x + 16 * i) * e.reciprocal;
-    const Float magnitude = max(kSigned ? abs(scaled) : scaled, splat(kSmallestBucketed));
+    const Float magnitude = magnitude_of<kSigned, kSmall>(scaled);
     const __m512i pair = _mm512_srli_epi32(_mm512_castps_si512(magnitude), 24);
     const __mmask16 below =
         _mm512_cmp_ps_mask(magnitude, _mm512_permutexvar_ps(pair, e.threshold), _CMP_LE_OQ);
@@ -184,11 +199,11 @@ struct Encoder {
   Encoder(const Segments&, float reciprocal_of_absmax) : reciprocal(reciprocal_of_absmax) {}
 };
 
-template <bool kSigned>
+template <bool kSigned, SmallValues kSmall>
 static inline void encode_step(const Encoder& e, const float* x, const Codebook& book, uint8_t* codes) {
   for (int i = 0; i < kStep; i += kLanes) {
     const Float scaled = load(x + i) * splat(e.reciprocal);
-    const Int b = bits(max(abs(scaled), splat(kSmallestBucketed)));
+    const Int b = bits(magnitude_of<kSigned, kSmall>(scaled));
     const Int entry = lookup<uint32_t, Int>(book.buckets, shift_right(b, 16) - int32_t(kFirstBucket));
     const Int k = shift_right(entry + b, 16);
     // As in encode(): -1.0 is absent, and -k is ~k + 1.
@@ -199,7 +214,7 @@ static inline void encode_step(const Encoder& e, const float* x, const Codebook&
 
 #endif
 
-template <bool kSigned>
+template <bool kSigned, SmallValues kSmall = SmallValues::kNearest>
 static inline void encode_block(const float* x, float absmax, uint8_t* codes, int64_t count) {
   if (!(absmax <= kLargestFloat)) {
     // A block that holds infinity or NaN has that as its absmax, so it decodes to NaN whatever the codes are.
@@ -211,12 +226,12 @@ static inline void encode_block(const float* x, float absmax, uint8_t* codes, in
   const Encoder encoder(book.segments, scale.reciprocal);
   for (int64_t i = 0; i < count; i += kStep) {
     if (__builtin_expect(scale.prescale == 1.0f, 1)) {
-      encode_step<kSigned>(encoder, x + i, book, codes + i);
+      encode_step<kSigned, kSmall>(encoder, x + i, book, codes + i);
       continue;
     }
     alignas(64) float prescaled[kStep];
     for (int j = 0; j < kStep; ++j) prescaled[j] = x[i + j] * scale.prescale;
-    encode_step<kSigned>(encoder, prescaled, book, codes + i);
+    encode_step<kSigned, kSmall>(encoder, prescaled, book, codes + i);
   }
 }
 
@@ -238,10 +253,15 @@ static inline uint8_t nearest_entry(const float* map, float x) {
   return uint8_t(below < above || (below == above && smaller_below) ? low - 1 : low);
 }
 
+template <SmallValues kSmall = SmallValues::kNearest>
 static inline void encode_block_foreign(const float* x, float absmax, const float* map, uint8_t* codes,
                                         int64_t count) {
   const BlockScale scale = block_scale(absmax);
-  for (int64_t i = 0; i < count; ++i) codes[i] = nearest_entry(map, x[i] * scale.prescale * scale.reciprocal);
+  for (int64_t i = 0; i < count; ++i) {
+    codes[i] = nearest_entry(map, x[i] * scale.prescale * scale.reciprocal);
+    const bool rounded_to_zero = x[i] > 0.0f && map[codes[i]] <= 0.0f && codes[i] < 255;
+    if (kSmall == SmallValues::kPositive && rounded_to_zero) ++codes[i];
+  }
 }
 
 static inline void decode_block_foreign(const uint8_t* codes, const float* map, float absmax, float* out,

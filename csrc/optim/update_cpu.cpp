@@ -200,14 +200,15 @@ void drop_nonfinite(float* state1, float* state2, int64_t count) {
 
 template <bool kSigned>
 void encode_state(CodedState& state, int64_t count) {
+  constexpr SmallValues kSmall = kSigned ? SmallValues::kNearest : SmallValues::kPositive;
   const float absmax = state.new_absmax;
   const int64_t padded = padded_to_step(count);
   alignas(64) uint8_t copy[kMaxTile];
   uint8_t* codes = padded == count ? state.codes : copy;
   if (state.map != nullptr) {
-    codec::encode_block_foreign(state.values, absmax, state.map, codes, padded);
+    codec::encode_block_foreign<kSmall>(state.values, absmax, state.map, codes, padded);
   } else {
-    codec::encode_block<kSigned>(state.values, absmax, codes, padded);
+    codec::encode_block<kSigned, kSmall>(state.values, absmax, codes, padded);
   }
   if (padded != count) std::memcpy(state.codes, copy, size_t(count));
   *state.absmax = absmax;

@@ -242,7 +242,8 @@ __device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& r
   store_codes<kWhole>(codes1 + lane.offset, encode_lane<true>(s1, absmax1, smem.signed_tables), lane.count);
   if (device::lane_id() == 0) row.absmax1[tile] = absmax1;
   if constexpr (kTwo) {
-    store_codes<kWhole>(codes2 + lane.offset, encode_lane<false>(s2, absmax2, smem.unsigned_tables),
+    store_codes<kWhole>(codes2 + lane.offset,
+                        encode_lane<false, SmallValues::kPositive>(s2, absmax2, smem.unsigned_tables),
                         lane.count);
     if (device::lane_id() == 0) row.absmax2[tile] = absmax2;
   }
@@ -304,8 +305,9 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
                                                : encode_lane<true>(s1, absmax1, smem.signed_tables);
     store_codes<false>(codes1 + lane.offset, new1, lane.count);
     if (kTwo) {
-      const LaneCodes new2 = row.map2 != nullptr ? encode_lane_foreign(s2, absmax2, row.map2)
-                                                 : encode_lane<false>(s2, absmax2, smem.unsigned_tables);
+      const LaneCodes new2 =
+          row.map2 != nullptr ? encode_lane_foreign<SmallValues::kPositive>(s2, absmax2, row.map2)
+                              : encode_lane<false, SmallValues::kPositive>(s2, absmax2, smem.unsigned_tables);
       store_codes<false>(codes2 + lane.offset, new2, lane.count);
     }
     store_params<false>(param, p, c, row.id, lane);

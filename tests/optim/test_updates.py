@@ -15,12 +15,17 @@ from tilewright.optim import create_dynamic_map
 
 
 def assert_state(state: dict, suffix: str, exact: Tensor, plain: Tensor, atol: float) -> None:
-    """A float32 state obeys the error rule; codes are the nearest ones to the exact new value."""
+    """A float32 state obeys the error rule; codes are the nearest ones to the exact new value.
+
+    A second moment is not rounded to zero.
+    """
     if state["state" + suffix].dtype == torch.float32:
         assert_error_rule(state["state" + suffix], exact, plain, atol)
         return
     code = create_dynamic_map(suffix == "1")
     codes, absmax = reference.quantize(exact, code, 256)
+    if suffix == "2":
+        codes = reference.keep_positive(codes, exact)
     torch.testing.assert_close(state["absmax" + suffix].cpu().double(), absmax, rtol=1e-6, atol=atol)
     scale = reference.expand(absmax, exact.numel(), 256).view(exact.shape)
     best = (reference.dequantize(codes, code, absmax, 256) - exact).abs()
@@ -139,6 +144,8 @@ def test_a_free_run_with_32_bits_stays_with_the_reference(name: str) -> None:
 def quantized(x: Tensor, signed: bool) -> Tensor:
     code = create_dynamic_map(signed)
     codes, absmax = reference.quantize(x, code, 256)
+    if not signed:
+        codes = reference.keep_positive(codes, x)
     return reference.dequantize(codes, code, absmax, 256)
 
 
@@ -227,7 +234,6 @@ def test_a_gradient_whose_square_overflows_does_not_blow_up_later(backend) -> No
     assert float((params[0].detach().cpu() - before).abs().max()) <= 1e-2
 
 
-@pytest.mark.xfail(reason="as in bitsandbytes' CUDA kernels, a small v is rounded to 0 and m divided by eps")
 def test_second_moments_that_are_small_in_their_block_do_not_blow_up() -> None:
     """Gradients in one block that differ by four decades: with float32 states no step is longer than lr."""
     generator = torch.Generator().manual_seed(0)

@@ -94,3 +94,8 @@ def quantize(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 def dequantize(codes: Tensor, code: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
     values = code.double()[codes.flatten().long()] * expand(absmax.double(), codes.numel(), blocksize)
     return values.view(codes.shape)
+
+
+def keep_positive(codes: Tensor, x: Tensor) -> Tensor:
+    """Codes of the unsigned map in which a positive value has at least code 1."""
+    return torch.where((x.flatten() > 0) & (codes.flatten() == 0), 1, codes.flatten()).view_as(codes)
