@@ -72,6 +72,8 @@ template <bool kSigned>
 constexpr Segments make_segments(const Magnitudes<kSigned>& magnitudes) {
   Segments segments{};
   int part = -1;  // -1: zero, 0 to 6: decades, 7: one
+  set_constant_segment(segments, int((kFirstBucket >> 8) - 1) % 16,
+                       0.5f);  // of values below the first border
   for (uint32_t pair = kFirstBucket >> 8; pair <= kLastBucket >> 8; ++pair) {
     const int index = int(pair % 16);
     const int first_code = part < 0 ? 1 : part == 7 ? 0 : (kSigned ? 2 << part : (4 << part) - 1);
