@@ -11,6 +11,7 @@ SANITIZED ?= tests/emulator tests/optim -k "emulat or cpu-avx2 or cpu-avx512_bf1
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet
+sources := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
 modules = $(wildcard python/tilewright/_C*.so)
 # Once the emulated module is there, every build keeps it up to date.
 emulated = $(if $(findstring _emulated,$(modules)),1,0)

@@ -58,7 +58,9 @@ class CMakeBuild(build_ext):
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(build_dir / target.name, target)
+            fresh = target.with_suffix(".new")  # a running process may have the old one mapped
+            shutil.copy2(build_dir / target.name, fresh)
+            fresh.replace(target)
 
 
 names = ["_C", "_C_emulated"] if option("TILEWRIGHT_EMULATED") == "1" else ["_C"]
