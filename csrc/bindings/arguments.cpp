@@ -25,6 +25,10 @@ DType dtype_from(TwDLDataType type) {
       return DType::kInt64;
     case kTwDLBool * 256 + 8:
       return DType::kBool;
+    case kTwDLComplex * 256 + 64:
+      return DType::kComplex64;
+    case kTwDLComplex * 256 + 128:
+      return DType::kComplex128;
     default:
       return DType::kOther;
   }

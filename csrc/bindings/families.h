@@ -6,6 +6,7 @@
 namespace tilewright {
 
 void bind_optim(pybind11::module_& m);
+void bind_scan(pybind11::module_& m);
 
 namespace emulator {
 void bind_selftest(pybind11::module_& m);

@@ -56,6 +56,9 @@ py::dict build_info() {
 #if TILEWRIGHT_HAS_OPTIM
   families.append("optim");
 #endif
+#if TILEWRIGHT_HAS_SCAN
+  families.append("scan");
+#endif
   info["families"] = families;
   return info;
 }
@@ -107,6 +110,9 @@ PYBIND11_MODULE(TILEWRIGHT_MODULE_NAME, m) {
   tilewright::bind_cpu_levels(m);
 #if TILEWRIGHT_HAS_OPTIM
   tilewright::bind_optim(m);
+#endif
+#if TILEWRIGHT_HAS_SCAN
+  tilewright::bind_scan(m);
 #endif
 #if TILEWRIGHT_EMULATED
   tilewright::emulator::bind_selftest(m);

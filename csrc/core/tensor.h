@@ -17,6 +17,8 @@ enum class DType : int32_t {
   kInt32,
   kInt64,
   kBool,
+  kComplex64,
+  kComplex128,
   kOther
 };
 
@@ -40,6 +42,10 @@ inline const char* name_of(DType dtype) {
       return "int64";
     case DType::kBool:
       return "bool";
+    case DType::kComplex64:
+      return "complex64";
+    case DType::kComplex128:
+      return "complex128";
     case DType::kOther:
       break;
   }

@@ -2,6 +2,8 @@
 
 ``tilewright.optim``
     8-bit blockwise optimizers and quantization, with bitsandbytes' arguments and checkpoints.
+``tilewright.scan``
+    Selective scans (Mamba), linear scans, causal convolutions: forward, backward and decode steps.
 ``tilewright.nn``
     Drop-in modules.
 ``tilewright.info()``
@@ -19,14 +21,14 @@ from typing import TYPE_CHECKING
 from tilewright._info import info
 
 if TYPE_CHECKING:
-    from tilewright import nn, optim
+    from tilewright import nn, optim, scan
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "info", "nn", "optim"]
+__all__ = ["__version__", "info", "nn", "optim", "scan"]
 
 
 def __getattr__(name: str) -> ModuleType:
     # Families load when first used, so that `tilewright info` can report on a broken torch or extension.
-    if name in ("nn", "optim"):
+    if name in ("nn", "optim", "scan"):
         return import_module(f"tilewright.{name}")
     raise AttributeError(f"module 'tilewright' has no attribute {name!r}")

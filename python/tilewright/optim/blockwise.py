@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_tensor
 from . import ops
 from .maps import check_map, shared_map
 
@@ -100,7 +101,7 @@ def quantize_blockwise(
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861); arguments as
     bitsandbytes.functional.quantize_blockwise, save its `nested`, and with 256 as the default blocksize.
     """
-    _check_tensor("A", A)
+    check_tensor("A", A)
     if A.dtype not in _FLOATS:
         raise ValueError(f"A must be float32, float16 or bfloat16, got {A.dtype}")
     _check_blocksize(blocksize)
@@ -150,7 +151,7 @@ def dequantize_blockwise(
 
     Not differentiable: gradients do not flow through it. vmap and torch.func.grad are not supported.
     """
-    _check_tensor("A", A)
+    check_tensor("A", A)
     if A.dtype != torch.uint8:
         raise ValueError(f"A must hold uint8 codes, got {A.dtype}")
     if quant_state is not None:
@@ -182,15 +183,6 @@ def _without_grad(t: Tensor) -> Tensor:
     return t.detach() if t.requires_grad else t
 
 
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not (value.is_cpu or value.is_cuda):
-        raise ValueError(f"{name} must be on a CPU or CUDA device, got {value.device}")
-    if value.layout is not torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
-
-
 def _check_blocksize(blocksize: int) -> None:
     if blocksize not in _BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, _BLOCKSIZES))}, got {blocksize}")
@@ -205,7 +197,7 @@ def _check_code(code: Tensor | None, like: Tensor) -> None:
 
 
 def _check_absmax(absmax: Tensor, like: Tensor, blocksize: int) -> None:
-    _check_tensor("absmax", absmax)
+    check_tensor("absmax", absmax)
     blocks = ops.block_count(like.numel(), blocksize)
     if absmax.dtype != torch.float32 or absmax.shape != (blocks,):
         raise ValueError(
@@ -222,7 +214,7 @@ def _check_writable(name: str, value: Tensor) -> None:
 
 
 def _check_out(name: str, out: Tensor, like: Tensor, *dtypes: torch.dtype) -> None:
-    _check_tensor(name, out)
+    check_tensor(name, out)
     if out.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {out.dtype}")
     if out.shape != like.shape:

@@ -10,28 +10,12 @@ A `code` of None is the built-in map, `signed` says which of the two. None of th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _backend
-
-_library: Any = torch.library.Library("tilewright", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("quantize_blockwise(Tensor A, Tensor? code, bool signed, int blocksize) -> (Tensor, Tensor)")
-_library.define(
-    "quantize_blockwise_out(Tensor A, Tensor? code, bool signed, int blocksize, "
-    "Tensor(a!) codes, Tensor(b!) absmax) -> ()"
-)
-_library.define(
-    "dequantize_blockwise(Tensor codes, Tensor absmax, Tensor? code, bool signed, int blocksize, "
-    "ScalarType dtype) -> Tensor"
-)
-_library.define(
-    "dequantize_blockwise_out(Tensor codes, Tensor absmax, Tensor? code, bool signed, int blocksize, "
-    "Tensor(a!) out) -> ()"
-)
+from .._library import define, nothing
 
 
 def block_count(numel: int, blocksize: int) -> int:
@@ -94,16 +78,26 @@ def _fake_dequantize(
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-def _fake_mutation(*arguments: Any) -> None:
-    return None
-
-
-for _name, _implementation, _fake in (
-    ("quantize_blockwise", _quantize, _fake_quantize),
-    ("quantize_blockwise_out", _quantize_out, _fake_mutation),
-    ("dequantize_blockwise", _dequantize, _fake_dequantize),
-    ("dequantize_blockwise_out", _dequantize_out, _fake_mutation),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"tilewright::{_name}", _fake, lib=_library)
+define(
+    "quantize_blockwise(Tensor A, Tensor? code, bool signed, int blocksize) -> (Tensor, Tensor)",
+    _quantize,
+    _fake_quantize,
+)
+define(
+    "quantize_blockwise_out(Tensor A, Tensor? code, bool signed, int blocksize, "
+    "Tensor(a!) codes, Tensor(b!) absmax) -> ()",
+    _quantize_out,
+    nothing,
+)
+define(
+    "dequantize_blockwise(Tensor codes, Tensor absmax, Tensor? code, bool signed, int blocksize, "
+    "ScalarType dtype) -> Tensor",
+    _dequantize,
+    _fake_dequantize,
+)
+define(
+    "dequantize_blockwise_out(Tensor codes, Tensor absmax, Tensor? code, bool signed, int blocksize, "
+    "Tensor(a!) out) -> ()",
+    _dequantize_out,
+    nothing,
+)

@@ -1,0 +1,8 @@
+// The scans; each op has a file of its own beside this one.
+#include "bindings/families.h"
+
+namespace tilewright {
+
+void bind_scan(pybind11::module_& m) { (void)m; }
+
+}  // namespace tilewright
