@@ -1,0 +1,127 @@
+"""Whole models of the scan family: a transformers model as it comes, and the same model swapped.
+
+The work counted is that of the matrix products, 2 * parameters * tokens forward and twice that backward; the
+scan's own is small beside it in FLOPs, and everything beside it in what the stock model spends.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .case import OURS, Case, Contender, Unavailable
+
+Step = Callable[[], object]
+_HIDDEN, _LAYERS, _VOCABULARY = 768, 2, 256
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """Training, prefill and decode of small Mamba models with random weights."""
+    length = 128 if quick else 512
+    mamba, mamba2 = _Model("Mamba", device), _Model("Mamba2", device)
+    return [
+        _training(mamba, length),
+        _forward(mamba, length),
+        _decode(mamba),
+        _training(mamba2, length),
+        _forward(mamba2, length),
+        _decode(mamba2),
+    ]
+
+
+class _Model:
+    """A stock model, made when first needed, and swapped copies of it with the same weights."""
+
+    def __init__(self, kind: str, device: torch.device) -> None:
+        self.kind, self.device = kind, device
+        self.name = kind.lower()
+        self._stock: Any = None
+
+    def stock(self) -> Any:
+        try:
+            transformers = importlib.import_module("transformers")
+        except ImportError as error:
+            raise Unavailable("transformers is not installed") from error
+        if self._stock is None:
+            config = {"hidden_size": _HIDDEN, "num_hidden_layers": _LAYERS, "vocab_size": _VOCABULARY}
+            if self.kind == "Mamba2":
+                config.update(num_heads=2 * _HIDDEN // 64, head_dim=64, n_groups=1)
+            torch.manual_seed(0)
+            make = getattr(transformers, f"{self.kind}ForCausalLM")
+            self._stock = make(getattr(transformers, f"{self.kind}Config")(**config)).to(self.device)
+        return copy.deepcopy(self._stock)
+
+    def swapped(self) -> Any:
+        import tilewright as tw
+
+        model = self.stock()
+        tw.swap(model)
+        return model
+
+    def tokens(self, length: int) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(0)
+        return torch.randint(_VOCABULARY, (1, length), generator=generator, device=self.device)
+
+    def flops(self, tokens: int) -> float:
+        """Of the matrix products of one forward pass."""
+        inner = 2 * _HIDDEN
+        if self.kind == "Mamba":
+            rank, states = _HIDDEN // 16, 16
+            layer = _HIDDEN * 2 * inner + inner * (rank + 2 * states) + rank * inner + inner * _HIDDEN
+        else:
+            layer = _HIDDEN * (2 * inner + 2 * 128 + inner // 64) + inner * _HIDDEN
+        return 2.0 * tokens * (_LAYERS * layer + _HIDDEN * _VOCABULARY)
+
+
+def _case(model: _Model, work: str, title: str, run: Callable[[Any], Step], tokens: int, passes: int) -> Case:
+    return Case(
+        f"{model.name}_{work}",
+        f"{model.kind}: {title}",
+        [
+            Contender(OURS, lambda: run(model.swapped())),
+            Contender("transformers", lambda: run(model.stock())),
+        ],
+        flops=passes * model.flops(tokens),
+        sizes={"hidden": _HIDDEN, "layers": _LAYERS, "tokens": tokens, "dtype": "float32"},
+    )
+
+
+def _training(model: _Model, length: int) -> Case:
+    tokens = model.tokens(length)
+
+    def run(network: Any) -> Step:
+        network.train()
+
+        def step() -> None:
+            network.zero_grad(set_to_none=True)
+            network(tokens, labels=tokens, use_cache=False).loss.backward()
+
+        return step
+
+    return _case(model, "training", f"forward and backward of {length} tokens", run, length, 3)
+
+
+def _forward(model: _Model, length: int) -> Case:
+    tokens = model.tokens(length)
+
+    def run(network: Any) -> Step:
+        network.eval()
+        return torch.inference_mode()(lambda: network(tokens, use_cache=False))
+
+    return _case(model, "forward", f"forward of {length} tokens", run, length, 1)
+
+
+def _decode(model: _Model) -> Case:
+    prompt = model.tokens(16)
+
+    def run(network: Any) -> Step:
+        network.eval()
+        with torch.inference_mode():
+            cache = network(prompt, use_cache=True).cache_params
+        return torch.inference_mode()(lambda: network(prompt[:, :1], cache_params=cache, use_cache=True))
+
+    return _case(model, "decode", "one token of greedy decoding", run, 1, 1)
