@@ -425,7 +425,7 @@ struct Block {
       load_sequence_states<TileOf>(r.e, l.p.dlast_state, part.sequence, l, geometry, channels);
     }
 #pragma unroll
-    for (int i = 0; i < kStates; ++i) r.dB[i] = r.dC[i] = {};
+    for (int i = 0; i < kStates; ++i) r.B[i] = r.C[i] = r.dB[i] = r.dC[i] = {};
     if constexpr (TileOf::kConstant) {
       if (!l.p.variable_B) load_constants(r.B, l.p.B);
       if (!l.p.variable_C) load_constants(r.C, l.p.C);
