@@ -343,8 +343,8 @@ void zero(float* x, int64_t count) {
   state.dD = w.dD + at;
   state.dbias = w.dbias + at;
   load_rates(p, tile, state.rate);
-  state.B = operand_of(p, p.B, w.B, sequence, tile, state.constant_B);
-  state.C = operand_of(p, p.C, w.C, sequence, tile, state.constant_C);
+  state.B = operand_of(p, p.B, p.variable_B, w.B, sequence, tile, state.constant_B);
+  state.C = operand_of(p, p.C, p.variable_C, w.C, sequence, tile, state.constant_C);
 }
 
 float* sums_of(const SelectiveScanParams& p, const Plan& plan, const Workspace& w, const Sequence& sequence,

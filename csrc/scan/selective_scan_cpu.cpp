@@ -127,8 +127,8 @@ template <class T>
   ForwardTile weights;
   ForwardChunk c;
   load_rates(p, tile, weights.rate);
-  const Operand B = operand_of(p, p.B, B_rows, sequence, tile, weights.B);
-  const Operand C = operand_of(p, p.C, C_rows, sequence, tile, weights.C);
+  const Operand B = operand_of(p, p.B, p.variable_B, B_rows, sequence, tile, weights.B);
+  const Operand C = operand_of(p, p.C, p.variable_C, C_rows, sequence, tile, weights.C);
   if (p.initial_state != nullptr) {
     load_weights(contiguous(p, p.initial_state, sequence.index), tile, p.states, weights.h);
   } else {
@@ -162,8 +162,7 @@ void forward(const SelectiveScanParams& p, int threads) {
   if (p.variable_C) stage_rows<T>(p, p.C, C_rows, threads);
   const int64_t tiles = p.groups * tiles_per_group(p);
   parallel_chunks(p.sequences * tiles, threads, [&](int64_t task) {
-    forward_tile<T>(p, sequence_at(p, task / tiles), tile_at(p, task % tiles),
-                    p.variable_B ? B_rows : nullptr, p.variable_C ? C_rows : nullptr);
+    forward_tile<T>(p, sequence_at(p, task / tiles), tile_at(p, task % tiles), B_rows, C_rows);
   });
 }
 

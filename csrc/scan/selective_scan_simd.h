@@ -410,9 +410,10 @@ static inline void stage_rows(const SelectiveScanParams& p, const Strided& x, fl
 }
 
 // What one (sequence, tile) needs of B or C; `vectors` holds a constant one.
-static inline Operand operand_of(const SelectiveScanParams& p, const Strided& x, const float* rows,
-                                 const Sequence& sequence, const Tile& tile, float* vectors) {
-  if (rows != nullptr) return {rows + staged_row(p, tile.group, sequence.row), row_pitch(p)};
+static inline Operand operand_of(const SelectiveScanParams& p, const Strided& x, bool variable,
+                                 const float* rows, const Sequence& sequence, const Tile& tile,
+                                 float* vectors) {
+  if (variable) return {rows + staged_row(p, tile.group, sequence.row), row_pitch(p)};
   load_weights(x, tile, p.states, vectors);
   return {vectors, 0};
 }
