@@ -3,6 +3,9 @@
 
 namespace tilewright {
 
-void bind_scan(pybind11::module_& m) { (void)m; }
+void bind_scan(pybind11::module_& m) {
+  bind_causal_conv1d(m);
+  bind_selective_state_update(m);
+}
 
 }  // namespace tilewright
