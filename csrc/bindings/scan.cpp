@@ -3,6 +3,12 @@
 
 namespace tilewright {
 
-void bind_scan(pybind11::module_& m) { bind_selective_scan(m); }
+void bind_scan(pybind11::module_& m) {
+  bind_causal_conv1d(m);
+  bind_linear_scan(m);
+  bind_selective_scan(m);
+  bind_selective_state_update(m);
+  bind_ssd_chunk_scan(m);
+}
 
 }  // namespace tilewright
