@@ -8,7 +8,8 @@
 //   db[t] = lam[t],   da[t] = lam[t] conj(h[t-1]),   dh0 = mu[0]
 //
 // so the gradient is a scan in the other direction that reads a, g, h and writes da, db, all in one sweep.
-// Reversed, t runs from the end and h0 enters there. Packed sequences lie one behind the other along the axis.
+// Reversed, t runs from the end and h0 enters there. Packed sequences lie one behind the other along the
+// axis.
 //
 // A tensor is seen as (outer axes, step, inner): inner is the axis whose neighbours are neighbours in memory
 // too, if that is not the step axis itself.

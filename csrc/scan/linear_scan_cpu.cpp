@@ -10,8 +10,8 @@
 // and 9 multiplications for 16 steps; transposing 16 x 16 blocks in registers would take 12 shifts, and
 // walk 16 rows at once, whose lines would compete for the same sets of the cache.
 //
-// The products of a in the second way, and in long sequences that are split, can overflow where the recurrence
-// itself does not (0 * inf). So what comes out not finite is computed again, step by step.
+// The products of a in the second way, and in long sequences that are split, can overflow where the
+// recurrence itself does not (0 * inf). So what comes out not finite is computed again, step by step.
 #include "core/threads.h"
 #include "scan/linear_scan.h"
 #include "scan/linear_scan_simd.h"

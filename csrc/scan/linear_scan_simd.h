@@ -244,7 +244,8 @@ static inline bool all_finite(CxLanes x) { return all_finite(x.re) && all_finite
 static inline void set_one(Float& x) { x = splat(1.0f); }
 static inline void set_one(CxLanes& x) { x = {splat(1.0f), splat(0.0f)}; }
 
-// Composes lane i with the lanes the sweep visits before it: then s -> a[i] s + b[i] is what they do together.
+// Composes lane i with the lanes the sweep visits before it: then s -> a[i] s + b[i] is what they do
+// together.
 template <bool kDescending, int kBy, class Lanes>
 static inline void compose_lanes(Lanes& a, Lanes& b, Lanes one) {
   if constexpr (kBy < kLanes) {

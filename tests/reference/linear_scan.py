@@ -22,9 +22,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, dim: int = 1, reverse: 
     return torch.stack(states, dim) if states else torch.empty_like(b)
 
 
-def packed(
-    a: Tensor, b: Tensor, h0: Tensor | None, dim: int, reverse: bool, bounds: list[int]
-) -> Tensor:
+def packed(a: Tensor, b: Tensor, h0: Tensor | None, dim: int, reverse: bool, bounds: list[int]) -> Tensor:
     """Sequences one behind the other along dim, each with its own state."""
     parts = []
     for i, (begin, end) in enumerate(zip(bounds, bounds[1:])):  # noqa: B905

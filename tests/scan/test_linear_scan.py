@@ -69,8 +69,8 @@ def results(function: Callable[..., Tensor], tensors: list[Tensor | None], grad:
     return [out.detach(), *torch.autograd.grad(out, wanted, grad.to(out.dtype))]
 
 
-def assert_close(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
-    """No more than twice the error of plain torch in the same dtype, and what one rounding can do."""
+def assert_close(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor], roundings: int) -> None:
+    """No more than twice the error of plain torch in the same dtype, and a few roundings of the largest."""
     for name, mine, theirs, truth in zip(("h", "da", "db", "dh0"), ours, plain, exact, strict=False):
         assert mine.shape == truth.shape
         if truth.numel() == 0:
@@ -78,7 +78,7 @@ def assert_close(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -
         truth = truth.cpu()
         scale, eps = truth.abs().max().item(), torch.finfo(mine.dtype).eps
         error = (mine.cpu().to(truth.dtype) - truth).abs().max().item()
-        allowed = 2 * (theirs.cpu().to(truth.dtype) - truth).abs().max().item() + scale * eps
+        allowed = 2 * (theirs.cpu().to(truth.dtype) - truth).abs().max().item() + roundings * scale * eps
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -88,6 +88,7 @@ def check(
     reverse: bool,
     call: Callable[..., Tensor] | None = None,
     truth: Callable[..., Tensor] | None = None,
+    roundings: int = 2,
 ) -> None:
     """`call` against `truth`, by default linear_scan against the reference."""
     a, b, _ = tensors
@@ -99,16 +100,20 @@ def check(
     exact = results(truth, [None if t is None else t.to(wide) for t in tensors], grad)
     plain = results(truth, [None if t is None else t.to(b.dtype) for t in tensors], grad)
     assert ours[0].dtype == b.dtype
-    assert_close(ours, plain, exact)
+    assert_close(ours, plain, exact, roundings)
 
 
-@pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("shape", "dim"), SMALL, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_and_gradients(backend, dtype, shape, dim, reverse, with_state) -> None:
-    a, b, h0 = inputs(shape, dim, dtype, backend.device)
-    check([a, b, h0 if with_state else None], dim, reverse)
+def test_values_and_gradients(backend, dtype, shape, dim, reverse) -> None:
+    check(inputs(shape, dim, dtype, backend.device), dim, reverse)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients_without_a_state(backend, dtype, dim) -> None:
+    check([*inputs((2, 37, 19), dim, dtype, backend.device)[:2], None], dim, False)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -162,11 +167,10 @@ def layouts(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 LAYOUTS = list(layouts((1, 1, 1), torch.float32, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("b_layout", ["contiguous", "length last", "batch last", "same for channels"])
 @pytest.mark.parametrize("a_layout", LAYOUTS)
-def test_any_layout_of_a_and_b(backend, a_layout, b_layout, dtype) -> None:
-    shape = (2, 21, 18)
+def test_any_layout_of_a_and_b(backend, a_layout, b_layout) -> None:
+    shape, dtype = (2, 21, 18), torch.complex64 if b_layout == "batch last" else torch.float32
     a = layouts(shape, dtype, backend.device)[a_layout]
     b = layouts(shape, dtype, backend.device)[b_layout] + 0.5
     if b_layout == "same for channels":
@@ -204,12 +208,12 @@ def test_h_has_the_layout_of_a_dense_b(backend) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 def test_broadcasting(backend, dtype) -> None:
-    """Gradients of what is broadcast are sums."""
+    """Gradients of what is broadcast are sums, of terms that may be larger than the sum."""
     b = random((2, 11, 17), dtype, 1, backend.device)
     for shape in ((17,), (11, 1), (2, 1, 17), (1,)):
-        check([decays(shape, dtype, 0, backend.device), b, None], 1, False)
+        check([decays(shape, dtype, 0, backend.device), b, None], 1, False, roundings=16)
     a = decays((2, 11, 17), dtype, 0, backend.device)
-    check([a, random((11, 1), dtype, 1, backend.device), None], 1, True)
+    check([a, random((11, 1), dtype, 1, backend.device), None], 1, True, roundings=16)
 
 
 def test_dtypes_are_promoted(backend) -> None:
@@ -270,16 +274,15 @@ def test_packed_sequences(backend, shape, dim, bounds, reverse) -> None:
         shape = (1,) * dim + shape[dim:]
     a, b, _ = inputs(shape, dim, torch.float32, backend.device)
     h0 = random((len(bounds) - 1, *shape[dim + 1 :]), torch.float32, 2, backend.device)
-    for dtype in (torch.int32, torch.int64):
-        cu_seqlens = torch.tensor(bounds, dtype=dtype, device=backend.device)
-        for state in (None, h0):
-            check(
-                [a, b, state],
-                dim,
-                reverse,
-                lambda a, b, h0=None: linear_scan(a, b, h0, dim=dim, reverse=reverse, cu_seqlens=cu_seqlens),
-                lambda a, b, h0=None: reference.packed(a, b, h0, dim, reverse, bounds),
-            )
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32 if reverse else torch.int64, device=backend.device)
+    for state in (None, h0):
+        check(
+            [a, b, state],
+            dim,
+            reverse,
+            lambda a, b, h0=None: linear_scan(a, b, h0, dim=dim, reverse=reverse, cu_seqlens=cu_seqlens),
+            lambda a, b, h0=None: reference.packed(a, b, h0, dim, reverse, bounds),
+        )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -297,7 +300,11 @@ def test_nothing_passes_from_one_sequence_to_the_next(backend, bad) -> None:
 def test_no_sequences_at_all(backend) -> None:
     empty = torch.zeros(1, 0, 3, device=backend.device)
     cu_seqlens = torch.zeros(1, dtype=torch.int64, device=backend.device)
-    assert linear_scan(empty, empty, torch.zeros(0, 3, device=empty.device), cu_seqlens=cu_seqlens).shape == (1, 0, 3)
+    assert linear_scan(empty, empty, torch.zeros(0, 3, device=empty.device), cu_seqlens=cu_seqlens).shape == (
+        1,
+        0,
+        3,
+    )
 
 
 # -- long sequences ---------------------------------------------------------------------------------
@@ -311,8 +318,6 @@ LONG_BOUNDS = [[0, 1, 30_001, 40_003], [0, 4000, 4001, 5003]]
 @pytest.mark.parametrize(("shape", "dim"), LONG, ids=str)
 def test_sequences_that_are_split(backend, shape, dim, dtype, reverse) -> None:
     """Few channels, many steps: chunks are composed first. Against float64, by the same op where it is exact."""
-    if backend.name == "emulated" and (dtype.is_complex or reverse):
-        pytest.skip("the emulator takes seconds for this; the other half of the cases covers the paths")
     check_long(inputs(shape, dim, dtype, backend.device), dim, reverse, None)
 
 
@@ -326,9 +331,7 @@ def test_packed_sequences_that_are_split(backend, shape, dim, bounds) -> None:
 def check_long(tensors: list[Tensor], dim: int, reverse: bool, cu_seqlens: Tensor | None) -> None:
     """The float64 CPU kernel, which walks step by step, stands for the reference, which would take minutes."""
     grad = random(tuple(tensors[1].shape), tensors[1].dtype, 3, tensors[1].device)
-    ours = results(
-        lambda *t: linear_scan(*t, dim=dim, reverse=reverse, cu_seqlens=cu_seqlens), tensors, grad
-    )
+    ours = results(lambda *t: linear_scan(*t, dim=dim, reverse=reverse, cu_seqlens=cu_seqlens), tensors, grad)
     backend, tilewright._backend.C = tilewright._backend.C, tilewright._C
     try:
         wide = [t.cpu().to(WIDE.get(t.dtype, torch.float64)) for t in tensors]
