@@ -5,6 +5,8 @@ In float64 or complex128 it is the truth; in float32 or a 16-bit dtype it is wha
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor | None = None, dim: int = 1, reverse: 
 def packed(a: Tensor, b: Tensor, h0: Tensor | None, dim: int, reverse: bool, bounds: list[int]) -> Tensor:
     """Sequences one behind the other along dim, each with its own state."""
     parts = []
-    for i, (begin, end) in enumerate(zip(bounds, bounds[1:])):  # noqa: B905
+    for i, (begin, end) in enumerate(pairwise(bounds)):
         part = [t.narrow(dim, begin, end - begin) for t in torch.broadcast_tensors(a, b)]
         state = None if h0 is None else h0[i].reshape(part[1].select(dim, 0).shape)
         parts.append(scan(*part, state, dim, reverse))

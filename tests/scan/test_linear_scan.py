@@ -317,7 +317,7 @@ LONG_BOUNDS = [[0, 1, 30_001, 40_003], [0, 4000, 4001, 5003]]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize(("shape", "dim"), LONG, ids=str)
 def test_sequences_that_are_split(backend, shape, dim, dtype, reverse) -> None:
-    """Few channels, many steps: chunks are composed first. Against float64, by the same op where it is exact."""
+    """Few channels, many steps: chunks are composed before they are swept."""
     check_long(inputs(shape, dim, dtype, backend.device), dim, reverse, None)
 
 
@@ -329,7 +329,7 @@ def test_packed_sequences_that_are_split(backend, shape, dim, bounds) -> None:
 
 
 def check_long(tensors: list[Tensor], dim: int, reverse: bool, cu_seqlens: Tensor | None) -> None:
-    """The float64 CPU kernel, which walks step by step, stands for the reference, which would take minutes."""
+    """The float64 CPU kernel, which goes step by step, stands for the reference, which would take minutes."""
     grad = random(tuple(tensors[1].shape), tensors[1].dtype, 3, tensors[1].device)
     ours = results(lambda *t: linear_scan(*t, dim=dim, reverse=reverse, cu_seqlens=cu_seqlens), tensors, grad)
     backend, tilewright._backend.C = tilewright._backend.C, tilewright._C

@@ -76,7 +76,9 @@ def linear_scan(
         h0 = _checked_state(h0, b, dim, cu_seqlens)
     needs_grad = a.requires_grad or b.requires_grad or (h0 is not None and h0.requires_grad)
     if needs_grad and torch.is_grad_enabled():
-        differentiable: Tensor = LinearScan.apply(a, b, h0, cu_seqlens, dim, reverse)
+        differentiable: Tensor = LinearScan.apply(  # type: ignore[no-untyped-call]
+            a, b, h0, cu_seqlens, dim, reverse
+        )
         return differentiable
     h: Tensor = _forward(a, b, h0, cu_seqlens, dim, reverse)
     return h
@@ -93,7 +95,7 @@ def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a, b = a.to(dtype), b.to(dtype)
     if a.shape != b.shape:
         try:
-            a, b = torch.broadcast_tensors(a, b)
+            a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
         except RuntimeError:
             raise ValueError(
                 f"a and b must have shapes that broadcast, got {tuple(a.shape)} and {tuple(b.shape)}"

@@ -8,6 +8,7 @@ a and b have one shape and dtype, h0 the accumulator's dtype (float32 for the 16
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from ..._library import define
 
 
 def _check_sequences(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
-    """The boundaries as the kernels read them; looks at their values unless a CUDA graph is being captured."""
+    """The boundaries as kernels read them; their values are checked unless a CUDA graph is being captured."""
     if cu_seqlens is None:
         return None
     if not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(b <= a for a, b in zip(bounds, bounds[1:])):  # noqa: B905
+        if bounds[0] != 0 or bounds[-1] != length or any(b <= a for a, b in pairwise(bounds)):
             shown = ", ".join(map(str, bounds[:6])) + (", ..." if len(bounds) > 6 else "")
             raise ValueError(f"cu_seqlens must rise strictly from 0 to the length {length}, got [{shown}]")
     return cu_seqlens.to(torch.int64).contiguous()
@@ -122,7 +123,7 @@ class LinearScan(torch.autograd.Function):
         return h
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of a, b and h0."""
         if torch.is_grad_enabled():
             raise NotImplementedError("linear_scan: second derivatives are not supported")
