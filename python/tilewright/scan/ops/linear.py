@@ -1,0 +1,132 @@
+"""The linear recurrence as torch ops: schema, implementation, fake kernels, gradient.
+
+    tilewright::linear_scan_fwd  h
+    tilewright::linear_scan_bwd  (da, db, dh0); da is empty where h is None, dh0 where h0 is None
+
+a and b have one shape and dtype, h0 the accumulator's dtype (float32 for the 16-bit ones).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _backend
+from ..._library import define
+
+
+def _check_sequences(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
+    """The boundaries as kernels read them; their values are checked unless a CUDA graph is being captured."""
+    if cu_seqlens is None:
+        return None
+    if not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or any(b <= a for a, b in pairwise(bounds)):
+            shown = ", ".join(map(str, bounds[:6])) + (", ..." if len(bounds) > 6 else "")
+            raise ValueError(f"cu_seqlens must rise strictly from 0 to the length {length}, got [{shown}]")
+    return cu_seqlens.to(torch.int64).contiguous()
+
+
+def _run(tensors: tuple[Tensor | None, ...], seqlens: Tensor | None, dim: int, *flags: bool) -> None:
+    workspace = None
+    a = tensors[0]
+    assert a is not None
+    if a.is_cuda or _backend.is_emulated():
+        size = _backend.C.linear_scan_workspace(tensors, seqlens, dim, *flags)
+        workspace = torch.empty(size, dtype=torch.uint8, device=a.device) if size else None
+    _backend.C.linear_scan(tensors, seqlens, dim, *flags, workspace, _backend.num_threads())
+
+
+def _forward(
+    a: Tensor, b: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None, dim: int, reverse: bool
+) -> Tensor:
+    seqlens = _check_sequences(cu_seqlens, b.shape[dim])
+    h = torch.empty_like(b)
+    _run((a, b, h, None, None, h0, None), seqlens, dim, False, reverse)
+    return h
+
+
+def _backward(
+    grad: Tensor,
+    a: Tensor,
+    h: Tensor | None,
+    h0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dim: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The forward pass has looked at the boundaries' values.
+    seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
+    da, db, dh0 = _fake_backward(grad, a, h, h0, cu_seqlens, dim, reverse)
+    wanted_a, wanted_h0 = None if h is None else da, None if h0 is None else dh0
+    _run((a, grad, db, h, wanted_a, h0, wanted_h0), seqlens, dim, True, not reverse)
+    return da, db, dh0
+
+
+def _fake_forward(
+    a: Tensor, b: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None, dim: int, reverse: bool
+) -> Tensor:
+    return torch.empty_like(b)
+
+
+def _fake_backward(
+    grad: Tensor,
+    a: Tensor,
+    h: Tensor | None,
+    h0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dim: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = a if h is None else h
+    da = a.new_empty(0) if h is None else torch.empty_like(like)
+    dh0 = a.new_empty(0) if h0 is None else torch.empty_like(h0)
+    return da, torch.empty_like(like), dh0
+
+
+define(
+    "linear_scan_fwd(Tensor a, Tensor b, Tensor? h0, Tensor? cu_seqlens, int dim, bool reverse) -> Tensor",
+    _forward,
+    _fake_forward,
+)
+define(
+    "linear_scan_bwd(Tensor grad, Tensor a, Tensor? h, Tensor? h0, Tensor? cu_seqlens, int dim, "
+    "bool reverse) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+forward = torch.ops.tilewright.linear_scan_fwd.default
+backward = torch.ops.tilewright.linear_scan_bwd.default
+
+
+class LinearScan(torch.autograd.Function):
+    """The recurrence with its gradient; `apply` takes the arguments of `linear_scan_fwd`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        h0: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dim: int,
+        reverse: bool,
+    ) -> Tensor:
+        """Returns h."""
+        h: Tensor = forward(a, b, h0, cu_seqlens, dim, reverse)
+        ctx.save_for_backward(a, h if ctx.needs_input_grad[0] else None, h0, cu_seqlens)
+        ctx.dim, ctx.reverse = dim, reverse
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of a, b and h0."""
+        if torch.is_grad_enabled():
+            raise NotImplementedError("linear_scan: second derivatives are not supported")
+        a, h, h0, cu_seqlens = ctx.saved_tensors
+        da, db, dh0 = backward(grad, a, h, h0, cu_seqlens, ctx.dim, ctx.reverse)
+        return da if h is not None else None, db, dh0 if h0 is not None else None, None, None, None
