@@ -3,8 +3,8 @@
 // Roofline: 12 bytes and 2 FLOPs a float32 step forward, 20 and 4 backward: memory decides, and what matters
 // is that enough bytes are on their way. Three kernels:
 //
-// Across: a thread owns 8 bytes of neighbours along inner and walks through time, one batch of steps ahead of
-// itself.
+// Across: a thread owns 8 bytes of neighbours along inner and walks through time; loads run 16 steps
+// or more ahead of the arithmetic.
 // Along: warps share a row, 16 bytes a lane; a lane's steps are composed into one map s -> a s + b, the maps
 // of a warp by shuffles, those of the warps through shared memory.
 // Carry: where rows are too few to fill the GPU, sequences are split into chunks. The first two kernels then
@@ -37,31 +37,46 @@ template <bool kBackward, class T>
 struct Across {
   using Scalar = typename Numbers<T>::Scalar;
   static constexpr int kWidth = 8 / sizeof(T);
-  static constexpr int kSteps = kBackward ? 8 : 16;  // of a batch
   using Cell = device::Vector<T, kWidth>;
-  struct Batch {
-    Cell a[kSteps], x[kSteps], h[kBackward ? kSteps : 1];
+  using Raw = device::Vector<uint32_t, 2>;  // a cell on its way: 16-bit numbers would take a register each
+  static_assert(sizeof(Cell) == sizeof(Raw));
+  struct Loaded {
+    Raw a, x, h;
   };
 
   template <bool kWhole>
-  static __device__ __forceinline__ Cell read(const Walk<const T>& from, int64_t s, int count) {
+  static __device__ __forceinline__ Raw read(const Walk<const T>& from, int64_t s, int count) {
     const T* address = from.at(s);
-    if constexpr (kWhole) return device::load_streaming(reinterpret_cast<const Cell*>(address));
-    Cell cell{};
+    if constexpr (kWhole) {
+      return device::load_streaming(reinterpret_cast<const Raw*>(address));
+    } else {
+      Cell cell{};
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (i < count) cell[i] = address[i * from.inner];
+      for (int i = 0; i < kWidth; ++i) {
+        if (i < count) cell[i] = address[i * from.inner];
+      }
+      Raw raw;
+      memcpy(&raw, &cell, sizeof raw);
+      return raw;
     }
+  }
+
+  static __device__ __forceinline__ Cell cell_of(const Raw& raw) {
+    Cell cell;
+    memcpy(&cell, &raw, sizeof cell);
     return cell;
   }
 
   template <bool kWhole>
   static __device__ __forceinline__ void write(const Walk<T>& to, int64_t s, int count, const Cell& cell) {
     T* address = to.at(s);
-    if constexpr (kWhole) return device::store_streaming(reinterpret_cast<Cell*>(address), cell);
+    if constexpr (kWhole) {
+      device::store_streaming(reinterpret_cast<Cell*>(address), cell);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (i < count) address[i * to.inner] = cell[i];
+      for (int i = 0; i < kWidth; ++i) {
+        if (i < count) address[i * to.inner] = cell[i];
+      }
     }
   }
 
@@ -73,58 +88,61 @@ struct Across {
   }
 
   template <bool kWhole>
-  static __device__ __forceinline__ void fetch(Batch& batch, const Row<T>& row, const Segment& segment,
+  static __device__ __forceinline__ void fetch(Loaded& loaded, const Row<T>& row, const Segment& segment,
                                                int64_t s, int count) {
-#pragma unroll
-    for (int u = 0; u < kSteps; ++u) {
-      if (s + u >= segment.end) continue;
-      batch.a[u] = read<kWhole>(row.a, s + u, count);
-      batch.x[u] = read<kWhole>(row.x, s + u, count);
-      if constexpr (kBackward) {  // the sweep visits next what came before
-        const bool exists = row.h.data != nullptr && s + u + 1 < segment.steps;
-        batch.h[u] = exists ? read<kWhole>(row.h, s + u + 1, count) : Cell{};
-      }
+    if (s >= segment.end) return;
+    loaded.a = read<kWhole>(row.a, s, count);
+    loaded.x = read<kWhole>(row.x, s, count);
+    if constexpr (kBackward) {  // the sweep visits next what came before
+      if (row.h.data != nullptr && s + 1 < segment.steps) loaded.h = read<kWhole>(row.h, s + 1, count);
     }
   }
 
   template <bool kWhole>
-  static __device__ __forceinline__ void advance(const Params& q, const Batch& batch, const Row<T>& row,
+  static __device__ __forceinline__ void advance(const Params& q, const Loaded& loaded, const Row<T>& row,
                                                  const Segment& segment, int64_t s, int count,
                                                  Map<Scalar> (&total)[kWidth]) {
+    const Cell a = cell_of(loaded.a), x = cell_of(loaded.x), h = cell_of(loaded.h);
+    Cell y, da;
 #pragma unroll
-    for (int u = 0; u < kSteps; ++u) {
-      if (s + u >= segment.end) continue;
-      Cell y, da;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const Scalar a = to_scalar(batch.a[u][i]), x = to_scalar(batch.x[u][i]);
-        Scalar before{};
-        if constexpr (kBackward) {
-          before = to_scalar(batch.h[u][i]);
-          if (s + u + 1 == segment.steps)
-            before = i < count ? initial_state(row, i * q.p.h0.inner) : Scalar{};
-        }
-        const Step<Scalar> step = take_step<kBackward>(a, x, before, total[i].b);
-        total[i] = {times(kBackward ? conjugate(a) : a, total[i].a), step.after};
-        y[i] = from_scalar<T>(step.y);
-        da[i] = from_scalar<T>(step.da);
+    for (int i = 0; i < kWidth; ++i) {
+      const Scalar decay = to_scalar(a[i]);
+      Scalar before{};
+      if constexpr (kBackward) {
+        before = to_scalar(h[i]);
+        if (s + 1 == segment.steps) before = i < count ? initial_state(row, i * q.p.h0.inner) : Scalar{};
       }
-      if (q.composing) continue;
-      write<kWhole>(row.y, s + u, count, y);
-      if (kBackward && row.da.data != nullptr) write<kWhole>(row.da, s + u, count, da);
+      const Step<Scalar> step = take_step<kBackward>(decay, to_scalar(x[i]), before, total[i].b);
+      total[i] = {times(kBackward ? conjugate(decay) : decay, total[i].a), step.after};
+      y[i] = from_scalar<T>(step.y);
+      da[i] = from_scalar<T>(step.da);
     }
+    if (q.composing) return;
+    write<kWhole>(row.y, s, count, y);
+    if (kBackward && row.da.data != nullptr) write<kWhole>(row.da, s, count, da);
   }
 
-  template <bool kWhole>
+  // Loads run up to kGroups groups of steps ahead of the arithmetic. They are issued and awaited by the
+  // group, because a warp can tell only six outstanding sets of loads apart.
+  template <bool kWhole, int kGroups>
   static __device__ __forceinline__ void walk(const Params& q, const Row<T>& row, const Segment& segment,
                                               int count, Map<Scalar> (&total)[kWidth]) {
-    Batch batches[2];
-    fetch<kWhole>(batches[0], row, segment, segment.begin, count);
-    for (int64_t s = segment.begin; s < segment.end; s += 2 * kSteps) {
-      fetch<kWhole>(batches[1], row, segment, s + kSteps, count);
-      advance<kWhole>(q, batches[0], row, segment, s, count, total);
-      fetch<kWhole>(batches[0], row, segment, s + 2 * kSteps, count);
-      advance<kWhole>(q, batches[1], row, segment, s + kSteps, count, total);
+    constexpr int kGroup = 4, kSteps = kGroups * kGroup;
+    Loaded ring[kSteps] = {};
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) fetch<kWhole>(ring[u], row, segment, segment.begin + u, count);
+    for (int64_t s = segment.begin; s < segment.end; s += kSteps) {
+#pragma unroll
+      for (int group = 0; group < kSteps; group += kGroup) {
+#pragma unroll
+        for (int u = group; u < group + kGroup; ++u) {
+          if (s + u < segment.end) advance<kWhole>(q, ring[u], row, segment, s + u, count, total);
+        }
+#pragma unroll
+        for (int u = group; u < group + kGroup; ++u) {
+          fetch<kWhole>(ring[u], row, segment, s + u + kSteps, count);
+        }
+      }
     }
   }
 
@@ -144,9 +162,9 @@ struct Across {
     const bool whole = count == kWidth && is_whole(row.a) && is_whole(row.x) && is_whole(row.h) &&
                        is_whole(row.y) && is_whole(row.da);
     if (whole) {
-      walk<true>(q, row, segment, count, total);
+      walk<true, kBackward ? 4 : 5>(q, row, segment, count, total);
     } else {
-      walk<false>(q, row, segment, count, total);
+      walk<false, 1>(q, row, segment, count, total);
     }
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
