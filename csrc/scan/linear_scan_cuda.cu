@@ -3,8 +3,8 @@
 // Roofline: 12 bytes and 2 FLOPs a float32 step forward, 20 and 4 backward: memory decides, and what matters
 // is that enough bytes are on their way. Three kernels:
 //
-// Across: a thread owns 8 bytes of neighbours along inner and walks through time, one batch of steps ahead of
-// itself.
+// Across: a thread owns 8 bytes of neighbours along inner and walks through time; loads run 16 steps
+// or more ahead of the arithmetic.
 // Along: warps share a row, 16 bytes a lane; a lane's steps are composed into one map s -> a s + b, the maps
 // of a warp by shuffles, those of the warps through shared memory.
 // Carry: where rows are too few to fill the GPU, sequences are split into chunks. The first two kernels then
@@ -22,13 +22,8 @@
 namespace tilewright::scan {
 namespace {
 
-constexpr int kAcrossThreads = 64, kAlongThreads = 512, kCarryThreads = 64;
-constexpr int kMaxWarps = kAlongThreads / device::kWarpSize;
+constexpr int kAcrossThreads = 64, kAlongThreads = kMaxWarps * device::kWarpSize, kCarryThreads = 64;
 constexpr int kRowsOfOneWarp = 4;  // rows of a block where each has one warp
-// Shapes alone decide how work is cut, so that results do not depend on the GPU. These numbers suit 132
-// multiprocessors.
-constexpr int64_t kFewThreads = 6144, kEnoughThreads = 24576, kMaxChunks = 2048, kMinSteps = 64;
-constexpr int64_t kFewRows = 96, kEnoughWarps = 2112, kEnoughBlocks = 528, kMinChunk = 8192;
 constexpr int64_t kMaxGrid = int64_t{1} << 30;
 
 // ---- across: a thread is a few channels ----
@@ -37,31 +32,46 @@ template <bool kBackward, class T>
 struct Across {
   using Scalar = typename Numbers<T>::Scalar;
   static constexpr int kWidth = 8 / sizeof(T);
-  static constexpr int kSteps = kBackward ? 8 : 16;  // of a batch
   using Cell = device::Vector<T, kWidth>;
-  struct Batch {
-    Cell a[kSteps], x[kSteps], h[kBackward ? kSteps : 1];
+  using Raw = device::Vector<uint32_t, 2>;  // a cell on its way: 16-bit numbers would take a register each
+  static_assert(sizeof(Cell) == sizeof(Raw));
+  struct Loaded {
+    Raw a, x, h;
   };
 
   template <bool kWhole>
-  static __device__ __forceinline__ Cell read(const Walk<const T>& from, int64_t s, int count) {
+  static __device__ __forceinline__ Raw read(const Walk<const T>& from, int64_t s, int count) {
     const T* address = from.at(s);
-    if constexpr (kWhole) return device::load_streaming(reinterpret_cast<const Cell*>(address));
-    Cell cell{};
+    if constexpr (kWhole) {
+      return device::load_streaming(reinterpret_cast<const Raw*>(address));
+    } else {
+      Cell cell{};
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (i < count) cell[i] = address[i * from.inner];
+      for (int i = 0; i < kWidth; ++i) {
+        if (i < count) cell[i] = address[i * from.inner];
+      }
+      Raw raw;
+      memcpy(&raw, &cell, sizeof raw);
+      return raw;
     }
+  }
+
+  static __device__ __forceinline__ Cell cell_of(const Raw& raw) {
+    Cell cell;
+    memcpy(&cell, &raw, sizeof cell);
     return cell;
   }
 
   template <bool kWhole>
   static __device__ __forceinline__ void write(const Walk<T>& to, int64_t s, int count, const Cell& cell) {
     T* address = to.at(s);
-    if constexpr (kWhole) return device::store_streaming(reinterpret_cast<Cell*>(address), cell);
+    if constexpr (kWhole) {
+      device::store_streaming(reinterpret_cast<Cell*>(address), cell);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (i < count) address[i * to.inner] = cell[i];
+      for (int i = 0; i < kWidth; ++i) {
+        if (i < count) address[i * to.inner] = cell[i];
+      }
     }
   }
 
@@ -73,58 +83,61 @@ struct Across {
   }
 
   template <bool kWhole>
-  static __device__ __forceinline__ void fetch(Batch& batch, const Row<T>& row, const Segment& segment,
+  static __device__ __forceinline__ void fetch(Loaded& loaded, const Row<T>& row, const Segment& segment,
                                                int64_t s, int count) {
-#pragma unroll
-    for (int u = 0; u < kSteps; ++u) {
-      if (s + u >= segment.end) continue;
-      batch.a[u] = read<kWhole>(row.a, s + u, count);
-      batch.x[u] = read<kWhole>(row.x, s + u, count);
-      if constexpr (kBackward) {  // the sweep visits next what came before
-        const bool exists = row.h.data != nullptr && s + u + 1 < segment.steps;
-        batch.h[u] = exists ? read<kWhole>(row.h, s + u + 1, count) : Cell{};
-      }
+    if (s >= segment.end) return;
+    loaded.a = read<kWhole>(row.a, s, count);
+    loaded.x = read<kWhole>(row.x, s, count);
+    if constexpr (kBackward) {  // the sweep visits next what came before
+      if (row.h.data != nullptr && s + 1 < segment.steps) loaded.h = read<kWhole>(row.h, s + 1, count);
     }
   }
 
   template <bool kWhole>
-  static __device__ __forceinline__ void advance(const Params& q, const Batch& batch, const Row<T>& row,
+  static __device__ __forceinline__ void advance(const Params& q, const Loaded& loaded, const Row<T>& row,
                                                  const Segment& segment, int64_t s, int count,
                                                  Map<Scalar> (&total)[kWidth]) {
+    const Cell a = cell_of(loaded.a), x = cell_of(loaded.x), h = cell_of(loaded.h);
+    Cell y, da;
 #pragma unroll
-    for (int u = 0; u < kSteps; ++u) {
-      if (s + u >= segment.end) continue;
-      Cell y, da;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const Scalar a = to_scalar(batch.a[u][i]), x = to_scalar(batch.x[u][i]);
-        Scalar before{};
-        if constexpr (kBackward) {
-          before = to_scalar(batch.h[u][i]);
-          if (s + u + 1 == segment.steps)
-            before = i < count ? initial_state(row, i * q.p.h0.inner) : Scalar{};
-        }
-        const Step<Scalar> step = take_step<kBackward>(a, x, before, total[i].b);
-        total[i] = {times(kBackward ? conjugate(a) : a, total[i].a), step.after};
-        y[i] = from_scalar<T>(step.y);
-        da[i] = from_scalar<T>(step.da);
+    for (int i = 0; i < kWidth; ++i) {
+      const Scalar decay = to_scalar(a[i]);
+      Scalar before{};
+      if constexpr (kBackward) {
+        before = to_scalar(h[i]);
+        if (s + 1 == segment.steps) before = i < count ? initial_state(row, i * q.p.h0.inner) : Scalar{};
       }
-      if (q.composing) continue;
-      write<kWhole>(row.y, s + u, count, y);
-      if (kBackward && row.da.data != nullptr) write<kWhole>(row.da, s + u, count, da);
+      const Step<Scalar> step = take_step<kBackward>(decay, to_scalar(x[i]), before, total[i].b);
+      total[i] = {times(kBackward ? conjugate(decay) : decay, total[i].a), step.after};
+      y[i] = from_scalar<T>(step.y);
+      da[i] = from_scalar<T>(step.da);
     }
+    if (q.composing) return;
+    write<kWhole>(row.y, s, count, y);
+    if (kBackward && row.da.data != nullptr) write<kWhole>(row.da, s, count, da);
   }
 
-  template <bool kWhole>
+  // Loads run up to kGroups groups of steps ahead of the arithmetic. They are issued and awaited by the
+  // group, because a warp can tell only six outstanding sets of loads apart.
+  template <bool kWhole, int kGroups>
   static __device__ __forceinline__ void walk(const Params& q, const Row<T>& row, const Segment& segment,
                                               int count, Map<Scalar> (&total)[kWidth]) {
-    Batch batches[2];
-    fetch<kWhole>(batches[0], row, segment, segment.begin, count);
-    for (int64_t s = segment.begin; s < segment.end; s += 2 * kSteps) {
-      fetch<kWhole>(batches[1], row, segment, s + kSteps, count);
-      advance<kWhole>(q, batches[0], row, segment, s, count, total);
-      fetch<kWhole>(batches[0], row, segment, s + 2 * kSteps, count);
-      advance<kWhole>(q, batches[1], row, segment, s + kSteps, count, total);
+    constexpr int kGroup = 4, kSteps = kGroups * kGroup;
+    Loaded ring[kSteps] = {};
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) fetch<kWhole>(ring[u], row, segment, segment.begin + u, count);
+    for (int64_t s = segment.begin; s < segment.end; s += kSteps) {
+#pragma unroll
+      for (int group = 0; group < kSteps; group += kGroup) {
+#pragma unroll
+        for (int u = group; u < group + kGroup; ++u) {
+          if (s + u < segment.end) advance<kWhole>(q, ring[u], row, segment, s + u, count, total);
+        }
+#pragma unroll
+        for (int u = group; u < group + kGroup; ++u) {
+          fetch<kWhole>(ring[u], row, segment, s + u + kSteps, count);
+        }
+      }
     }
   }
 
@@ -144,9 +157,9 @@ struct Across {
     const bool whole = count == kWidth && is_whole(row.a) && is_whole(row.x) && is_whole(row.h) &&
                        is_whole(row.y) && is_whole(row.da);
     if (whole) {
-      walk<true>(q, row, segment, count, total);
+      walk<true, kBackward ? 4 : 5>(q, row, segment, count, total);
     } else {
-      walk<false>(q, row, segment, count, total);
+      walk<false, 1>(q, row, segment, count, total);
     }
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -167,7 +180,7 @@ __global__ void __launch_bounds__(kAcrossThreads) across_kernel(const __grid_con
 
 template <class Scalar>
 struct Smem {
-  Map<Scalar> totals[2][kMaxWarps];  // of warps, in turn for even and odd tiles
+  Map<Scalar> totals[2][kMaxWarps];  // of warps, for even and for odd tiles
   Scalar state;                      // where states are computed again, on its way to the next warp
 };
 
@@ -175,7 +188,10 @@ template <bool kBackward, class T>
 struct Along {
   using Scalar = typename Numbers<T>::Scalar;
   static constexpr int kWidth = 16 / sizeof(T);
+  static constexpr int kAhead = 2;  // tiles on their way
   using Cell = device::Vector<T, kWidth>;
+  using Words = device::Vector<uint32_t, 4>;  // a cell on its way: 16-bit numbers would take a register each
+  static_assert(sizeof(Cell) == sizeof(Words));
 
   // The lane's steps of a tile; beyond the end they change nothing.
   struct Piece {
@@ -191,21 +207,30 @@ struct Along {
     return is_aligned<U, kWidth>(stream.step == 1 ? stream.at(s) : stream.at(s + kWidth - 1));
   }
 
-  static __device__ __forceinline__ Cell read(const Walk<const T>& from, int64_t s, int count) {
-    Cell cell{};
+  // Steps as they lie in memory: where the sweep descends, the first one comes last.
+  static __device__ __forceinline__ Words read(const Walk<const T>& from, int64_t s, int count,
+                                               bool descending) {
     if (is_whole(from, s, count)) {
-      const bool ascending = from.step == 1;
-      const T* low = ascending ? from.at(s) : from.at(s + kWidth - 1);
-      const Cell found = device::load_streaming(reinterpret_cast<const Cell*>(low));
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) cell[i] = ascending ? found[i] : found[kWidth - 1 - i];
-      return cell;
+      const T* low = descending ? from.at(s + kWidth - 1) : from.at(s);
+      return device::load_streaming(reinterpret_cast<const Words*>(low));
     }
+    Cell cell{};
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      if (i < count) cell[i] = *from.at(s + i);
+      const int step = descending ? kWidth - 1 - i : i;
+      if (step < count) cell[i] = *from.at(s + step);
     }
-    return cell;
+    Words words;
+    memcpy(&words, &cell, sizeof words);
+    return words;
+  }
+
+  static __device__ __forceinline__ Cell in_order(const Words& words, bool descending) {
+    Cell cell, turned;
+    memcpy(&cell, &words, sizeof cell);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) turned[i] = descending ? cell[kWidth - 1 - i] : cell[i];
+    return turned;
   }
 
   static __device__ __forceinline__ void write(const Walk<T>& to, int64_t s, int count, const Cell& cell) {
@@ -223,30 +248,32 @@ struct Along {
     }
   }
 
-  struct Raw {
-    Cell a, x, h;
+  struct Loaded {
+    Words a, x, h;
     int64_t s;
     int count;
   };
 
-  static __device__ __forceinline__ Raw fetch(const Row<T>& row, const Segment& segment, int64_t s) {
+  static __device__ __forceinline__ Loaded fetch(const Row<T>& row, const Segment& segment, int64_t s,
+                                                 bool descending) {
     const int64_t left = segment.end - s;
-    Raw raw{};
-    raw.s = s;
-    raw.count = left <= 0 ? 0 : left < kWidth ? int(left) : kWidth;
-    raw.a = read(row.a, s, raw.count);
-    raw.x = read(row.x, s, raw.count);
-    if (kBackward && row.h.data != nullptr) raw.h = read(row.h, s, raw.count);
-    return raw;
+    Loaded loaded{};
+    loaded.s = s;
+    loaded.count = left <= 0 ? 0 : left < kWidth ? int(left) : kWidth;
+    if (loaded.count == 0) return loaded;
+    loaded.a = read(row.a, s, loaded.count, descending);
+    loaded.x = read(row.x, s, loaded.count, descending);
+    if (kBackward && row.h.data != nullptr) loaded.h = read(row.h, s, loaded.count, descending);
+    return loaded;
   }
 
   // The states before the lane's steps: h of the step the sweep visits next, which the next lane may hold.
-  static __device__ __forceinline__ void find_states_before(Piece& piece, const Raw& raw, const Row<T>& row,
+  static __device__ __forceinline__ void find_states_before(Piece& piece, const Cell& h, const Row<T>& row,
                                                             const Segment& segment) {
-    const Scalar next = device::shfl_down(to_scalar(raw.h[0]), 1);
+    const Scalar next = device::shfl_down(to_scalar(h[0]), 1);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      piece.before[i] = i + 1 < kWidth ? to_scalar(raw.h[i + 1 < kWidth ? i + 1 : 0]) : next;
+      piece.before[i] = i + 1 < kWidth ? to_scalar(h[i + 1 < kWidth ? i + 1 : 0]) : next;
       if (i >= piece.count) continue;
       const int64_t visited_next = piece.s + i + 1;
       if (visited_next == segment.steps) {
@@ -257,21 +284,26 @@ struct Along {
     }
   }
 
-  static __device__ __forceinline__ Piece piece_of(const Raw& raw, const Row<T>& row,
+  static __device__ __forceinline__ Piece piece_of(const Loaded& loaded, bool descending, const Row<T>& row,
                                                    const Segment& segment) {
+    const Cell a = in_order(loaded.a, descending), x = in_order(loaded.x, descending);
     Piece piece;
-    piece.s = raw.s;
-    piece.count = raw.count;
+    piece.s = loaded.s;
+    piece.count = loaded.count;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      piece.a[i] = to_scalar(raw.a[i]);
-      piece.x[i] = to_scalar(raw.x[i]);
-      if (i >= raw.count) {
+      piece.a[i] = to_scalar(a[i]);
+      piece.x[i] = to_scalar(x[i]);
+      if (i >= loaded.count) {
         set_one(piece.a[i]);
         piece.x[i] = Scalar{};
       }
     }
-    if (kBackward && row.da.data != nullptr) find_states_before(piece, raw, row, segment);
+    if constexpr (kBackward) {
+      if (row.da.data != nullptr) {
+        find_states_before(piece, in_order(loaded.h, descending), row, segment);
+      }
+    }
     return piece;
   }
 
@@ -339,7 +371,40 @@ struct Along {
     if (kBackward && row.da.data != nullptr) write(row.da, piece.s, piece.count, da);
   }
 
-  // `warps` warps visit one segment of one row; this thread belongs to the one numbered `warp`.
+  // One tile: what is loaded is composed, and the tile after the next one is called for.
+  static __device__ __forceinline__ void visit(const Params& q, const Row<T>& row, const Segment& segment,
+                                               int warp, Smem<Scalar>& smem, int turn, Loaded& loaded,
+                                               Map<Scalar>& carry) {
+    const int64_t tile = int64_t{q.warps} * device::kWarpSize * kWidth;
+    const Piece piece = piece_of(loaded, q.p.descending, row, segment);
+    loaded = fetch(row, segment, loaded.s + kAhead * tile, q.p.descending);
+    Map<Scalar> total;
+    const Map<Scalar> before = compose_warp(compose(piece), total);
+    Map<Scalar> entered = carry, left = then(carry, total);
+    if (q.warps > 1) {
+      if (device::lane_id() == 0) smem.totals[turn][warp] = total;
+      device::sync_block();
+      left = carry;
+      for (int w = 0; w < q.warps; ++w) {
+        if (w == warp) entered = left;
+        left = then(left, smem.totals[turn][w]);
+      }
+    }
+    if (q.composing) {
+      carry = left;
+      return;
+    }
+    Scalar state = times_plus(before.a, entered.b, before.b);
+    // What is not finite anywhere in the tile is not finite at its end, and all threads see the same end.
+    if (!is_finite(left.b) && !is_nan(carry.b)) {
+      state = walk(smem, piece, q.warps, warp, carry.b);
+    } else {
+      carry = left;
+    }
+    put(piece, row, state);
+  }
+
+  // The warps of a row visit one segment of it; this thread belongs to the one numbered `warp`.
   static __device__ void run(const Params& q, int64_t work, int warp, Smem<Scalar>& smem) {
     const int64_t index = work % q.rows, slot = work / q.rows;
     const Segment segment = segment_of(q, slot);
@@ -349,34 +414,14 @@ struct Along {
     const int64_t first = segment.begin + (warp * device::kWarpSize + device::lane_id()) * kWidth;
     Map<Scalar> carry = identity<Scalar>();
     carry.b = entering<kBackward>(q, row, slot, 0, 0);
-    Raw raw = fetch(row, segment, first);
-    int turn = 0;
-    for (int64_t done = segment.begin; done < segment.end; done += tile, turn ^= 1) {
-      const Piece piece = piece_of(raw, row, segment);
-      raw = fetch(row, segment, raw.s + tile);
-      Map<Scalar> total;
-      const Map<Scalar> before = compose_warp(compose(piece), total);
-      Map<Scalar> entered = carry, left = then(carry, total);
-      if (q.warps > 1) {
-        if (device::lane_id() == 0) smem.totals[turn][warp] = total;
-        device::sync_block();
-        left = carry;
-        for (int w = 0; w < q.warps; ++w) {
-          if (w == warp) entered = left;
-          left = then(left, smem.totals[turn][w]);
-        }
+    Loaded loaded[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) loaded[i] = fetch(row, segment, first + i * tile, q.p.descending);
+    for (int64_t done = segment.begin; done < segment.end; done += kAhead * tile) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (done + i * tile < segment.end) visit(q, row, segment, warp, smem, i, loaded[i], carry);
       }
-      if (q.composing) {
-        carry = left;
-        continue;
-      }
-      // What is not finite anywhere in the tile is not finite at its end, and all threads see the same end.
-      Scalar state = times_plus(before.a, entered.b, before.b);
-      if (!is_finite(left.b) && !is_nan(carry.b))
-        state = walk(smem, piece, q.warps, warp, carry.b);
-      else
-        carry = left;
-      put(piece, row, state);
     }
     if (warp == 0 && device::lane_id() == 0) leave(q, row, segment, slot, 0, 0, carry);
   }
@@ -453,57 +498,6 @@ __global__ void __launch_bounds__(kCarryThreads) carry_kernel(const __grid_const
 }
 
 // ---- launch ----
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int bytes_of(DType dtype) { return dtype == DType::kComplex64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
-void plan_across(Params& q) {
-  const LinearScanParams& p = q.p;
-  q.rows = p.outer;
-  q.groups = ceil_div(p.inner, 8 / bytes_of(p.dtype));
-  const int64_t threads = p.sequences * q.rows * q.groups;
-  if (threads == 0 || threads >= kFewThreads) return;
-  const int64_t wanted = ceil_div(kEnoughThreads, threads);
-  const int64_t chunk = ceil_div(p.length, wanted < kMaxChunks ? wanted : kMaxChunks);
-  const int64_t rounded = ceil_div(chunk < kMinSteps ? kMinSteps : chunk, 16) * 16;
-  if (p.length >= 8 * kMinSteps && p.length >= 2 * rounded) q.chunk = rounded;
-}
-
-void plan_along(Params& q) {
-  const LinearScanParams& p = q.p;
-  q.rows = p.outer * p.inner;
-  const int64_t lane = 16 / bytes_of(p.dtype), rows = p.sequences * q.rows;
-  if (rows == 0) return;
-  if (rows < kFewRows && p.length >= 4 * kMinChunk) {
-    const int64_t chunk = ceil_div(p.length * rows, kEnoughBlocks);
-    q.chunk = ceil_div(chunk < kMinChunk ? kMinChunk : chunk, kMinChunk) * kMinChunk;
-  }
-  const int64_t length = q.chunk != 0 ? q.chunk : p.length;
-  const int64_t blocks = rows * (q.chunk != 0 ? ceil_div(p.length, q.chunk) : 1);
-  while (q.warps < kMaxWarps && q.warps * blocks < kEnoughWarps &&
-         q.warps * device::kWarpSize * lane < length) {
-    q.warps *= 2;
-  }
-}
-
-Params plan_of(const LinearScanParams& p) {
-  Params q{};
-  q.p = p;
-  q.across = lanes_across(p);
-  q.warps = 1;
-  q.channels = p.outer * p.inner;
-  q.across ? plan_across(q) : plan_along(q);
-  q.slots = q.chunk == 0           ? p.sequences
-            : p.seqlens != nullptr ? p.length / q.chunk + p.sequences
-                                   : ceil_div(p.length, q.chunk);
-  return q;
-}
-
-int64_t map_bytes(const Params& q) {
-  const int64_t scalar = q.p.dtype == DType::kComplex64 ? 8 : 4;
-  return q.chunk == 0 ? 0 : ceil_div(q.slots * q.channels * scalar, 16) * 16;
-}
 
 unsigned grid_of(int64_t blocks) { return unsigned(blocks < kMaxGrid ? blocks : kMaxGrid); }
 

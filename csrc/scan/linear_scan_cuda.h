@@ -121,6 +121,63 @@ struct Params {
       *map_b;  // [slot][channel] of the accumulator's dtype; map_b becomes the state before the chunk
 };
 
+constexpr int kMaxWarps = 8;  // of a row
+// Shapes alone decide how work is cut, so that results do not depend on the GPU. These numbers suit 132
+// multiprocessors.
+constexpr int64_t kFewThreads = 6144, kEnoughThreads = 24576, kMaxChunks = 2048, kMinSteps = 64;
+constexpr int64_t kFewRows = 128, kEnoughWarps = 2112, kEnoughBlocks = 528, kMinChunk = 8192;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int bytes_of(DType dtype) { return dtype == DType::kComplex64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+void plan_across(Params& q) {
+  const LinearScanParams& p = q.p;
+  q.rows = p.outer;
+  q.groups = ceil_div(p.inner, 8 / bytes_of(p.dtype));
+  const int64_t threads = p.sequences * q.rows * q.groups;
+  if (threads == 0 || threads >= kFewThreads) return;
+  const int64_t wanted = ceil_div(kEnoughThreads, threads);
+  const int64_t chunk = ceil_div(p.length, wanted < kMaxChunks ? wanted : kMaxChunks);
+  const int64_t rounded = ceil_div(chunk < kMinSteps ? kMinSteps : chunk, 16) * 16;
+  if (p.length >= 8 * kMinSteps && p.length >= 2 * rounded) q.chunk = rounded;
+}
+
+void plan_along(Params& q) {
+  const LinearScanParams& p = q.p;
+  q.rows = p.outer * p.inner;
+  const int64_t lane = 16 / bytes_of(p.dtype), rows = p.sequences * q.rows;
+  if (rows == 0) return;
+  if (rows < kFewRows && p.length >= 4 * kMinChunk) {
+    const int64_t chunk = ceil_div(p.length * rows, kEnoughBlocks);
+    q.chunk = ceil_div(chunk < kMinChunk ? kMinChunk : chunk, kMinChunk) * kMinChunk;
+  }
+  const int64_t length = q.chunk != 0 ? q.chunk : p.length;
+  const int64_t blocks = rows * (q.chunk != 0 ? ceil_div(p.length, q.chunk) : 1);
+  while (q.warps < kMaxWarps && q.warps * blocks < kEnoughWarps &&
+         q.warps * device::kWarpSize * lane < length) {
+    q.warps *= 2;
+  }
+}
+
+Params plan_of(const LinearScanParams& p) {
+  Params q{};
+  q.p = p;
+  q.across = lanes_across(p);
+  q.warps = 1;
+  q.channels = p.outer * p.inner;
+  q.across ? plan_across(q) : plan_along(q);
+  q.slots = q.chunk == 0           ? p.sequences
+            : p.seqlens != nullptr ? p.length / q.chunk + p.sequences
+                                   : ceil_div(p.length, q.chunk);
+  return q;
+}
+
+int64_t map_bytes(const Params& q) {
+  const int64_t scalar = q.p.dtype == DType::kComplex64 ? 8 : 4;
+  return q.chunk == 0 ? 0 : ceil_div(q.slots * q.channels * scalar, 16) * 16;
+}
+
 // Where slots of a sequence begin.
 __device__ __forceinline__ int64_t first_slot(const Params& q, int64_t sequence, int64_t start) {
   return start / q.chunk + sequence;
