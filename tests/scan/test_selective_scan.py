@@ -18,7 +18,9 @@ from selective_cases import (
 )
 from torch import Tensor
 
+import tilewright.testing
 from reference import selective_scan as reference
+from tilewright import _C
 from tilewright.scan import selective_scan
 
 CPU = torch.device("cpu")
@@ -420,4 +422,14 @@ def test_any_combination(case: dict, layouts: list) -> None:
     for name, layout in zip(("u", "delta", "B", "C", "z"), layouts, strict=True):
         if layout is not None and name in inputs:
             inputs[name] = layout(inputs[name])
-    assert_results(results(ours, inputs), *references(inputs))
+    exact, plain = references(inputs)
+    level = _C.cpu_level()
+    try:
+        for name in _C.cpu_levels():
+            _C.set_cpu_level(name)
+            assert_results(results(ours, inputs), exact, plain)
+    finally:
+        _C.set_cpu_level(level)
+    if case["dtype"] != torch.float64:
+        with tilewright.testing.emulated():
+            assert_results(results(ours, inputs), exact, plain)
