@@ -25,6 +25,10 @@ __device__ __forceinline__ T max(T a, T b) {
 __device__ __forceinline__ float min(float a, float b) { return ::fminf(a, b); }
 __device__ __forceinline__ float max(float a, float b) { return ::fmaxf(a, b); }
 
+struct SineCosine {
+  float sine, cosine;
+};
+
 // To about one unit in the last place, everywhere.
 __device__ __forceinline__ float exp(float a) { return ::expf(a); }
 __device__ __forceinline__ float log1p(float a) { return ::log1pf(a); }
@@ -45,10 +49,9 @@ inline float sqrt_approx(float a) { return std::sqrt(a); }
 inline float rsqrt_approx(float a) { return float(1.0 / std::sqrt(double(a))); }
 inline float exp2_approx(float a) { return float(std::exp2(double(a))); }
 
-inline void sincospi(float a, float& sine, float& cosine) {
+inline SineCosine sincospi(float a) {
   const double angle = std::remainder(double(a), 2.0) * 3.14159265358979323846;
-  sine = float(std::sin(angle));
-  cosine = float(std::cos(angle));
+  return {float(std::sin(angle)), float(std::cos(angle))};
 }
 
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
@@ -107,9 +110,11 @@ __device__ __forceinline__ float exp2_approx(float a) {
   return result;
 }
 
-// Sine and cosine of pi times a, to two units in the last place; large a cost no more than small ones.
-__device__ __forceinline__ void sincospi(float a, float& sine, float& cosine) {
-  ::sincospif(a, &sine, &cosine);
+// Of pi times a, to two units in the last place; a large a costs no more than a small one.
+__device__ __forceinline__ SineCosine sincospi(float a) {
+  SineCosine result;
+  ::sincospif(a, &result.sine, &result.cosine);
+  return result;
 }
 
 // Nibble i of the selector picks byte i of the result out of the bytes a0..a3, b0..b3; its top bit

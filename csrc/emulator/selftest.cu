@@ -548,6 +548,10 @@ Floats float_math(const std::string& name, const Floats& a, const Floats& b, con
       {"sqrt_approx", [](float x, float, float) { return sqrt_approx(x); }},
       {"rsqrt_approx", [](float x, float, float) { return rsqrt_approx(x); }},
       {"exp2_approx", [](float x, float, float) { return exp2_approx(x); }},
+      {"exp", [](float x, float, float) { return exp(x); }},
+      {"log1p", [](float x, float, float) { return log1p(x); }},
+      {"sinpi", [](float x, float, float) { return sincospi(x).sine; }},
+      {"cospi", [](float x, float, float) { return sincospi(x).cosine; }},
       {"min", [](float x, float y, float) { return min(x, y); }},
       {"max", [](float x, float y, float) { return max(x, y); }},
       {"float_bits", [](float x, float, float) { return bits_float(float_bits(x) ^ 0x80000000u); }}};

@@ -9,7 +9,7 @@
 // (complex: C g and g h twice). The states come again from those that the forward pass kept before each
 // chunk: a first sweep over the chunk leaves the state before each of its stages in shared memory, then each
 // stage, last to first, is recomputed with its states in registers and walked back. Nothing is summed by
-// atomics: blocks leave partial sums of the weights' gradients and of dB and dC, which two kernels add up in
+// atomics: blocks leave partial sums of the weights' gradients and of dB and dC, which run_sums adds up in
 // order.
 //
 // Roofline for every channel and step, 16-bit tensors, N states, with z: 14 bytes and 8 N / 128 of partial
@@ -20,8 +20,6 @@
 namespace tilewright::scan {
 namespace {
 
-constexpr int kSumThreads = 256;
-
 template <class TileOf>
 struct Smem {
   using State = typename TileOf::State;
@@ -29,7 +27,8 @@ struct Smem {
   static constexpr int kKept = kScanChunk / TileOf::kStage - 2;  // neither the first stage nor the last
   static constexpr int kVectors = TileOf::kChannels * TileOf::kStates / TileOf::kVector;
 
-  RawTile<TileOf> u[2], delta[2], z[2], dout[2];
+  Site site;
+  RawTile<TileOf> tiles[2][4];  // of u, delta, z, dout
   typename TileOf::StateVector kept[kKept][kVectors][TileOf::kMaxThreads];
   alignas(16) float dt[kSteps];
   alignas(16) float drive[kSteps];  // dt u, then s1
@@ -44,7 +43,7 @@ struct Smem {
 
 // A chunk's stages are visited forward all but the last, then backward all of them.
 struct Visit {
-  int64_t chunk;  // its first step; below the part's: no visit
+  int chunk;  // of the part; negative: no visit
   int stage;
   bool gradient;
 };
@@ -66,34 +65,34 @@ struct Block {
   const ScanLaunch& l;
   Smem<TileOf>& smem;
   const Geometry<TileOf> geometry;
-  const Part part;
-  const Channels channels;
-  const int64_t slot;
-  const bool first_tile;  // of those that this block takes
+  const Part& part;
+  const Channels& channels;
 
   // ---- The order of visits ----
 
-  __device__ __forceinline__ int stages_of(int64_t chunk) const {
-    return (int(device::min(int64_t{kScanChunk}, part.end - chunk)) + kStage - 1) / kStage;
+  __device__ __forceinline__ int64_t first_step(int chunk) const {
+    return part.begin + int64_t{chunk} * kScanChunk;
   }
-  __device__ __forceinline__ bool is_visit(const Visit& visit) const { return visit.chunk >= part.begin; }
-  __device__ __forceinline__ Visit enter(int64_t chunk) const {
-    return {chunk, 0, chunk >= part.begin && stages_of(chunk) == 1};
+  __device__ __forceinline__ int stages_of(int chunk) const {
+    return (int(device::min(int64_t{kScanChunk}, part.end - first_step(chunk))) + kStage - 1) / kStage;
+  }
+  __device__ __forceinline__ bool is_visit(const Visit& visit) const { return visit.chunk >= 0; }
+  __device__ __forceinline__ Visit enter(int chunk) const {
+    return {chunk, 0, chunk >= 0 && stages_of(chunk) == 1};
   }
   __device__ __forceinline__ Visit first_visit() const {
-    const int64_t steps = part.end - part.begin;
-    return enter(steps > 0 ? part.begin + (steps - 1) / kScanChunk * kScanChunk : part.begin - kScanChunk);
+    return enter(int((part.end - part.begin + kScanChunk - 1) / kScanChunk) - 1);
   }
   __device__ __forceinline__ Visit after(const Visit& visit) const {
     if (visit.gradient) {
-      if (visit.stage == 0) return enter(visit.chunk - kScanChunk);
+      if (visit.stage == 0) return enter(visit.chunk - 1);
       return {visit.chunk, visit.stage - 1, true};
     }
     const int last = stages_of(visit.chunk) - 1;
     return {visit.chunk, visit.stage + 1, visit.stage + 1 == last};
   }
   __device__ __forceinline__ Stage stage_of(const Visit& visit) const {
-    const int64_t first = visit.chunk + visit.stage * kStage;
+    const int64_t first = first_step(visit.chunk) + visit.stage * kStage;
     return {first, int(device::min(int64_t{kStage}, part.end - first))};
   }
 
@@ -101,15 +100,13 @@ struct Block {
 
   __device__ __forceinline__ void start_loads(const Visit& visit, int buffer) const {
     const Stage stage = stage_of(visit);
-    const auto load = [&](RawTile<TileOf>& tile, const Strided& tensor) {
-      load_tile(tile, tensor, l.p.dtype, part, channels, geometry, stage);
-    };
     if (is_visit(visit)) {
-      load(smem.u[buffer], l.p.u);
-      load(smem.delta[buffer], l.p.delta);
-      if (visit.gradient) {
-        load(smem.z[buffer], l.p.z);
-        load(smem.dout[buffer], l.p.dout);
+      const SelectiveScanParams& p = l.p;
+#pragma unroll 1
+      for (int i = 0; i < (visit.gradient ? 4 : 2); ++i) {
+        const Strided& tensor = i == 0 ? p.u : i == 1 ? p.delta : i == 2 ? p.z : p.dout;
+        if (tensor.data == nullptr) continue;
+        load_tile(smem.tiles[buffer][i], tensor, p.dtype, part, channels, geometry, stage);
       }
     }
     device::cp_async_commit();
@@ -117,10 +114,12 @@ struct Block {
 
   __device__ __forceinline__ void load_projections(const Stage& stage, bool gradient) const {
     const SelectiveScanParams& p = l.p;
-    if (!TileOf::kConstant || p.variable_B)
-      load_rows<TileOf>(smem.B, p.B, p.dtype, p.states, part, channels.group, geometry, stage);
-    if (gradient && (!TileOf::kConstant || p.variable_C))
-      load_rows<TileOf>(smem.C, p.C, p.dtype, p.states, part, channels.group, geometry, stage);
+#pragma unroll 1
+    for (int i = 0; i < (gradient ? 2 : 1); ++i) {
+      if (TileOf::kConstant && !(i == 0 ? p.variable_B : p.variable_C)) continue;
+      load_rows<TileOf>(i == 0 ? smem.B : smem.C, i == 0 ? p.B : p.C, p.dtype, p.states, part, channels.group,
+                        geometry, stage);
+    }
   }
 
   // dt, dt u and, for a gradient, g. Steps and channels that do not exist have zeros: they change no state.
@@ -129,16 +128,17 @@ struct Block {
       using T = decltype(element);
       const auto* bias = static_cast<const float*>(l.p.delta_bias);
       const bool gated = gradient && l.p.z.data != nullptr;
+#pragma unroll 1
       for (int i = int(threadIdx.x); i < geometry.items(); i += int(blockDim.x)) {
         const Item item = item_of(i, geometry);
         const bool present = item.channel < channels.count;
         ItemValues<TileOf> u = {}, delta = {}, z = {}, dout = {};
         float shift = 0.0f;
         if (present) {
-          read_item<T>(u, smem.u[buffer], l.p.u, item, part, geometry, stage);
-          read_item<T>(delta, smem.delta[buffer], l.p.delta, item, part, geometry, stage);
-          if (gated) read_item<T>(z, smem.z[buffer], l.p.z, item, part, geometry, stage);
-          if (gradient) read_item<T>(dout, smem.dout[buffer], l.p.dout, item, part, geometry, stage);
+          read_item<T>(u, smem.tiles[buffer][0], l.p.u, item, part, geometry, stage);
+          read_item<T>(delta, smem.tiles[buffer][1], l.p.delta, item, part, geometry, stage);
+          if (gated) read_item<T>(z, smem.tiles[buffer][2], l.p.z, item, part, geometry, stage);
+          if (gradient) read_item<T>(dout, smem.tiles[buffer][3], l.p.dout, item, part, geometry, stage);
           if (bias != nullptr) shift = bias[channels.first + item.channel];
         }
 #pragma unroll
@@ -295,8 +295,7 @@ struct Block {
   // The states before the stage. Those before the last one are what the way forward ended with.
   __device__ __forceinline__ void load_start(Registers<TileOf>& r, const Visit& visit) const {
     if (visit.stage == 0) {
-      load_states<TileOf>(r.h, l.p.chunk_states, part.first_chunk + (visit.chunk - part.begin) / kScanChunk,
-                          l, geometry, channels);
+      load_states<TileOf>(r.h, l.p.chunk_states, part.first_chunk + visit.chunk, l, geometry, channels);
     } else if (!visit.gradient) {
       keep(r, visit.stage);
     } else if (visit.stage + 1 < stages_of(visit.chunk)) {
@@ -327,15 +326,16 @@ struct Block {
       using T = decltype(element);
       const auto* D = static_cast<const float*>(p.D);
       const auto* bias = static_cast<const float*>(p.delta_bias);
+#pragma unroll 1
       for (int i = int(threadIdx.x); i < geometry.items(); i += int(blockDim.x)) {
         const Item item = item_of(i, geometry);
         if (item.channel >= channels.count) continue;
         ItemValues<TileOf> u, delta, z = {}, dout, du, ddelta, dz;
-        read_item<T>(u, smem.u[buffer], p.u, item, part, geometry, stage);
-        read_item<T>(delta, smem.delta[buffer], p.delta, item, part, geometry, stage);
-        read_item<T>(dout, smem.dout[buffer], p.dout, item, part, geometry, stage);
+        read_item<T>(u, smem.tiles[buffer][0], p.u, item, part, geometry, stage);
+        read_item<T>(delta, smem.tiles[buffer][1], p.delta, item, part, geometry, stage);
+        read_item<T>(dout, smem.tiles[buffer][3], p.dout, item, part, geometry, stage);
         const bool gated = p.z.data != nullptr;
-        if (gated) read_item<T>(z, smem.z[buffer], p.z, item, part, geometry, stage);
+        if (gated) read_item<T>(z, smem.tiles[buffer][2], p.z, item, part, geometry, stage);
         const float skip = D != nullptr ? D[channels.first + item.channel] : 0.0f;
         const float shift = bias != nullptr ? bias[channels.first + item.channel] : 0.0f;
         float dD = smem.dD[i], ddelta_bias = smem.ddelta_bias[i];
@@ -371,19 +371,22 @@ struct Block {
     if (workspace == nullptr) return;
     const SelectiveScanParams& p = l.p;
     const int warps = int(blockDim.x) / device::kWarpSize;
-    State* group_rows = static_cast<State*>(workspace) +
-                        ((slot * p.groups + channels.group) * p.batch + part.batch) * p.length * p.states;
+    State* group_rows =
+        static_cast<State*>(workspace) +
+        ((smem.site.slot * p.groups + channels.group) * p.batch + part.batch) * p.length * p.states;
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < stage.steps * geometry.states; i += int(blockDim.x)) {
       const int step = i / geometry.states, state = i % geometry.states;
       if (state >= p.states) continue;
       State sum = rows[0][i];
       for (int warp = 1; warp < warps; ++warp) sum = add(sum, rows[warp][i]);
       State& to = group_rows[part.walk.token(stage.first + step) * p.states + state];
-      to = first_tile ? sum : add(to, sum);
+      to = smem.site.first_tile ? sum : add(to, sum);
     }
   }
 
   __device__ __forceinline__ void clear_totals() const {
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < geometry.items(); i += int(blockDim.x)) {
       smem.dD[i] = 0.0f;
       smem.ddelta_bias[i] = 0.0f;
@@ -434,7 +437,6 @@ struct Block {
   }
 
   __device__ __forceinline__ void end(const Registers<TileOf>& r) const {
-    device::cp_async_wait<0>();
     store_states<TileOf>(r.dA, l.dA, part.number, l, geometry, channels);
     if constexpr (TileOf::kConstant) {
       if (!l.p.variable_B) store_constants(r.dB, l.dB);
@@ -448,34 +450,38 @@ struct Block {
     device::sync_block();
   }
 
+  __device__ __forceinline__ void make(const Visit& visit, int buffer, Registers<TileOf>& r) const {
+    const Stage stage = stage_of(visit);
+    load_start(r, visit);
+    load_projections(stage, visit.gradient);
+    prepare(stage, buffer, visit.gradient);
+    device::sync_block();
+    if (!visit.gradient) {
+#pragma unroll 2
+      for (int step = 0; step < kStage; ++step) forward_step(r, step);
+      return;
+    }
+    gradient_stage(r);
+    device::sync_block();
+    finish(stage, buffer);
+    finish_rows(l.dB_rows, smem.dB, stage);
+    finish_rows(l.dC_rows, smem.dC, stage);
+  }
+
   __device__ __forceinline__ void run() const {
     Registers<TileOf> r;
     begin(r);
-    int buffer = 0;
-    Visit visit = first_visit();
-    start_loads(visit, buffer);
-    while (is_visit(visit)) {
-      const Stage stage = stage_of(visit);
-      const Visit next = after(visit);
+    // Each round starts the next visit's loads and makes the one before; the first has none.
+    Visit visit = {-1, 0, false};
+    Visit next = first_visit();
+    for (int buffer = 1;; buffer = 1 - buffer) {
       device::cp_async_wait<0>();
       device::sync_block();  // the stage's tiles are here, and nobody is in the visit before
       start_loads(next, 1 - buffer);
-      load_start(r, visit);
-      load_projections(stage, visit.gradient);
-      prepare(stage, buffer, visit.gradient);
-      device::sync_block();
-      if (visit.gradient) {
-        gradient_stage(r);
-        device::sync_block();
-        finish(stage, buffer);
-        finish_rows(l.dB_rows, smem.dB, stage);
-        finish_rows(l.dC_rows, smem.dC, stage);
-      } else {
-#pragma unroll 2
-        for (int step = 0; step < kStage; ++step) forward_step(r, step);
-      }
+      if (is_visit(visit)) make(visit, buffer, r);
+      if (!is_visit(next)) break;
       visit = next;
-      buffer = 1 - buffer;
+      next = after(visit);
     }
     end(r);
   }
@@ -485,107 +491,18 @@ template <class TileOf>
 __global__ void __launch_bounds__(TileOf::kMaxThreads, 256 / TileOf::kMaxThreads)
     gradient_kernel(const __grid_constant__ ScanLaunch l) {
   const Geometry<TileOf> geometry(l);
-  const int64_t slot = blockIdx.x % l.slots, rest = blockIdx.x / l.slots;
-  const Part part = locate(l, rest / l.p.groups);
-  for (int64_t tile = slot; tile < l.tiles; tile += l.slots) {
-    const Block<TileOf> block{l,
-                              device::shared_memory<Smem<TileOf>>(),
-                              geometry,
-                              part,
-                              Channels(l, rest % l.p.groups, tile, geometry.channels),
-                              slot,
-                              tile == slot};
+  Smem<TileOf>& smem = device::shared_memory<Smem<TileOf>>();
+  const Block<TileOf> block{l, smem, geometry, smem.site.part, smem.site.channels};
+  for (uint32_t tile = place_of(l).slot; tile < uint32_t(l.tiles); tile += uint32_t(l.slots)) {
+    enter_site(smem.site, l, tile, geometry.channels);
     block.run();
   }
-}
-
-// ---- Sums over blocks --------------------------------------------------------------------------
-
-template <class S>
-__device__ __forceinline__ void sum_parts(void* result, int64_t to, const void* parts, int64_t from,
-                                          int64_t stride, int64_t count) {
-  if (parts == nullptr && count != 0) return;
-  S sum = {};
-  for (int64_t i = 0; i < count; ++i) sum = add(sum, static_cast<const S*>(parts)[from + i * stride]);
-  static_cast<S*>(result)[to] = sum;
-}
-
-template <class S>
-__device__ __forceinline__ void sum_weights(const ScanLaunch& l, int64_t channel, int64_t state) {
-  const SelectiveScanParams& p = l.p;
-  const int64_t from = state * p.dim + channel, size = p.dim * p.states;
-  if (p.dA != nullptr) sum_parts<S>(p.dA, channel * p.states + state, l.dA, from, size, l.parts);
-  if (!p.variable_B && p.dB.data != nullptr)
-    sum_parts<S>(p.dB.data, channel * p.dB.channel + state * p.dB.state, l.dB, from, size, l.parts);
-  if (!p.variable_C && p.dC.data != nullptr)
-    sum_parts<S>(p.dC.data, channel * p.dC.channel + state * p.dC.state, l.dC, from, size, l.parts);
-  if (state != 0) return;
-  if (p.dD != nullptr) sum_parts<float>(p.dD, channel, l.dD, channel, p.dim, l.parts);
-  if (p.ddelta_bias != nullptr)
-    sum_parts<float>(p.ddelta_bias, channel, l.ddelta_bias, channel, p.dim, l.parts);
-}
-
-__global__ void __launch_bounds__(kSumThreads) weights_kernel(const __grid_constant__ ScanLaunch l) {
-  const int64_t index = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
-  if (index >= l.p.dim * l.p.states) return;
-  if (l.p.weight_dtype == DType::kComplex64) {
-    sum_weights<Complex>(l, index % l.p.dim, index / l.p.dim);
-  } else {
-    sum_weights<float>(l, index % l.p.dim, index / l.p.dim);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void write_state(T* address, float value, int64_t token, int64_t stride) {
-  address[token * stride] = device::from_float<T>(value);
-}
-template <class T>
-__device__ __forceinline__ void write_state(T* address, Complex value, int64_t token, int64_t stride) {
-  address[2 * token * stride] = device::from_float<T>(value.re);
-  address[(2 * token + 1) * stride] = device::from_float<T>(value.im);
-}
-
-template <class S>
-__device__ __forceinline__ void sum_rows(const ScanLaunch& l, const Strided& result, const void* rows,
-                                         int64_t index) {
-  if (rows == nullptr) return;
-  const SelectiveScanParams& p = l.p;
-  const int64_t state = index % p.states, token = index / p.states % p.length;
-  const int64_t batch = index / p.states / p.length % p.batch, group = index / p.states / p.length / p.batch;
-  const int64_t size = p.groups * p.batch * p.length * p.states;
-  S sum = {};
-  for (int64_t slot = 0; slot < l.slots; ++slot)
-    sum = add(sum, static_cast<const S*>(rows)[slot * size + index]);
-  with_dtype(p.dtype, [&](auto element) {
-    using T = decltype(element);
-    T* to =
-        static_cast<T*>(result.data) + batch * result.batch + group * result.channel + state * result.state;
-    write_state(to, sum, token, result.step);
-  });
-}
-
-__global__ void __launch_bounds__(kSumThreads) rows_kernel(const __grid_constant__ ScanLaunch l) {
-  const int64_t index = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
-  if (index >= l.p.groups * l.p.batch * l.p.length * l.p.states) return;
-  if (l.p.weight_dtype == DType::kComplex64) {
-    sum_rows<Complex>(l, l.p.dB, l.dB_rows, index);
-    sum_rows<Complex>(l, l.p.dC, l.dC_rows, index);
-  } else {
-    sum_rows<float>(l, l.p.dB, l.dB_rows, index);
-    sum_rows<float>(l, l.p.dC, l.dC_rows, index);
-  }
-}
-
-void launch_sum(device::Kernel<ScanLaunch> kernel, const ScanLaunch& l, int64_t threads, Stream stream) {
-  device::launch(kernel, dim3(unsigned(divide_up(threads, kSumThreads))), dim3(kSumThreads), 0, stream, l);
 }
 
 }  // namespace
 
 void selective_scan_bwd_cuda(const SelectiveScanParams& p, int device, Stream stream) {
   const device::DeviceGuard guard(device);
-  device::preload(weights_kernel);
-  device::preload(rows_kernel);
   with_backward_tile(p, [&](auto tile) {
     using TileOf = decltype(tile);
     device::preload(gradient_kernel<TileOf>);
@@ -593,9 +510,7 @@ void selective_scan_bwd_cuda(const SelectiveScanParams& p, int device, Stream st
     place(l, true);
     run_carry(l, true, stream);
     launch_blocks(gradient_kernel<TileOf>, l, threads_of<TileOf>(l), sizeof(Smem<TileOf>), stream);
-    launch_sum(weights_kernel, l, p.dim * p.states, stream);
-    if (l.dB_rows != nullptr || l.dC_rows != nullptr)
-      launch_sum(rows_kernel, l, p.groups * p.batch * p.length * p.states, stream);
+    run_sums(l, stream);
   });
 }
 

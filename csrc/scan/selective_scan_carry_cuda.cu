@@ -22,7 +22,8 @@ constexpr int kCombineThreads = 128;
 // Forward reads delta, u and B; adjoint delta, dout, z and C.
 template <class TileOf>
 struct Smem {
-  RawTile<TileOf> delta, drive, z;
+  Site site;
+  RawTile<TileOf> tiles[3];  // of delta, drive, z
   alignas(16) float dt[TileOf::kStage * TileOf::kMaxChannels];
   alignas(16) float drives[TileOf::kStage * TileOf::kMaxChannels];  // dt u; adjoint: g
   alignas(16) typename TileOf::State rows[TileOf::kStage * TileOf::kMaxStates];
@@ -34,15 +35,16 @@ __device__ __forceinline__ void prepare(Smem<TileOf>& smem, const ScanLaunch& l,
                                         const Channels& channels, const Stage& stage) {
   const auto* bias = static_cast<const float*>(l.p.delta_bias);
   const bool gated = l.adjoint && l.p.z.data != nullptr;
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < geometry.items(); i += int(blockDim.x)) {
     const Item item = item_of(i, geometry);
     const bool present = item.channel < channels.count;
     ItemValues<TileOf> delta = {}, x = {}, z = {};
     float shift = 0.0f;
     if (present) {
-      read_item<T>(delta, smem.delta, l.p.delta, item, part, geometry, stage);
-      read_item<T>(x, smem.drive, drive, item, part, geometry, stage);
-      if (gated) read_item<T>(z, smem.z, l.p.z, item, part, geometry, stage);
+      read_item<T>(delta, smem.tiles[0], l.p.delta, item, part, geometry, stage);
+      read_item<T>(x, smem.tiles[1], drive, item, part, geometry, stage);
+      if (gated) read_item<T>(z, smem.tiles[2], l.p.z, item, part, geometry, stage);
       if (bias != nullptr) shift = bias[channels.first + item.channel];
     }
 #pragma unroll
@@ -89,9 +91,9 @@ template <class TileOf>
 __global__ void __launch_bounds__(TileOf::kMaxThreads) part_kernel(const __grid_constant__ ScanLaunch l) {
   Smem<TileOf>& smem = device::shared_memory<Smem<TileOf>>();
   const Geometry<TileOf> geometry(l);
-  const int64_t tile = blockIdx.x % l.slots, rest = blockIdx.x / l.slots;
-  const Part part = locate(l, rest / l.p.groups);
-  const Channels channels(l, rest % l.p.groups, tile, geometry.channels);
+  enter_site(smem.site, l, place_of(l).slot, geometry.channels);
+  const Part& part = smem.site.part;
+  const Channels& channels = smem.site.channels;
   if (!part.used) return;
   const Strided& projection = l.adjoint ? l.p.C : l.p.B;
   const Strided& drive = l.adjoint ? l.p.dout : l.p.u;
@@ -114,9 +116,12 @@ __global__ void __launch_bounds__(TileOf::kMaxThreads) part_kernel(const __grid_
     const int64_t first = part.begin + (l.adjoint ? stages - 1 - i : i) * TileOf::kStage;
     const Stage stage = {first, int(device::min(int64_t{TileOf::kStage}, part.end - first))};
     device::sync_block();
-    load_tile(smem.delta, l.p.delta, l.p.dtype, part, channels, geometry, stage);
-    load_tile(smem.drive, drive, l.p.dtype, part, channels, geometry, stage);
-    if (l.adjoint) load_tile(smem.z, l.p.z, l.p.dtype, part, channels, geometry, stage);
+#pragma unroll 1
+    for (int t = 0; t < (l.adjoint ? 3 : 2); ++t) {
+      const Strided& tensor = t == 0 ? l.p.delta : t == 1 ? drive : l.p.z;
+      if (tensor.data == nullptr) continue;
+      load_tile(smem.tiles[t], tensor, l.p.dtype, part, channels, geometry, stage);
+    }
     device::cp_async_commit();
     if (variable)
       load_rows<TileOf>(smem.rows, projection, l.p.dtype, l.p.states, part, channels.group, geometry, stage);
@@ -144,7 +149,7 @@ __device__ __forceinline__ void combine(const ScanLaunch& l, int64_t sequence, i
   const SelectiveScanParams& p = l.p;
   const int64_t steps = l.part_chunks * kScanChunk;
   const bool packed = p.cu_seqlens != nullptr;
-  int64_t first = sequence * ((p.length + steps - 1) / steps), length = p.length;
+  int64_t first = sequence * l.splits, length = p.length;
   if (packed) {
     first = packed_part(l, sequence);
     length = packed_start(p, sequence + 1) - packed_start(p, sequence);

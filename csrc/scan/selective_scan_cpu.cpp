@@ -18,6 +18,10 @@ namespace {
 
 constexpr int kStatesAtOnce = kLanes == 16 ? 8 : 4;  // so that states and rates stay in registers
 
+// Where tokens lie far apart, each in a page of its own, neighbouring tiles share the way there. A channel
+// does not see how many it is scanned with, so this may depend on the threads.
+constexpr int64_t kTilesAtOnce = 4, kTasksPerThread = 4;
+
 struct alignas(64) Rows {
   float value[kScanChunk * kLanes];
 };
@@ -29,8 +33,11 @@ struct ForwardChunk {
   Operand B, C;  // at the chunk's first step
 };
 
-struct alignas(64) ForwardTile {
-  float h[kMaxStates * kLanes], rate[kMaxStates * kLanes], B[kMaxStates * kLanes], C[kMaxStates * kLanes];
+struct ForwardTile {
+  Tile place;
+  Operand B, C;
+  alignas(64) float h[kMaxStates * kLanes], rate[kMaxStates * kLanes];
+  alignas(64) float constant_B[kMaxStates * kLanes], constant_C[kMaxStates * kLanes];
 };
 
 // h = a h + dt u B and y += C h for the states n to n + kCount.
@@ -97,16 +104,6 @@ void stage_inputs(const SelectiveScanParams& p, int64_t batch, const Tile& tile,
   }
 }
 
-// What is read and written behind the states of this chunk, and what the next one reads.
-template <class T>
-void prefetch_chunk(const SelectiveScanParams& p, int64_t batch, const Tile& tile, const Chunk& chunk,
-                    const Chunk& next) {
-  if (p.z.data != nullptr) prefetch(channels_of<T>(p.z, batch, tile), tile.lanes, chunk);
-  prefetch(channels_of<T>(p.out, batch, tile), tile.lanes, chunk);
-  prefetch(channels_of<T>(p.delta, batch, tile), tile.lanes, next);
-  prefetch(channels_of<T>(p.u, batch, tile), tile.lanes, next);
-}
-
 template <class T>
 void write_output(const SelectiveScanParams& p, int64_t batch, const Tile& tile, const Chunk& chunk,
                   ForwardChunk& c) {
@@ -121,36 +118,67 @@ void write_output(const SelectiveScanParams& p, int64_t batch, const Tile& tile,
   unstage(channels_of<T>(p.out, batch, tile), tile.lanes, chunk, c.y.value);
 }
 
-template <class T>
-[[gnu::noinline]] void forward_tile(const SelectiveScanParams& p, const Sequence& sequence, const Tile& tile,
-                                    const float* B_rows, const float* C_rows) {
-  ForwardTile weights;
-  ForwardChunk c;
-  load_rates(p, tile, weights.rate);
-  const Operand B = operand_of(p, p.B, p.variable_B, B_rows, sequence, tile, weights.B);
-  const Operand C = operand_of(p, p.C, p.variable_C, C_rows, sequence, tile, weights.C);
+void start_tile(const SelectiveScanParams& p, const Sequence& sequence, const float* B_rows,
+                const float* C_rows, ForwardTile& tile) {
+  load_rates(p, tile.place, tile.rate);
+  tile.B = operand_of(p, p.B, p.variable_B, B_rows, sequence, tile.place, tile.constant_B);
+  tile.C = operand_of(p, p.C, p.variable_C, C_rows, sequence, tile.place, tile.constant_C);
   if (p.initial_state != nullptr) {
-    load_weights(contiguous(p, p.initial_state, sequence.index), tile, p.states, weights.h);
+    load_weights(contiguous(p, p.initial_state, sequence.index), tile.place, p.states, tile.h);
   } else {
-    std::memset(weights.h, 0, size_t(p.states * kLanes) * sizeof(float));
+    std::memset(tile.h, 0, size_t(p.states * kLanes) * sizeof(float));
+  }
+}
+
+template <class T>
+[[gnu::noinline]] void forward_chunk(const SelectiveScanParams& p, const Sequence& sequence, int64_t index,
+                                     const Chunk& chunk, ForwardTile& tile) {
+  ForwardChunk c;
+  c.count = chunk.count;
+  c.B = {tile.B.data + index * kScanChunk * tile.B.step, tile.B.step};
+  c.C = {tile.C.data + index * kScanChunk * tile.C.step, tile.C.step};
+  if (p.chunk_states != nullptr) keep_states(p, tile.place, tile.h, sequence.slot + index);
+  stage_inputs<T>(p, sequence.batch, tile.place, chunk, c);
+  with_variability(p, [&](auto variable_B, auto variable_C) {
+    advance_all<variable_B(), variable_C()>(c, tile, p.states);
+  });
+  write_output<T>(p, sequence.batch, tile.place, chunk, c);
+}
+
+// Asks for the next chunk of all tiles, one tensor after the other while the tiles of this chunk are scanned.
+template <class T>
+void prefetch_next(const SelectiveScanParams& p, const Sequence& sequence, const ForwardTile* tiles,
+                   int64_t count, int64_t current, const Chunk& next) {
+  const Strided tensors[] = {p.delta, p.u, p.z, p.out};
+  const Tile &first = tiles[0].place, &last = tiles[count - 1].place;
+  for (int64_t i = current; i < 4; i += count) {
+    if (tensors[i].data == nullptr) continue;
+    prefetch(channels_of<T>(tensors[i], sequence.batch, first), last.channel + last.lanes - first.channel,
+             next);
+  }
+}
+
+// The tiles begin to end, at most kTilesAtOnce.
+template <class T>
+void forward_tiles(const SelectiveScanParams& p, const Sequence& sequence, int64_t begin, int64_t end,
+                   const float* B_rows, const float* C_rows) {
+  ForwardTile tiles[kTilesAtOnce];
+  for (int64_t i = begin; i < end; ++i) {
+    tiles[i - begin].place = tile_at(p, i);
+    start_tile(p, sequence, B_rows, C_rows, tiles[i - begin]);
   }
   Chunk next = chunk_of(p, sequence, 0);
   for (int64_t index = 0; index < sequence.chunks(); ++index) {
     const Chunk chunk = next;
-    if (p.chunk_states != nullptr) keep_states(p, tile, weights.h, sequence.slot + index);
-    stage_inputs<T>(p, sequence.batch, tile, chunk, c);
-    if (index + 1 < sequence.chunks()) next = chunk_of(p, sequence, index + 1);
-    prefetch_chunk<T>(p, sequence.batch, tile, chunk, next);
-    c.count = chunk.count;
-    c.B = {B.data + index * kScanChunk * B.step, B.step};
-    c.C = {C.data + index * kScanChunk * C.step, C.step};
-    with_variability(p, [&](auto variable_B, auto variable_C) {
-      advance_all<variable_B(), variable_C()>(c, weights, p.states);
-    });
-    write_output<T>(p, sequence.batch, tile, chunk, c);
+    next = chunk_of(p, sequence, smaller(index + 1, sequence.chunks() - 1));
+    for (int64_t i = begin; i < end; ++i) {
+      prefetch_next<T>(p, sequence, tiles, end - begin, i - begin, next);
+      forward_chunk<T>(p, sequence, index, chunk, tiles[i - begin]);
+    }
   }
-  if (p.last_state != nullptr) {
-    store_weights(contiguous(p, p.last_state, sequence.index), tile, p.states, weights.h);
+  for (int64_t i = begin; i < end && p.last_state != nullptr; ++i) {
+    const ForwardTile& tile = tiles[i - begin];
+    store_weights(contiguous(p, p.last_state, sequence.index), tile.place, p.states, tile.h);
   }
 }
 
@@ -161,8 +189,11 @@ void forward(const SelectiveScanParams& p, int threads) {
   if (p.variable_B) stage_rows<T>(p, p.B, B_rows, threads);
   if (p.variable_C) stage_rows<T>(p, p.C, C_rows, threads);
   const int64_t tiles = p.groups * tiles_per_group(p);
-  parallel_chunks(p.sequences * tiles, threads, [&](int64_t task) {
-    forward_tile<T>(p, sequence_at(p, task / tiles), tile_at(p, task % tiles), B_rows, C_rows);
+  const int64_t per_thread = p.sequences * tiles / (larger(1, threads) * kTasksPerThread);
+  const int64_t at_once = larger(1, smaller(kTilesAtOnce, per_thread)), tasks = divide_up(tiles, at_once);
+  parallel_chunks(p.sequences * tasks, threads, [&](int64_t task) {
+    const int64_t begin = task % tasks * at_once;
+    forward_tiles<T>(p, sequence_at(p, task / tasks), begin, smaller(tiles, begin + at_once), B_rows, C_rows);
   });
 }
 

@@ -37,9 +37,8 @@ __device__ __forceinline__ Complex scaled_rate(Complex A) { return {A.re * kLog2
 __device__ __forceinline__ float decay(float dt, float rate) { return device::exp2_approx(dt * rate); }
 __device__ __forceinline__ Complex decay(float dt, Complex rate) {
   const float magnitude = device::exp2_approx(dt * rate.re);
-  float sine, cosine;
-  device::sincospi(dt * rate.im, sine, cosine);
-  return {magnitude * cosine, magnitude * sine};
+  const device::SineCosine turn = device::sincospi(dt * rate.im);
+  return {magnitude * turn.cosine, magnitude * turn.sine};
 }
 
 // s a + b
@@ -144,11 +143,8 @@ struct Tile {
   static_assert(kStates % kVector == 0 && kStage % kItem == 0 && kScanChunk % kStage == 0);
   static_assert(!kConstant || kChannels == 1);
 
-  // Bytes of a tensor's tile. Rows of 64 bytes and more are kept apart, so that eight lanes that read 16
-  // bytes of a row each do not meet in a bank.
-  template <class T>
-  static constexpr int kPitch = kStage * int(sizeof(T)) < 64 ? kStage : kStage + 16 / int(sizeof(T));
-  static constexpr int kTileBytes = kMaxChannels * kPitch<float> * int(sizeof(float));
+  static constexpr int kTileBytes =
+      kMaxChannels * (kStage * 4 < 64 ? kStage * 4 : kStage * 4 + 16);  // of a tensor
 };
 
 // ---- The work and its division -----------------------------------------------------------------
@@ -157,7 +153,9 @@ struct Tile {
 struct ScanLaunch {
   SelectiveScanParams p;
   int64_t parts;
-  int64_t part_chunks;      // chunks in a part; 0: all of the sequence
+  int64_t part_chunks;  // chunks in a part; 0: all of the sequence
+  int64_t splits;       // parts of a sequence, unless packed
+  int64_t group_channels;
   int64_t tiles;            // of a group
   int64_t slots;            // thread blocks that share a group's tiles: slot, slot + slots, ...
   int32_t lanes;            // that share a channel
@@ -221,9 +219,10 @@ __device__ __forceinline__ int64_t packed_start(const SelectiveScanParams& p, in
   return device::max(int64_t{0}, device::min(p.cu_seqlens[sequence], p.length));
 }
 
-// A packed sequence's first part, counted as chunk_base counts chunks.
+// A packed sequence's first part, counted as chunk_base counts chunks. (Divisions are of 32 bits: those of 64
+// are calls.)
 __device__ __forceinline__ int64_t packed_part(const ScanLaunch& l, int64_t sequence) {
-  return packed_start(l.p, sequence) / (l.part_chunks * kScanChunk) + sequence;
+  return uint32_t(packed_start(l.p, sequence) / kScanChunk) / uint32_t(l.part_chunks) + sequence;
 }
 
 __device__ __forceinline__ Part locate(const ScanLaunch& l, int64_t number) {
@@ -233,7 +232,6 @@ __device__ __forceinline__ Part locate(const ScanLaunch& l, int64_t number) {
   Part part;
   part.number = part.sequence = number;
   if (l.part_chunks != 0) {
-    const int64_t steps = l.part_chunks * kScanChunk;
     if (packed) {
       int64_t low = 0, high = p.sequences - 1;
       while (low < high) {
@@ -247,9 +245,8 @@ __device__ __forceinline__ Part locate(const ScanLaunch& l, int64_t number) {
       part.sequence = low;
       split = number - packed_part(l, low);
     } else {
-      const int64_t splits = (p.length + steps - 1) / steps;
-      part.sequence = number / splits;
-      split = number % splits;
+      part.sequence = uint32_t(number) / uint32_t(l.splits);
+      split = number - part.sequence * l.splits;
     }
   }
   part.batch = packed ? 0 : part.sequence;
@@ -272,14 +269,44 @@ __device__ __forceinline__ Part locate(const ScanLaunch& l, int64_t number) {
 struct Channels {
   int64_t group, first;
   int count;
-
-  __device__ __forceinline__ Channels(const ScanLaunch& l, int64_t group_, int64_t tile, int channels)
-      : group(group_) {
-    const int64_t size = l.p.dim / l.p.groups;
-    first = group * size + tile * channels;
-    count = int(device::min(int64_t{channels}, size - tile * channels));
-  }
 };
+
+__device__ __forceinline__ Channels channels_of(const ScanLaunch& l, int64_t group, int64_t tile,
+                                                int channels) {
+  const int64_t begin = tile * channels;
+  return {group, group * l.group_channels + begin,
+          int(device::min(int64_t{channels}, l.group_channels - begin))};
+}
+
+// Where a block works, in its shared memory: read at need, it takes no registers from the states.
+struct Site {
+  Part part;
+  Channels channels;
+  int64_t slot;
+  bool first_tile;  // of those that the block takes
+};
+
+// What blockIdx stands for.
+struct Place {
+  uint32_t part, group, slot;
+};
+
+__device__ __forceinline__ Place place_of(const ScanLaunch& l) {
+  const uint32_t slots = uint32_t(l.slots), groups = uint32_t(l.p.groups), rest = blockIdx.x / slots;
+  return {rest / groups, rest % groups, blockIdx.x % slots};
+}
+
+// By the whole block, where nobody reads `site` any more.
+__device__ __forceinline__ void enter_site(Site& site, const ScanLaunch& l, int64_t tile, int channels) {
+  if (threadIdx.x == 0) {
+    const Place place = place_of(l);
+    site.part = locate(l, place.part);
+    site.channels = channels_of(l, place.group, tile, channels);
+    site.slot = place.slot;
+    site.first_tile = tile == place.slot;
+  }
+  device::sync_block();
+}
 
 // kStage steps, or fewer at the end of a part.
 struct Stage {

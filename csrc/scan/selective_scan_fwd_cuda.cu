@@ -11,7 +11,8 @@ namespace {
 
 template <class TileOf>
 struct Smem {
-  RawTile<TileOf> u[2], delta[2], z[2];
+  Site site;
+  RawTile<TileOf> tiles[2][3];  // of u, delta, z
   alignas(16) float dt[TileOf::kStage * TileOf::kMaxChannels];
   alignas(16) float drive[TileOf::kStage * TileOf::kMaxChannels];  // dt u, then y
   alignas(16) typename TileOf::State B[TileOf::kStage * TileOf::kMaxStates];
@@ -24,21 +25,21 @@ struct Block {
   const ScanLaunch& l;
   Smem<TileOf>& smem;
   const Geometry<TileOf> geometry;
-  const Part part;
-  const Channels channels;
+  const Part& part;
+  const Channels& channels;
 
   __device__ __forceinline__ Stage stage_at(int64_t first) const {
     return {first, int(device::min(int64_t{TileOf::kStage}, part.end - first))};
   }
 
   __device__ __forceinline__ void start_loads(const Stage& stage, int buffer) const {
-    const auto load = [&](RawTile<TileOf>& tile, const Strided& tensor) {
-      load_tile(tile, tensor, l.p.dtype, part, channels, geometry, stage);
-    };
     if (stage.steps > 0) {
-      load(smem.u[buffer], l.p.u);
-      load(smem.delta[buffer], l.p.delta);
-      load(smem.z[buffer], l.p.z);
+#pragma unroll 1
+      for (int i = 0; i < 3; ++i) {
+        const Strided& tensor = i == 0 ? l.p.u : i == 1 ? l.p.delta : l.p.z;
+        if (tensor.data == nullptr) continue;
+        load_tile(smem.tiles[buffer][i], tensor, l.p.dtype, part, channels, geometry, stage);
+      }
     }
     device::cp_async_commit();
   }
@@ -48,14 +49,15 @@ struct Block {
     with_dtype(l.p.dtype, [&](auto element) {
       using T = decltype(element);
       const auto* bias = static_cast<const float*>(l.p.delta_bias);
+#pragma unroll 1
       for (int i = int(threadIdx.x); i < geometry.items(); i += int(blockDim.x)) {
         const Item item = item_of(i, geometry);
         const bool present = item.channel < channels.count;
         ItemValues<TileOf> u = {}, delta = {};
         float shift = 0.0f;
         if (present) {
-          read_item<T>(u, smem.u[buffer], l.p.u, item, part, geometry, stage);
-          read_item<T>(delta, smem.delta[buffer], l.p.delta, item, part, geometry, stage);
+          read_item<T>(u, smem.tiles[buffer][0], l.p.u, item, part, geometry, stage);
+          read_item<T>(delta, smem.tiles[buffer][1], l.p.delta, item, part, geometry, stage);
           if (bias != nullptr) shift = bias[channels.first + item.channel];
         }
 #pragma unroll
@@ -71,10 +73,12 @@ struct Block {
   }
 
   __device__ __forceinline__ void load_projections(const Stage& stage) const {
-    if (!TileOf::kConstant || l.p.variable_B)
-      load_rows<TileOf>(smem.B, l.p.B, l.p.dtype, l.p.states, part, channels.group, geometry, stage);
-    if (!TileOf::kConstant || l.p.variable_C)
-      load_rows<TileOf>(smem.C, l.p.C, l.p.dtype, l.p.states, part, channels.group, geometry, stage);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      if (TileOf::kConstant && !(i == 0 ? l.p.variable_B : l.p.variable_C)) continue;
+      load_rows<TileOf>(i == 0 ? smem.B : smem.C, i == 0 ? l.p.B : l.p.C, l.p.dtype, l.p.states, part,
+                        channels.group, geometry, stage);
+    }
   }
 
   // out of the stage, from y.
@@ -82,12 +86,13 @@ struct Block {
     with_dtype(l.p.dtype, [&](auto element) {
       using T = decltype(element);
       const auto* D = static_cast<const float*>(l.p.D);
+#pragma unroll 1
       for (int i = int(threadIdx.x); i < geometry.items(); i += int(blockDim.x)) {
         const Item item = item_of(i, geometry);
         if (item.channel >= channels.count) continue;
         ItemValues<TileOf> u, z = {}, out;
-        read_item<T>(u, smem.u[buffer], l.p.u, item, part, geometry, stage);
-        if (l.p.z.data != nullptr) read_item<T>(z, smem.z[buffer], l.p.z, item, part, geometry, stage);
+        read_item<T>(u, smem.tiles[buffer][0], l.p.u, item, part, geometry, stage);
+        if (l.p.z.data != nullptr) read_item<T>(z, smem.tiles[buffer][2], l.p.z, item, part, geometry, stage);
         const float skip = D != nullptr ? D[channels.first + item.channel] : 0.0f;
 #pragma unroll
         for (int j = 0; j < TileOf::kItem; ++j) {
@@ -153,13 +158,14 @@ __device__ __forceinline__ void scan_stage(States<TileOf>& h, const States<TileO
 }
 
 template <class TileOf>
-__global__ void __launch_bounds__(TileOf::kMaxThreads) scan_kernel(const __grid_constant__ ScanLaunch l) {
+__global__ void __launch_bounds__(TileOf::kMaxThreads, sizeof(typename TileOf::State) == 8 ? 2 : 4)
+    scan_kernel(const __grid_constant__ ScanLaunch l) {
   const Geometry<TileOf> geometry(l);
-  const int64_t tile = blockIdx.x % l.tiles, rest = blockIdx.x / l.tiles;
-  const Block<TileOf> block{l, device::shared_memory<Smem<TileOf>>(), geometry, locate(l, rest / l.p.groups),
-                            Channels(l, rest % l.p.groups, tile, geometry.channels)};
-  const Part& part = block.part;
-  const Channels& channels = block.channels;
+  Smem<TileOf>& smem = device::shared_memory<Smem<TileOf>>();
+  enter_site(smem.site, l, place_of(l).slot, geometry.channels);
+  const Part& part = smem.site.part;
+  const Channels& channels = smem.site.channels;
+  const Block<TileOf> block{l, smem, geometry, part, channels};
   if (!part.used) return;
 
   States<TileOf> A, h;
@@ -184,26 +190,28 @@ __global__ void __launch_bounds__(TileOf::kMaxThreads) scan_kernel(const __grid_
     }
   }
 
-  int buffer = 0;
-  block.start_loads(block.stage_at(part.begin), buffer);
-  for (int64_t first = part.begin; first < part.end; first += TileOf::kStage) {
-    const Stage stage = block.stage_at(first);
+  // Each round starts the next stage's loads and works on the one before; the first has none.
+  Stage stage = {part.begin, 0};
+  for (int buffer = 1;; buffer = 1 - buffer) {
     device::cp_async_wait<0>();
     device::sync_block();  // the stage's tiles are here, and nobody is in the stage before
-    block.start_loads(block.stage_at(first + TileOf::kStage), 1 - buffer);
-    if (first % kScanChunk == 0) {
-      store_states<TileOf>(h, l.p.chunk_states, part.first_chunk + (first - part.begin) / kScanChunk, l,
-                           geometry, channels);
+    const Stage next = block.stage_at(stage.first + stage.steps);
+    block.start_loads(next, 1 - buffer);
+    if (stage.steps > 0) {
+      if (stage.first % kScanChunk == 0) {
+        store_states<TileOf>(h, l.p.chunk_states, part.first_chunk + (stage.first - part.begin) / kScanChunk,
+                             l, geometry, channels);
+      }
+      block.load_projections(stage);
+      block.prepare(stage, buffer);
+      device::sync_block();
+      scan_stage<TileOf>(h, A, inputs, block, stage.steps);
+      device::sync_block();
+      block.finish(stage, buffer);
     }
-    block.load_projections(stage);
-    block.prepare(stage, buffer);
-    device::sync_block();
-    scan_stage<TileOf>(h, A, inputs, block, stage.steps);
-    device::sync_block();
-    block.finish(stage, buffer);
-    buffer = 1 - buffer;
+    if (next.steps == 0) break;
+    stage = next;
   }
-  device::cp_async_wait<0>();
   if (part.ends_sequence())
     store_sequence_states<TileOf>(h, l.p.last_state, part.sequence, l, geometry, channels);
 }

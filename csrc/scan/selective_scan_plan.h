@@ -19,10 +19,10 @@ using ForwardComplex = Tile<Complex, 1, 8, 0, kMaxStates, 8, 2, 128, true>;
 // The states of a stage are in registers here, and the sums of dB and dC over channels take fewer shuffles
 // the more channels a thread sums by itself.
 using BackwardUsual = Tile<float, 4, 4, 4, 16, 8, 8, 128, false>;  // 9 to 16 states
-using BackwardAny = Tile<float, 4, 4, 0, 128, 8, 2, 128, false>;
-using BackwardMany = Tile<float, 2, 8, 32, kMaxStates, 8, 1, 128, false>;  // beyond 128
+using BackwardAny = Tile<float, 4, 4, 0, 128, 4, 2, 128, false>;
+using BackwardMany = Tile<float, 2, 8, 32, kMaxStates, 4, 1, 128, false>;  // beyond 128
 using BackwardConstant = Tile<float, 1, 8, 0, kMaxStates, 8, 2, 64, true>;
-using BackwardComplex = Tile<Complex, 1, 8, 0, kMaxStates, 4, 2, 64, true>;
+using BackwardComplex = Tile<Complex, 1, 8, 0, kMaxStates, 4, 1, 64, true>;
 
 // Calls body(tile) with an object of the type of tile that suits the call.
 template <class Body>
@@ -65,7 +65,8 @@ void plan_tiles(ScanLaunch& l) {
   while (l.lanes * TileOf::kStates < l.p.states) l.lanes *= 2;
   if (TileOf::kLanes != 0) l.lanes = TileOf::kLanes;
   l.channels = TileOf::channels_for(l.lanes);
-  l.tiles = l.slots = divide_up(l.p.dim / l.p.groups, l.channels);
+  l.group_channels = l.p.dim / l.p.groups;
+  l.tiles = l.slots = divide_up(l.group_channels, l.channels);
 }
 
 // Backward: the rows of dB and dC that blocks leave for the last sum stay below some 16 bytes for a channel
@@ -92,7 +93,8 @@ inline void plan_parts(ScanLaunch& l, int device) {
   if (part_chunks >= chunks) return;
   l.part_chunks = part_chunks;
   const int64_t steps = part_chunks * kScanChunk;
-  l.parts = packed ? p.length / steps + sequences : sequences * divide_up(p.length, steps);
+  l.splits = divide_up(p.length, steps);
+  l.parts = packed ? p.length / steps + sequences : sequences * l.splits;
 }
 
 template <class TileOf>
@@ -165,5 +167,8 @@ ScanLaunch plan(const SelectiveScanParams& p, bool backward, int device) {
 
 // Fills l.carry of a launch whose sequences are split (selective_scan_carry_cuda.cu).
 void run_carry(const ScanLaunch& l, bool adjoint, Stream stream);
+
+// Adds up the partial sums that a gradient's blocks left (selective_scan_sums_cuda.cu).
+void run_sums(const ScanLaunch& l, Stream stream);
 
 }  // namespace tilewright::scan

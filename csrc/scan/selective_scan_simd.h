@@ -3,6 +3,7 @@
 // in the order in which the steps visit the tokens, whatever their strides, and results go back the same way.
 #pragma once
 
+#include <atomic>
 #include <utility>
 
 #include "core/simd_math.h"
@@ -311,19 +312,23 @@ template <class T>
   }
 }
 
-// Asks for the lines of a chunk that is worked on later. Tokens or channels lie far apart, where the hardware
-// does not foresee the next line.
+// Asks for the lines of a chunk that is worked on later. Where tokens or channels lie far apart the hardware
+// does not foresee them, and several lines of a page at a time take hardly longer than one.
 template <class T>
 [[gnu::noinline]] static void prefetch(const Plane<T>& x, int64_t lanes, const Chunk& chunk) {
+  // GCC takes a function that only prefetches for one without effect, and drops its calls.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
   constexpr int64_t kLine = 64 / int64_t(sizeof(T));
   if (x.lane == 1) {
-    for (int64_t i = 0; i < chunk.count; ++i) __builtin_prefetch(x.data + chunk.token[i] * x.step, 0, 2);
+    for (int64_t i = 0; i < chunk.count; ++i) {
+      const T* token = x.data + chunk.token[i] * x.step;
+      for (int64_t lane = 0; lane < lanes; lane += kLine) __builtin_prefetch(token + lane, 0, 2);
+    }
   } else if (x.step == 1 && chunk.count > 0) {
     const int64_t low = smaller(chunk.token[0], chunk.token[chunk.count - 1]);
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      for (int64_t i = 0; i < chunk.count; i += kLine) {
-        __builtin_prefetch(x.data + lane * x.lane + low + i, 0, 2);
-      }
+      const T* tokens = x.data + lane * x.lane + low;
+      for (int64_t i = 0; i < chunk.count; i += kLine) __builtin_prefetch(tokens + i, 0, 2);
     }
   }
 }

@@ -25,68 +25,79 @@ __device__ __forceinline__ bool runs_along_steps(const Strided& tensor) {
   return step < channel;
 }
 
-// Starts copies of 16 bytes where strides and addresses allow it, else copies by elements. Follow it by
-// cp_async_commit, cp_async_wait and a barrier. W: a word as wide as the elements.
-template <class TileOf, class W>
-__device__ void load_words(RawTile<TileOf>& tile, const Strided& tensor, const Part& part,
-                           const Channels& channels, const Geometry<TileOf>& geometry, const Stage& stage) {
-  constexpr int kWords = 16 / int(sizeof(W));
-  constexpr int kStage = TileOf::kStage, kPitch = TileOf::template kPitch<W>;
-  W* shared = reinterpret_cast<W*>(tile.bytes);
-  const W* base =
-      static_cast<const W*>(tensor.data) + part.batch * tensor.batch + channels.first * tensor.channel;
-  const Walk& walk = part.walk;
-  const int thread = int(threadIdx.x), threads = int(blockDim.x);
-  if (runs_along_steps(tensor)) {
-    constexpr bool kWhole = kStage % kWords == 0;
-    constexpr int kRowVectors = kWhole ? kStage / kWords : 1;
-    const int64_t lowest = walk.position(walk.reverse ? stage.first + stage.steps - 1 : stage.first);
-    const W* corner = base + lowest * tensor.step;
-    if (kWhole && walk.order == nullptr && tensor.step == 1 && stage.steps == kStage &&
-        is_aligned(corner, 16) && tensor.channel % kWords == 0) {
-      for (int i = thread; i < channels.count * kRowVectors; i += threads) {
-        const int row = i / kRowVectors, place = i % kRowVectors * kWords;
-        device::cp_async<16>(shared + row * kPitch + place, corner + row * tensor.channel + place);
-      }
-    } else {
-      for (int i = thread; i < channels.count * kStage; i += threads) {
-        const int row = i / kStage, place = i % kStage;
-        if (place >= stage.steps) continue;
-        const int step = walk.reverse ? stage.steps - 1 - place : place;
-        shared[row * kPitch + place] =
-            base[row * tensor.channel + walk.token(stage.first + step) * tensor.step];
-      }
-    }
-    return;
-  }
-  const int pitch = geometry.channels;
-  if (tensor.channel == 1 && tensor.step % kWords == 0 && is_aligned(base, 16) &&
-      channels.count % kWords == 0 && pitch >= kWords) {
-    const int row_vectors = pitch / kWords;
-    for (int i = thread; i < stage.steps * row_vectors; i += threads) {
-      const int row = i / row_vectors, place = i % row_vectors * kWords;
-      if (place >= channels.count) continue;
-      device::cp_async<16>(shared + row * pitch + place,
-                           base + walk.token(stage.first + row) * tensor.step + place);
-    }
+// Elements between rows along steps. Rows of 64 bytes and more are kept apart, so that eight lanes that read
+// 16 bytes of a row each do not meet in a bank.
+template <class TileOf>
+__device__ __forceinline__ constexpr int tile_pitch(int bytes) {
+  return TileOf::kStage * bytes < 64 ? TileOf::kStage : TileOf::kStage + 16 / bytes;
+}
+
+// Where an element of a tile is, counted in elements.
+template <class TileOf>
+__device__ __forceinline__ int tile_place(const Strided& tensor, int channel, int step, int bytes,
+                                          const Part& part, const Geometry<TileOf>& geometry,
+                                          const Stage& stage) {
+  if (!runs_along_steps(tensor)) return step * geometry.channels + channel;
+  return channel * tile_pitch<TileOf>(bytes) + (part.walk.reverse ? stage.steps - 1 - step : step);
+}
+
+__device__ __forceinline__ int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+__device__ __forceinline__ void copy_element(unsigned char* to, const unsigned char* from, int bytes) {
+  if (bytes == 4) {
+    *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
   } else {
-    for (int i = thread; i < stage.steps * pitch; i += threads) {
-      const int row = i / pitch, place = i % pitch;
-      if (place >= channels.count) continue;
-      shared[i] = base[place * tensor.channel + walk.token(stage.first + row) * tensor.step];
-    }
+    *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
   }
 }
 
+// Starts copies of 16 bytes where strides and addresses allow it, else copies by elements. Follow it by
+// cp_async_commit, cp_async_wait and a barrier.
 template <class TileOf>
 __device__ __forceinline__ void load_tile(RawTile<TileOf>& tile, const Strided& tensor, DType dtype,
                                           const Part& part, const Channels& channels,
                                           const Geometry<TileOf>& geometry, const Stage& stage) {
-  if (tensor.data == nullptr) return;
-  if (dtype == DType::kFloat32) {
-    load_words<TileOf, uint32_t>(tile, tensor, part, channels, geometry, stage);
-  } else {
-    load_words<TileOf, uint16_t>(tile, tensor, part, channels, geometry, stage);
+  using device::cp_async;
+  constexpr int kStage = TileOf::kStage;
+  const int bytes = bytes_of(dtype), words = 16 / bytes;  // words: elements in 16 bytes
+  const int64_t along_channels = tensor.channel * bytes, along_steps = tensor.step * bytes;
+  const auto* base = static_cast<const unsigned char*>(tensor.data) + part.batch * tensor.batch * bytes +
+                     channels.first * along_channels;
+  const Walk& walk = part.walk;
+  const int thread = int(threadIdx.x), threads = int(blockDim.x);
+  const bool rows_are_channels = runs_along_steps(tensor);
+  if (rows_are_channels && walk.order == nullptr && tensor.step == 1 && stage.steps == kStage) {
+    const auto* corner = base + walk.position(walk.reverse ? stage.first + kStage - 1 : stage.first) * bytes;
+    const int row_vectors = kStage / words, pitch = bytes * tile_pitch<TileOf>(bytes);
+    if (row_vectors > 0 && is_aligned(corner, 16) && along_channels % 16 == 0) {
+#pragma unroll 1
+      for (int i = thread; i < channels.count * row_vectors; i += threads) {
+        const int row = i / row_vectors, place = i % row_vectors * 16;
+        cp_async<16>(tile.bytes + row * pitch + place, corner + row * along_channels + place);
+      }
+      return;
+    }
+  }
+  if (!rows_are_channels && tensor.channel == 1 && along_steps % 16 == 0 && is_aligned(base, 16) &&
+      channels.count % words == 0 && geometry.channels >= words) {
+    const int row_vectors = geometry.channels / words, pitch = geometry.channels * bytes;
+#pragma unroll 1
+    for (int i = thread; i < stage.steps * row_vectors; i += threads) {
+      const int row = i / row_vectors, place = i % row_vectors * 16;
+      if (place >= channels.count * bytes) continue;
+      cp_async<16>(tile.bytes + row * pitch + place,
+                   base + walk.token(stage.first + row) * along_steps + place);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = thread; i < geometry.channels * kStage; i += threads) {
+    const int channel = rows_are_channels ? i / kStage : i % geometry.channels;
+    const int step = rows_are_channels ? i % kStage : i / geometry.channels;
+    if (channel >= channels.count || step >= stage.steps) continue;
+    const int place = tile_place<TileOf>(tensor, channel, step, bytes, part, geometry, stage);
+    copy_element(tile.bytes + place * bytes,
+                 base + channel * along_channels + walk.token(stage.first + step) * along_steps, bytes);
   }
 }
 
@@ -108,15 +119,15 @@ template <class T, class TileOf>
 __device__ __forceinline__ void read_item(ItemValues<TileOf>& values, const RawTile<TileOf>& tile,
                                           const Strided& tensor, const Item& item, const Part& part,
                                           const Geometry<TileOf>& geometry, const Stage& stage) {
-  constexpr int kItem = TileOf::kItem, kStage = TileOf::kStage, kPitch = TileOf::template kPitch<T>;
+  constexpr int kItem = TileOf::kItem, kStage = TileOf::kStage;
   const T* shared = reinterpret_cast<const T*>(tile.bytes);
-  const bool along_steps = runs_along_steps(tensor);
-  if (along_steps && stage.steps == kStage) {
+  if (runs_along_steps(tensor) && stage.steps == kStage) {
     constexpr int kWidth = kItem * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : kItem;
     using Vector = device::Vector<T, kWidth>;
     const bool mirrored = part.walk.reverse;
     const int place = mirrored ? kStage - kItem - item.step : item.step;
-    const Vector* row = reinterpret_cast<const Vector*>(shared + item.channel * kPitch + place);
+    const Vector* row =
+        reinterpret_cast<const Vector*>(shared + item.channel * tile_pitch<TileOf>(sizeof(T)) + place);
     T all[kItem];
 #pragma unroll
     for (int i = 0; i < kItem; i += kWidth) {
@@ -131,9 +142,8 @@ __device__ __forceinline__ void read_item(ItemValues<TileOf>& values, const RawT
 #pragma unroll
   for (int i = 0; i < kItem; ++i) {
     const int step = item.step + i;
-    const int place = part.walk.reverse ? stage.steps - 1 - step : step;
-    const int at = along_steps ? item.channel * kPitch + place : step * geometry.channels + item.channel;
-    values[i] = step < stage.steps ? device::to_float(shared[at]) : 0.0f;
+    const int place = tile_place<TileOf>(tensor, item.channel, step, sizeof(T), part, geometry, stage);
+    values[i] = step < stage.steps ? device::to_float(shared[place]) : 0.0f;
   }
 }
 

@@ -317,6 +317,23 @@ def test_float_math(name):
     np.testing.assert_array_equal(np.array(selftest.float_math(name, a, b, c), np.float32), expected)
 
 
+ACCURATE_MATH = {
+    "exp": np.exp,
+    "log1p": np.log1p,
+    "sinpi": lambda a: np.sin(np.pi * np.fmod(a, 2)),
+    "cospi": lambda a: np.cos(np.pi * np.fmod(a, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ACCURATE_MATH)
+def test_accurate_math(name):
+    a, b, c = operands()
+    with np.errstate(all="ignore"):
+        expected = ACCURATE_MATH[name](a.astype(np.float64)).astype(np.float32)
+    result = np.array(selftest.float_math(name, a, b, c), np.float32)
+    np.testing.assert_allclose(result, expected, rtol=2e-7, atol=1e-15)
+
+
 def test_fma_rounds_once():
     # 1 - (1 - 2^-24)(1 + 2^-23) needs more than fp32 between the product and the sum.
     a, b, c = 1 - 2.0**-24, 1 + 2.0**-23, -1.0

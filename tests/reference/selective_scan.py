@@ -59,7 +59,7 @@ def selective_scan(
         x = x if x.dim() == 4 else x.unsqueeze(1)
         x = x.to(real)
         if A.is_complex():
-            x = torch.view_as_complex(x.unflatten(-1, (length, 2)).contiguous())
+            x = torch.complex(x[..., ::2], x[..., 1::2])
         return [step.repeat_interleave(dim // step.shape[1], dim=1) for step in in_order(x)]
 
     dt = delta.to(real)

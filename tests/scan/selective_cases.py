@@ -76,8 +76,8 @@ def problem(
     if cu_seqlens is not None:
         inputs["cu_seqlens"] = torch.tensor(cu_seqlens)
     if order is not None:
-        rows = [torch.randperm(length, generator=g) for _ in range(batch if order == "batched" else 1)]
-        inputs["order"] = torch.stack(rows) if order == "batched" else rows[0]
+        rows = torch.rand((batch if order == "batched" else 1, length), generator=g).argsort(-1)
+        inputs["order"] = rows if order == "batched" else rows[0]
     return inputs | options
 
 

@@ -18,7 +18,9 @@ from selective_cases import (
 )
 from torch import Tensor
 
+import tilewright.testing
 from reference import selective_scan as reference
+from tilewright import _C
 from tilewright.scan import selective_scan
 
 CPU = torch.device("cpu")
@@ -35,6 +37,30 @@ CASES = {
     "one_channel": {"dim": 1, **ALL},
     "a_vector_of_channels": {"dim": 16, "length": 7, **ALL},
     "channels_and_one": {"dim": 33, "length": 7, **ALL},
+    "tiles_of_channels": {"batch": 1, "dim": 300, "length": 7, **ALL},
+    "tiles_of_channels_usual": {"batch": 1, "dim": 150, "length": 9, "states": 16, **ALL},
+    "tiles_of_channels_complex": {"batch": 1, "dim": 150, "length": 7, "complex_A": True, **ALL},
+    "tiles_of_channels_constant": {"batch": 1, "dim": 150, "length": 7, "B": None, "C": None, **ALL},
+    "tiles_of_grouped_channels": {"batch": 1, "dim": 260, "length": 7, "B": 2, "C": 2, **ALL},
+    "parts_of_a_sequence": {"batch": 1, "dim": 2, "length": 263, **ALL},
+    "parts_of_a_sequence_usual": {
+        "batch": 1,
+        "dim": 2,
+        "length": 200,
+        "states": 16,
+        "order": "batched",
+        **ALL,
+    },
+    "parts_of_a_sequence_constant": {"batch": 1, "dim": 2, "length": 200, "B": None, "C": None, **ALL},
+    "parts_of_a_packed_sequence": {"batch": 1, "dim": 2, "length": 200, "cu_seqlens": (0, 200), **ALL},
+    "parts_of_a_sequence_complex": {
+        "batch": 1,
+        "dim": 2,
+        "length": 200,
+        "complex_A": True,
+        "reverse": True,
+        **ALL,
+    },
     "grouped": {"dim": 6, "B": 2, "C": 2, **ALL},
     "many_channels_a_group": {"dim": 34, "B": 2, "C": 2, "length": 7, **ALL},
     "a_group_each": {"dim": 5, "B": 5, "C": 5, "length": 7, **ALL},
@@ -118,9 +144,8 @@ def test_shapes_mamba_tests(dtype: torch.dtype, length: int, groups: int) -> Non
     inputs = problem(dim=4, states=8, length=length, B=groups, C=groups, dtype=dtype, seed=length, **ALL)
     inputs.pop("initial_state")
     actual, expected = results(ours, inputs), results(reference.selective_scan, inputs)
-    rtol, atol = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2)}[
-        dtype
-    ]
+    tolerances = {torch.float32: (6e-4, 2e-3), torch.float16: (3e-3, 5e-3), torch.bfloat16: (3e-2, 5e-2)}
+    rtol, atol = tolerances[dtype]
     scale = {"du": (2, 2), "ddelta": (5, 10), "dA": (1, 5)}
     for name in actual:
         r, a = scale.get(name, (1, 1))
@@ -397,4 +422,14 @@ def test_any_combination(case: dict, layouts: list) -> None:
     for name, layout in zip(("u", "delta", "B", "C", "z"), layouts, strict=True):
         if layout is not None and name in inputs:
             inputs[name] = layout(inputs[name])
-    assert_results(results(ours, inputs), *references(inputs))
+    exact, plain = references(inputs)
+    level = _C.cpu_level()
+    try:
+        for name in _C.cpu_levels():
+            _C.set_cpu_level(name)
+            assert_results(results(ours, inputs), exact, plain)
+    finally:
+        _C.set_cpu_level(level)
+    if case["dtype"] != torch.float64:
+        with tilewright.testing.emulated():
+            assert_results(results(ours, inputs), exact, plain)

@@ -186,10 +186,10 @@ def _projection(name: str, value: Tensor, u: Tensor, A: Tensor) -> Tensor:
         )
     numbers = 2 * length if A.is_complex() else length
     last = "2 * length" if A.is_complex() else "length"
+    expected: tuple[int, ...] = (batch, A.shape[1], numbers)
+    axes = f"(batch, states, {last})"
     if value.dim() == 4:
-        expected, axes = (batch, value.shape[1], A.shape[1], numbers), f"(batch, groups, states, {last})"
-    else:
-        expected, axes = (batch, A.shape[1], numbers), f"(batch, states, {last})"
+        expected, axes = (batch, value.shape[1], *expected[1:]), f"(batch, groups, states, {last})"
     check_shape(name, value, expected, axes)
     return _cast(name, value, u.dtype)
 
