@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kThreads) forward_rows(const __grid_constant__
 
 template <class T, int kChannels, int kTaps, bool kPacked>
 __global__ void __launch_bounds__(kThreads) forward_columns(const __grid_constant__ CausalConv1dParams p) {
-  constexpr int kBatch = 4;  // steps loaded before the first of them is used
+  constexpr int kBatch =
+      kPacked ? 2 : 4;  // steps loaded before the first of them is used; registers limit it
   const Column at = column_of(p, kChannels);
   if (at.b >= p.batch) return;
   float weight[kTaps][kChannels], bias[kChannels];
