@@ -145,44 +145,54 @@ __global__ void __launch_bounds__(kThreads) backward_rows(const __grid_constant_
 
 // ---- Columns -------------------------------------------------------------------------------------
 
-template <class T, int kTaps, bool kPacked>
+// Stores dx of a step that all of g has reached, with what comes through the final state.
+template <class T, int kChannels, bool kPacked>
+__device__ __forceinline__ void store_dx(const CausalConv1dParams& p, const Column& at, int64_t t,
+                                         float (&dx)[kChannels]) {
+  if (p.dfinal.data != nullptr && t >= p.length - (p.width - 1)) {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) dx[k] += dfinal_at<T, kPacked>(p, at.b, at.c + k, t);
+  }
+  if (t >= 0) return store_channels(address<T>(p.dx, at.b, at.c, t), dx);
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) store_dinitial<T>(p, at.b, at.c + k, t, dx[k]);
+}
+
+template <class T, int kChannels, int kTaps, bool kPacked>
 __global__ void __launch_bounds__(kThreads) backward_columns(const __grid_constant__ CausalConv1dParams p) {
-  constexpr int kChannels = backward_channels(kTaps);
   const Column at = column_of(p, kChannels);
   if (at.b >= p.batch) return;
-  const bool vector_x = moves_vectors<T, kChannels>(p.x, at.b, at.c, at.count);
-  const bool vector_dout = moves_vectors<T, kChannels>(p.dout, at.b, at.c, at.count);
-  const bool vector_dx = moves_vectors<T, kChannels>(p.dx, at.b, at.c, at.count);
   float weight[kTaps][kChannels], bias[kChannels], x[kTaps][kChannels];  // x by lag
   float dx[kTaps][kChannels] = {};                                       // of the step `lag` before this one
   float dweight[kTaps][kChannels] = {}, dbias[kChannels] = {};
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) {
-    const int64_t c = at.c + (k < at.count ? k : 0);
 #pragma unroll
-    for (int lag = 0; lag < kTaps; ++lag) weight[lag][k] = weight_at(p, c, lag);
-    bias[k] = bias_at(p, c);
+    for (int lag = 0; lag < kTaps; ++lag) weight[lag][k] = weight_at(p, at.c + k, lag);
+    bias[k] = bias_at(p, at.c + k);
 #pragma unroll
     for (int lag = 0; lag < kTaps - 1; ++lag)
-      x[lag][k] = lag + 1 < p.width ? value_at<T>(p, at.b, c, at.begin - 1 - lag) : 0.0f;
+      x[lag][k] = lag + 1 < p.width ? value_at<T>(p, at.b, at.c + k, at.begin - 1 - lag) : 0.0f;
   }
-#pragma unroll 4
-  for (int64_t t = at.begin; t < at.end + kTaps - 1; ++t) {
+  const T* x_next = address<const T>(p.x, at.b, at.c, at.begin);
+  const T* dout = address<const T>(p.dout, at.b, at.c, at.begin);
+#pragma unroll 1
+  for (int64_t t = at.begin; t < at.end + kTaps - 1; ++t, x_next += p.x.step, dout += p.dout.step) {
 #pragma unroll
-    for (int lag = kTaps - 1; lag > 0; --lag) {
+    for (int k = 0; k < kChannels; ++k) {
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
+      for (int lag = kTaps - 1; lag > 0; --lag) {
         x[lag][k] = x[lag - 1][k];
         dx[lag][k] = dx[lag - 1][k];
       }
+      dx[0][k] = 0.0f;
     }
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) dx[0][k] = 0.0f;
-    const uint32_t reach = reach_at<kPacked>(p, at.b, t);
     if (t < p.length) {
+      const uint32_t reach = reach_at<kPacked>(p, at.b, t);
+      const bool owned = t < at.end;  // else the next chunk's, computed here for its share of dx
       float g[kChannels];
-      load_channels<T>(x[0], address<const T>(p.x, at.b, at.c, t), p.x.channel, vector_x, at.count);
-      load_channels<T>(g, address<const T>(p.dout, at.b, at.c, t), p.dout.channel, vector_dout, at.count);
+      load_channels<T>(x[0], x_next);
+      load_channels<T>(g, dout);
 #pragma unroll
       for (int k = 0; k < kChannels; ++k) {
         float pre = bias[k];
@@ -191,36 +201,21 @@ __global__ void __launch_bounds__(kThreads) backward_columns(const __grid_consta
           if (sees<kPacked>(p, reach, lag)) pre += weight[lag][k] * x[lag][k];
         }
         g[k] = (reach & 1u) != 0 ? g[k] * activation_slope(p, pre) : 0.0f;
-        if (t < at.end) dbias[k] += g[k];
+        if (owned) dbias[k] += g[k];
 #pragma unroll
         for (int lag = 0; lag < kTaps; ++lag) {
           if (!sees<kPacked>(p, reach, lag)) continue;
           dx[lag][k] += weight[lag][k] * g[k];
-          if (t < at.end) dweight[lag][k] += g[k] * x[lag][k];
+          if (owned) dweight[lag][k] += g[k] * x[lag][k];
         }
       }
     }
     const int64_t done = t - (kTaps - 1);
-    if (done < at.begin && at.chunk != 0) continue;
-    if (p.dfinal.data != nullptr && done >= p.length - (p.width - 1)) {
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
-        if (k < at.count) dx[kTaps - 1][k] += dfinal_at<T, kPacked>(p, at.b, at.c + k, done);
-      }
-    }
-    if (done >= 0) {
-      store_channels(address<T>(p.dx, at.b, at.c, done), p.dx.channel, vector_dx, at.count, dx[kTaps - 1]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
-        if (k < at.count) store_dinitial<T>(p, at.b, at.c + k, done, dx[kTaps - 1][k]);
-      }
-    }
+    if (done >= at.begin || at.chunk == 0) store_dx<T, kChannels, kPacked>(p, at, done, dx[kTaps - 1]);
   }
   const int64_t part = at.b * backward_parts(p) + at.chunk;
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) {
-    if (k >= at.count) break;
 #pragma unroll
     for (int lag = 0; lag < kTaps; ++lag) {
       if (lag < p.width) sums_of(p, part, p.width - 1 - lag)[at.c + k] = dweight[lag][k];
@@ -260,24 +255,36 @@ __global__ void __launch_bounds__(kReduceSlices* kReduceChannels)
 }
 
 template <class T, int kTaps, bool kPacked>
-void launch_backward(const CausalConv1dParams& p, Stream stream) {
-  if (in_rows(p)) {
-    const int64_t warps = p.batch * p.dim * row_segments(p);
-    device::preload(backward_rows<T, kTaps, kPacked>);
-    device::launch(backward_rows<T, kTaps, kPacked>, dim3(unsigned((warps + kWarps - 1) / kWarps)),
-                   dim3(kThreads), 0, stream, p);
-  } else {
-    device::preload(backward_columns<T, kTaps, kPacked>);
-    device::launch(backward_columns<T, kTaps, kPacked>, dim3(column_blocks(p, backward_channels(kTaps))),
-                   dim3(kThreads), 0, stream, p);
-  }
+void launch_rows(const CausalConv1dParams& p, Stream stream) {
+  const auto kernel = backward_rows<T, kTaps, kPacked>;
+  const int64_t warps = p.batch * p.dim * row_segments(p);
+  device::preload<CausalConv1dParams>(kernel);
+  device::launch<CausalConv1dParams>(kernel, dim3(unsigned((warps + kWarps - 1) / kWarps)), dim3(kThreads), 0,
+                                     stream, p);
+}
+
+template <class T, int kChannels, int kTaps, bool kPacked>
+void launch_columns(const CausalConv1dParams& p, Stream stream) {
+  const auto kernel = backward_columns<T, kChannels, kTaps, kPacked>;
+  device::preload<CausalConv1dParams>(kernel);
+  device::launch<CausalConv1dParams>(kernel, column_blocks(p, kChannels), dim3(kThreads), 0, stream, p);
 }
 
 template <class T>
 void backward(const CausalConv1dParams& p, Stream stream) {
-  if (p.width > 4) return launch_backward<T, 8, true>(p, stream);
-  return p.seq_idx == nullptr ? launch_backward<T, 4, false>(p, stream)
-                              : launch_backward<T, 4, true>(p, stream);
+  constexpr int kChannels = 4;  // what the registers hold: 17 numbers a channel
+  const bool packed = p.seq_idx != nullptr, wide = p.width > 4;
+  if (in_rows(p)) {
+    if (wide) return launch_rows<T, 8, true>(p, stream);
+    return packed ? launch_rows<T, 4, true>(p, stream) : launch_rows<T, 4, false>(p, stream);
+  }
+  if (wide) return launch_columns<T, 1, 8, true>(p, stream);
+  bool vectors = true;
+  for (const ConvTensor* tensor : {&p.x, &p.dout, &p.dx})
+    vectors = vectors && moves_vectors(p, *tensor, kChannels, sizeof(T));
+  if (!vectors) return launch_columns<T, 1, 4, true>(p, stream);
+  return packed ? launch_columns<T, kChannels, 4, true>(p, stream)
+                : launch_columns<T, kChannels, 4, false>(p, stream);
 }
 
 }  // namespace

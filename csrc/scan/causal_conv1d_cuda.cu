@@ -68,49 +68,47 @@ __global__ void __launch_bounds__(kThreads) forward_rows(const __grid_constant__
   if (ends) store_final<T, kPacked>(p, b, c, device::lane_id());
 }
 
-template <class T, int kTaps, bool kPacked>
+template <class T, int kChannels, int kTaps, bool kPacked>
 __global__ void __launch_bounds__(kThreads) forward_columns(const __grid_constant__ CausalConv1dParams p) {
-  constexpr int kChannels = forward_channels(kTaps, sizeof(T));
-  constexpr int kBatch = 4;  // steps loaded before the first of them is used
+  constexpr int kBatch =
+      kPacked ? 2 : 4;  // steps loaded before the first of them is used; registers limit it
   const Column at = column_of(p, kChannels);
   if (at.b >= p.batch) return;
-  const bool vector_in = moves_vectors<T, kChannels>(p.x, at.b, at.c, at.count);
-  const bool vector_out = moves_vectors<T, kChannels>(p.out, at.b, at.c, at.count);
   float weight[kTaps][kChannels], bias[kChannels];
   float window[kTaps - 1 + kBatch][kChannels];  // the steps before the batch, and those of it
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) {
-    const int64_t c = at.c + (k < at.count ? k : 0);
 #pragma unroll
-    for (int lag = 0; lag < kTaps; ++lag) weight[lag][k] = weight_at(p, c, lag);
-    bias[k] = bias_at(p, c);
+    for (int lag = 0; lag < kTaps; ++lag) weight[lag][k] = weight_at(p, at.c + k, lag);
+    bias[k] = bias_at(p, at.c + k);
 #pragma unroll
     for (int lag = 1; lag < kTaps; ++lag)
-      window[kTaps - 1 - lag][k] = lag < p.width ? value_at<T>(p, at.b, c, at.begin - lag) : 0.0f;
+      window[kTaps - 1 - lag][k] = lag < p.width ? value_at<T>(p, at.b, at.c + k, at.begin - lag) : 0.0f;
   }
+  const T* x = address<const T>(p.x, at.b, at.c, at.begin);
+  T* out = address<T>(p.out, at.b, at.c, at.begin);
+#pragma unroll 1
   for (int64_t t = at.begin; t < at.end; t += kBatch) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (t + i < at.end)
-        load_channels<T>(window[kTaps - 1 + i], address<const T>(p.x, at.b, at.c, t + i), p.x.channel,
-                         vector_in, at.count);
+    for (int i = 0; i < kBatch; ++i, x += p.x.step) {
+      if (t + i < at.end) load_channels<T>(window[kTaps - 1 + i], x);
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kBatch; ++i, out += p.out.step) {
       if (t + i >= at.end) break;
       const uint32_t reach = kPacked ? reach_at<kPacked>(p, at.b, t + i) : 0xffu;
-      float out[kChannels];
+      float y[kChannels];
 #pragma unroll
       for (int k = 0; k < kChannels; ++k) {
-        float sum = bias[k];
+        y[k] = bias[k];
 #pragma unroll
         for (int lag = 0; lag < kTaps; ++lag) {
-          if (sees<kPacked>(p, reach, lag)) sum += weight[lag][k] * window[kTaps - 1 + i - lag][k];
+          if (sees<kPacked>(p, reach, lag)) y[k] += weight[lag][k] * window[kTaps - 1 + i - lag][k];
         }
-        if (p.silu) sum *= sigmoid(sum);
-        out[k] = kPacked && (reach & 1u) == 0 ? 0.0f : sum;
+        if (p.silu) y[k] *= sigmoid(y[k]);
+        if (kPacked && (reach & 1u) == 0) y[k] = 0.0f;
       }
-      store_channels(address<T>(p.out, at.b, at.c, t + i), p.out.channel, vector_out, at.count, out);
+      store_channels(out, y);
     }
 #pragma unroll
     for (int i = 0; i < kTaps - 1; ++i) {
@@ -119,30 +117,41 @@ __global__ void __launch_bounds__(kThreads) forward_columns(const __grid_constan
     }
   }
   if (p.final.data == nullptr || at.chunk != 0) return;
-  for (int k = 0; k < at.count; ++k) {
+#pragma unroll 1
+  for (int k = 0; k < kChannels; ++k) {
     for (int slot = 0; slot < p.width - 1; ++slot) store_final<T, kPacked>(p, at.b, at.c + k, slot);
   }
 }
 
 template <class T, int kTaps, bool kPacked>
-void launch_forward(const CausalConv1dParams& p, Stream stream) {
-  if (in_rows(p)) {
-    const int64_t warps = p.batch * p.dim * ((p.length + kRun + kForwardTile - 1) / kForwardTile);
-    device::preload(forward_rows<T, kTaps, kPacked>);
-    device::launch(forward_rows<T, kTaps, kPacked>, dim3(unsigned((warps + kWarps - 1) / kWarps)),
-                   dim3(kThreads), 0, stream, p);
-  } else {
-    device::preload(forward_columns<T, kTaps, kPacked>);
-    device::launch(forward_columns<T, kTaps, kPacked>,
-                   dim3(column_blocks(p, forward_channels(kTaps, sizeof(T)))), dim3(kThreads), 0, stream, p);
-  }
+void launch_rows(const CausalConv1dParams& p, Stream stream) {
+  const auto kernel = forward_rows<T, kTaps, kPacked>;
+  const int64_t warps = p.batch * p.dim * ((p.length + kRun + kForwardTile - 1) / kForwardTile);
+  device::preload<CausalConv1dParams>(kernel);
+  device::launch<CausalConv1dParams>(kernel, dim3(unsigned((warps + kWarps - 1) / kWarps)), dim3(kThreads), 0,
+                                     stream, p);
+}
+
+template <class T, int kChannels, int kTaps, bool kPacked>
+void launch_columns(const CausalConv1dParams& p, Stream stream) {
+  const auto kernel = forward_columns<T, kChannels, kTaps, kPacked>;
+  device::preload<CausalConv1dParams>(kernel);
+  device::launch<CausalConv1dParams>(kernel, column_blocks(p, kChannels), dim3(kThreads), 0, stream, p);
 }
 
 template <class T>
 void forward(const CausalConv1dParams& p, Stream stream) {
-  if (p.width > 4) return launch_forward<T, 8, true>(p, stream);
-  return p.seq_idx == nullptr ? launch_forward<T, 4, false>(p, stream)
-                              : launch_forward<T, 4, true>(p, stream);
+  constexpr int kChannels = 16 / int(sizeof(T));
+  const bool packed = p.seq_idx != nullptr, wide = p.width > 4;
+  if (in_rows(p)) {
+    if (wide) return launch_rows<T, 8, true>(p, stream);
+    return packed ? launch_rows<T, 4, true>(p, stream) : launch_rows<T, 4, false>(p, stream);
+  }
+  if (wide) return launch_columns<T, 1, 8, true>(p, stream);
+  if (!moves_vectors(p, p.x, kChannels, sizeof(T)) || !moves_vectors(p, p.out, kChannels, sizeof(T)))
+    return launch_columns<T, 1, 4, true>(p, stream);
+  return packed ? launch_columns<T, kChannels, 4, true>(p, stream)
+                : launch_columns<T, kChannels, 4, false>(p, stream);
 }
 
 }  // namespace

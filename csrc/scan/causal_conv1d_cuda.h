@@ -27,16 +27,11 @@ constexpr int64_t reach_bytes(const CausalConv1dParams& p) {
   return p.seq_idx == nullptr ? 0 : (p.batch * p.length + 255) / 256 * 256;
 }
 
-// kTaps: lags that a kernel has registers for. Widths below take part of them.
-constexpr int taps_for(int width) { return width <= 4 ? 4 : 8; }
-constexpr int forward_channels(int taps, int bytes) { return taps == 4 ? 16 / bytes : 4; }
-constexpr int backward_channels(int taps) { return taps == 4 ? 4 : 2; }
-
 __host__ __device__ inline bool in_rows(const CausalConv1dParams& p) { return p.x.step == 1 && p.length > 1; }
 
 // Steps that a thread marches in columns: fewer where there are too few threads to fill a GPU.
-__host__ __device__ inline int64_t column_steps(const CausalConv1dParams& p, int channels) {
-  const int64_t columns = p.batch * ((p.dim + channels - 1) / channels);
+__host__ __device__ inline int64_t column_steps(const CausalConv1dParams& p) {
+  const int64_t columns = p.batch * ((p.dim + 3) / 4);
   int64_t steps = 64;
   while (steps > 8 && columns * ((p.length + steps - 1) / steps) < 65536) steps /= 2;
   return steps;
@@ -51,7 +46,7 @@ __host__ __device__ inline int64_t row_segments(const CausalConv1dParams& p) {
 // Parts that the steps of a sequence are in, each with sums of its own: [batch * parts][width + 1][dim].
 __host__ __device__ inline int64_t backward_parts(const CausalConv1dParams& p) {
   if (in_rows(p)) return row_segments(p);
-  const int64_t steps = column_steps(p, backward_channels(taps_for(p.width)));
+  const int64_t steps = column_steps(p);
   return (p.length + steps - 1) / steps;
 }
 
@@ -60,7 +55,7 @@ __device__ __forceinline__ T* address(const ConvTensor& x, int64_t b, int64_t c,
   return static_cast<T*>(x.data) + b * x.batch + c * x.channel + t * x.step;
 }
 
-__device__ __forceinline__ bool is_aligned(const void* address, int bytes) {
+__host__ __device__ __forceinline__ bool is_aligned(const void* address, int bytes) {
   return reinterpret_cast<uintptr_t>(address) % unsigned(bytes) == 0;
 }
 
@@ -191,55 +186,36 @@ __device__ __forceinline__ float lagged(const float (&run)[kRun], const float (&
   return i >= lag ? run[i - lag] : before[kTaps - 1 + i - lag];
 }
 
-// kChannels elements side by side in memory, or one by one; those beyond `count` are zero.
+// kChannels elements side by side in memory.
 template <class T, int kChannels>
-__device__ __forceinline__ void load_channels(float (&values)[kChannels], const T* from, int64_t stride,
-                                              bool vector, int count) {
-  using Vector = device::Vector<T, kChannels>;
-  if (vector) {
-    const Vector loaded = device::load(reinterpret_cast<const Vector*>(from));
+__device__ __forceinline__ void load_channels(float (&values)[kChannels], const T* from) {
+  const auto loaded = device::load(reinterpret_cast<const device::Vector<T, kChannels>*>(from));
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) values[k] = device::to_float(loaded[k]);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) values[k] = k < count ? device::to_float(from[k * stride]) : 0.0f;
+  for (int k = 0; k < kChannels; ++k) values[k] = device::to_float(loaded[k]);
 }
 
 template <class T, int kChannels>
-__device__ __forceinline__ void store_channels(T* to, int64_t stride, bool vector, int count,
-                                               const float (&values)[kChannels]) {
-  using Vector = device::Vector<T, kChannels>;
-  if (vector) {
-    Vector stored;
+__device__ __forceinline__ void store_channels(T* to, const float (&values)[kChannels]) {
+  device::Vector<T, kChannels> stored;
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) stored[k] = device::from_float<T>(values[k]);
-    device::store(reinterpret_cast<Vector*>(to), stored);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    if (k < count) to[k * stride] = device::from_float<T>(values[k]);
-  }
+  for (int k = 0; k < kChannels; ++k) stored[k] = device::from_float<T>(values[k]);
+  device::store(reinterpret_cast<device::Vector<T, kChannels>*>(to), stored);
 }
 
-// Whether the channels from c on can be moved as one vector at every step.
-template <class T, int kChannels>
-__device__ __forceinline__ bool moves_vectors(const ConvTensor& x, int64_t b, int64_t c, int count) {
-  constexpr int kBytes = kChannels * int(sizeof(T));
-  return count == kChannels && x.channel == 1 && x.step % kChannels == 0 &&
-         is_aligned(address<const T>(x, b, c, 0), kBytes);
+// Whether the channels can be moved as whole vectors. If not, a thread takes one channel of any strides.
+inline bool moves_vectors(const CausalConv1dParams& p, const ConvTensor& x, int channels, int bytes) {
+  const bool aligned =
+      is_aligned(x.data, channels * bytes) && x.step % channels == 0 && x.batch % channels == 0;
+  return aligned && x.channel == 1 && p.dim % channels == 0;
 }
 
-// A thread's place in columns: its channels from c on, `count` of them, and its steps [begin, end).
+// A thread's place in columns: its channels from c on, and its steps [begin, end).
 struct Column {
   int64_t b, c, chunk, begin, end;
-  int count;
 };
 
 __device__ __forceinline__ Column column_of(const CausalConv1dParams& p, int channels) {
-  const int64_t steps = column_steps(p, channels), groups = (p.dim + channels - 1) / channels;
-  const int64_t chunks = (p.length + steps - 1) / steps;
+  const int64_t steps = column_steps(p), groups = p.dim / channels, chunks = (p.length + steps - 1) / steps;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   Column column;
   column.c = index % groups * channels;
@@ -247,14 +223,13 @@ __device__ __forceinline__ Column column_of(const CausalConv1dParams& p, int cha
   column.b = index / groups / chunks;
   column.begin = column.chunk * steps;
   column.end = column.begin + steps < p.length ? column.begin + steps : p.length;
-  column.count = int(p.dim - column.c < channels ? p.dim - column.c : channels);
   return column;
 }
 
-inline unsigned column_blocks(const CausalConv1dParams& p, int channels) {
-  const int64_t steps = column_steps(p, channels);
-  const int64_t columns = p.batch * ((p.dim + channels - 1) / channels) * ((p.length + steps - 1) / steps);
-  return unsigned((columns + kThreads - 1) / kThreads);
+inline dim3 column_blocks(const CausalConv1dParams& p, int channels) {
+  const int64_t steps = column_steps(p);
+  const int64_t columns = p.batch * (p.dim / channels) * ((p.length + steps - 1) / steps);
+  return dim3(unsigned((columns + kThreads - 1) / kThreads));
 }
 
 // Which steps see which, for packed sequences; before any other kernel.

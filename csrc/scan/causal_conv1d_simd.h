@@ -206,9 +206,15 @@ template <class T>
 static inline void gather_taps(const CausalConv1dParams& p, int64_t c, int64_t lanes,
                                float (&values)[kMaxConvWidth + 1][kLanes]) {
   const T* weight = static_cast<const T*>(p.weight) + c * p.weight_channel;
-  for (int64_t lane = 0; lane < lanes; ++lane, weight += p.weight_channel) {
-    for (int lag = 0; lag < p.width; ++lag)
-      values[lag][lane] = float(widen(weight[(p.width - 1 - lag) * p.weight_tap]));
+  if (p.width == 4 && p.weight_channel == 4 && p.weight_tap == 1 && lanes == kLanes) {
+    for (int lag = 0; lag < 4; ++lag) {  // as models store them: constant strides, which become permutes
+      for (int lane = 0; lane < kLanes; ++lane) values[lag][lane] = float(widen(weight[lane * 4 + 3 - lag]));
+    }
+  } else {
+    for (int64_t lane = 0; lane < lanes; ++lane, weight += p.weight_channel) {
+      for (int lag = 0; lag < p.width; ++lag)
+        values[lag][lane] = float(widen(weight[(p.width - 1 - lag) * p.weight_tap]));
+    }
   }
   if (p.bias == nullptr) return;
   const T* bias = static_cast<const T*>(p.bias) + c * p.bias_channel;

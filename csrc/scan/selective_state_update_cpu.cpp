@@ -74,12 +74,15 @@ int64_t slot_of(const SelectiveStateUpdateParams& p, int64_t b) {
 
 // The sum of the lanes, by halves.
 float add_lanes(Float x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#elif defined(__AVX2__)
+  const __m128 halves = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 quarters = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
+  return quarters[0] + quarters[1];
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
 }
 
 // What a tile of channels needs besides the states, all of it float32.

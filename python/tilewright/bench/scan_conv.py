@@ -1,0 +1,188 @@
+"""Cases of the causal convolution and of the decode steps: beside the same work in plain PyTorch.
+
+Bytes of a call, each once, with e the bytes of an element of x and out:
+
+    causal_conv1d, forward   x, out                                            2 e an element
+    ... and backward         x, out, then x, dout, dx                          5 e an element
+    causal_conv1d_update     the state twice, x, out; weight and bias          (2 width + 2) e a channel; 5 e
+    selective_state_update   the state twice; x, dt, z, out a channel; B, C    8 bytes a state; 16; and those
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .case import OURS, Case, Contender, Unavailable
+
+PEERS = ("torch", "causal-conv1d", "mamba-ssm")
+_WIDTH = 4
+_SILU_FLOPS = 4  # negation, exponential, addition, division
+
+Step = Callable[[], object]
+
+
+def causal_conv1d_cases(device: torch.device, quick: bool) -> list[Case]:
+    """Both layouts, forward alone and with the gradient, at the size of a small Mamba's block."""
+    shape = (1 if quick or device.type == "cpu" else 8, 1536, 2048)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return [_conv(device, dtype, shape, last, grad) for grad in (False, True) for last in (False, True)]
+
+
+def update_cases(device: torch.device, quick: bool) -> list[Case]:
+    """One token of a Mamba-1 and of a Mamba-2 model, and a state so small that only the call is left."""
+    batch = 1 if quick or device.type == "cpu" else 64
+    found = [_conv_update(device, batch, 5120), _state_update(device, batch, None, 5120, 16)]
+    return [*found, _state_update(device, batch, 80, 64, 128), _state_update(device, 1, None, 8, 16)]
+
+
+def _random(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+
+
+def _conv(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], channel_last: bool, grad: bool
+) -> Case:
+    batch, dim, length = shape
+    numel = batch * dim * length
+
+    def tensors() -> tuple[Tensor, Tensor, Tensor]:
+        x = _random(device, batch, length, dim, dtype=dtype).transpose(1, 2)
+        x = x if channel_last else x.contiguous()
+        weight, bias = _random(device, dim, _WIDTH, dtype=dtype), _random(device, dim, dtype=dtype)
+        return x.requires_grad_(grad), weight.requires_grad_(grad), bias.requires_grad_(grad)
+
+    def step(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
+        x, weight, bias = tensors()
+        if not grad:
+            return lambda: function(x, weight, bias)
+        dout = torch.empty_like(x.detach()).fill_(0.1)
+        return lambda: torch.autograd.grad(function(x, weight, bias), (x, weight, bias), dout)
+
+    def ours() -> Step:
+        from tilewright.scan import causal_conv1d
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+            return causal_conv1d(x, weight, bias, activation="silu")
+
+        return step(convolve)
+
+    def theirs() -> Step:
+        peer = _peer(device, "causal_conv1d", "causal_conv1d_fn")
+        return step(lambda x, w, b: peer(x, w, b, activation="silu"))
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        padded = F.conv1d(x, weight[:, None], bias, padding=_WIDTH - 1, groups=dim)
+        return F.silu(padded[..., :length])
+
+    moved = numel * dtype.itemsize * (5 if grad else 2)
+    contenders = [
+        Contender(OURS, ours, moved),
+        Contender("torch", lambda: step(plain), moved),
+        Contender("causal-conv1d", theirs, moved),
+    ]
+    layout, words = ("columns", "channel-last") if channel_last else ("rows", "channel-first")
+    name = f"causal-conv1d-{layout}" + ("-grad" if grad else "")
+    title = f"causal_conv1d, {words}" + (", with gradient" if grad else "")
+    flops = numel * (2 * _WIDTH + _SILU_FLOPS) * (3 if grad else 1)
+    sizes = {"batch": batch, "dim": dim, "length": length, "width": _WIDTH, "dtype": _name(dtype)}
+    return Case(name, title, contenders, flops, sizes=sizes)
+
+
+def _conv_update(device: torch.device, batch: int, dim: int) -> Case:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def step(function: Callable[..., object]) -> Step:
+        x, state = _random(device, batch, dim, dtype=dtype), _random(device, batch, dim, _WIDTH, dtype=dtype)
+        weight, bias = _random(device, dim, _WIDTH, dtype=dtype), _random(device, dim, dtype=dtype)
+        return lambda: function(x, state, weight, bias, "silu")
+
+    def ours() -> Step:
+        from tilewright.scan import causal_conv1d_update
+
+        return step(causal_conv1d_update)
+
+    def plain(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+        state.copy_(torch.cat([state[..., 1:], x[..., None]], dim=-1))
+        return F.silu((state * weight).sum(-1) + bias)
+
+    moved = batch * dim * (2 * _WIDTH + 2) * dtype.itemsize + dim * (_WIDTH + 1) * dtype.itemsize
+    contenders = [
+        Contender(OURS, ours, moved),
+        Contender("torch", lambda: step(plain), moved),
+        Contender(
+            "causal-conv1d", lambda: step(_peer(device, "causal_conv1d", "causal_conv1d_update")), moved
+        ),
+    ]
+    flops = batch * dim * (2 * _WIDTH + _SILU_FLOPS)
+    sizes = {"batch": batch, "dim": dim, "width": _WIDTH, "dtype": _name(dtype)}
+    title = f"causal_conv1d_update, batch {batch}"
+    return Case("causal-conv1d-update", title, contenders, flops, calls=100, sizes=sizes)
+
+
+def _state_update(device: torch.device, batch: int, heads: int | None, dim: int, states: int) -> Case:
+    channels = (dim,) if heads is None else (heads, dim)
+    rows = batch * dim * (heads or 1)
+
+    def step(function: Callable[..., object]) -> Step:
+        state, B, C = (
+            _random(device, *s) for s in ((batch, *channels, states), (batch, states), (batch, states))
+        )
+        x, z = _random(device, batch, *channels), _random(device, batch, *channels)
+        if heads is None:
+            dt, A = _random(device, batch, dim), -_random(device, dim, states).exp()
+            D, dt_bias = _random(device, dim), _random(device, dim)
+        else:
+            dt = _random(device, batch, heads)[..., None].expand(batch, heads, dim)
+            A = -_random(device, heads).exp()[:, None, None].expand(heads, dim, states)
+            D = dt_bias = _random(device, heads)[:, None].expand(heads, dim)
+        return lambda: function(state, x, dt, A, B, C, D, z, dt_bias, True)
+
+    def ours() -> Step:
+        from tilewright.scan import selective_state_update
+
+        return step(selective_state_update)
+
+    def plain(*arguments: Any) -> Tensor:
+        state, x, dt, A, B, C, D, z, bias, _ = arguments
+        dt = F.softplus(dt + bias)
+        if heads is not None:
+            B, C = B[:, None], C[:, None]
+        state.mul_(torch.exp(dt[..., None] * A)).add_((dt * x)[..., None] * B[..., None, :])
+        out: Tensor = ((state * C[..., None, :]).sum(-1) + D * x) * F.silu(z)
+        return out
+
+    def theirs() -> Step:
+        return step(_peer(device, "mamba_ssm.ops.triton.selective_state_update", "selective_state_update"))
+
+    moved = rows * (states * 8 + 16) + batch * states * 8 + (4 * dim * states if heads is None else 0)
+    contenders = [
+        Contender(OURS, ours, moved),
+        Contender("torch", lambda: step(plain), moved),
+        Contender("mamba-ssm", theirs, moved),
+    ]
+    kind = "mamba1" if heads is None else "mamba2"
+    small = rows * states < 1024
+    name = "selective-state-update-" + ("call" if small else kind)
+    title = "selective_state_update, " + ("a call" if small else f"{kind}, batch {batch}")
+    sizes = {"batch": batch, "heads": heads or 1, "dim": dim, "states": states, "dtype": "float32"}
+    flops = rows * (5 * states + 2 * _SILU_FLOPS + (states if heads is None else 1))
+    return Case(name, title, contenders, flops, calls=1000 if small else 20, sizes=sizes)
+
+
+def _peer(device: torch.device, module: str, name: str) -> Any:
+    """A function of a package that runs on CUDA alone."""
+    if device.type != "cuda":
+        raise Unavailable("runs on CUDA only")
+    try:
+        return getattr(__import__(module, fromlist=[name]), name)
+    except ImportError as missing:
+        raise Unavailable(f"not installed: {missing}") from missing
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
