@@ -250,6 +250,16 @@ def test_one_initial_state_is_the_first_sequences(backend) -> None:
     torch.testing.assert_close(one[1][1:], three[1])
 
 
+def test_wrong_positions_on_a_device_stay_within_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There nobody looks at them beforehand; they may give wrong numbers only."""
+    monkeypatch.setattr("tilewright.scan.ops.ssd._check_positions", lambda *arguments: None)
+    inputs = in_dtype(make(1, 100, 2, 3, 1, 4, sequences=4), torch.float32)
+    for positions in ([-5, 90, 3, 1000, 7], [99, 98, 97, 96, 95], [2**62, -(2**62), 0, 100, 2**40]):
+        with emulated():
+            found = results(ours, inputs, output_grads(inputs), cu_seqlens=torch.tensor(positions))
+        assert found["out"].shape == (1, 100, 2, 3)
+
+
 def test_in_parts_equals_whole(backend) -> None:
     """Multiples of the chunk give the same bits, other cuts the same numbers."""
     inputs = in_dtype(make(1, 200, 2, 5, 1, 6), torch.float32, backend.device)
