@@ -35,7 +35,8 @@ class Reader {
     p.head_dim = int32_t(view.shape[3]);
     p.groups = int32_t(states.shape[2]);
     p.states = int32_t(states.shape[3]);
-    check_value(p.heads > 0 && p.head_dim > 0, "x: got shape ", view.sizes(), ", heads and head_dim must not be 0");
+    check_value(p.heads > 0 && p.head_dim > 0, "x: got shape ", view.sizes(),
+                ", heads and head_dim must not be 0");
     check_value(p.groups > 0 && p.states > 0 && p.heads % p.groups == 0, "B: got ", p.groups, " groups of ",
                 p.states, " states, expected a divisor of ", p.heads, " heads and at least one state");
     if (cu_seqlens.is_none()) return;
@@ -89,8 +90,8 @@ class Reader {
     p.softplus = softplus;
     p.dt_min = dt_min;
     p.dt_max = dt_max;
-    p.chunk_states = flat(t["chunk_states"], "chunk_states",
-                          ssd_chunk_count(p) * p.heads * p.states * p.head_dim, weight);
+    p.chunk_states =
+        flat(t["chunk_states"], "chunk_states", ssd_chunk_count(p) * p.heads * p.states * p.head_dim, weight);
     p.y = tensor(t["y"], "y", p.heads, p.head_dim, p.dtype);
   }
 

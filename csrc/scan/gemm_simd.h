@@ -1,6 +1,6 @@
 // Products of small matrices in cache: a register tile of kRows rows times one or two vectors of columns, and
-// loops over tiles. An A operand is read element by element (any two strides), a B operand by rows of vectors.
-// Triangular A operands are read in their triangle only: what lies outside of it may be anything.
+// loops over tiles. An A operand is read element by element (any two strides), a B operand by rows of
+// vectors. Triangular A operands are read in their triangle only: what lies outside of it may be anything.
 // Real is float, by vectors, or double, one element at a time.
 #pragma once
 
@@ -138,7 +138,8 @@ struct Tile {
                                                int to) {
     const Real* left = a.data + row * a.row_step + from * a.k_step;
     const Real* right = b + from * stride;
-    for (int k = from; k < to; ++k, left += a.k_step, right += stride) step(left, a.row_step, right, 0, kRows);
+    for (int k = from; k < to; ++k, left += a.k_step, right += stride)
+      step(left, a.row_step, right, 0, kRows);
   }
 
   // The same for an A whose elements right of the diagonal count as zeros, `size` rows and columns.
@@ -172,8 +173,8 @@ struct Tile {
   }
 };
 
-// body(tile, row, column) for every tile of a matrix; columns is padded. A panel of columns is finished before
-// the next, so that the B operand's panel stays in the first cache.
+// body(tile, row, column) for every tile of a matrix; columns is padded. A panel of columns is finished
+// before the next, so that the B operand's panel stays in the first cache.
 template <class Real, class Body>
 inline void for_tiles(int rows, int64_t columns, const Body& body) {
   constexpr int kRows = Lanes<Real>::kRows, kCount = Lanes<Real>::kCount;

@@ -2,7 +2,8 @@
 // one head, launches over chunks.
 //
 // A block has 256 threads; of a 64 x 64 result a thread owns rows 4 ty to 4 ty + 3 and columns 4 tx to
-// 4 tx + 3. Both operands of a product lie in shared memory with the summed index first: at[k][row], at[k][column].
+// 4 tx + 3. Both operands of a product lie in shared memory with the summed index first: at[k][row],
+// at[k][column].
 #pragma once
 
 #include "device/half.h"
@@ -71,8 +72,8 @@ __device__ __forceinline__ void multiply(Own& own, const Matrix& left, const Mat
   }
 }
 
-// The same where a row takes only k of its own piece that are not later (kUpper: not earlier) than itself. The
-// others are skipped, not multiplied by zero: an infinity or NaN does not reach other steps.
+// The same where a row takes only k of its own piece that are not later (kUpper: not earlier) than itself.
+// The others are skipped, not multiplied by zero: an infinity or NaN does not reach other steps.
 template <bool kUpper>
 __device__ __forceinline__ void multiply_triangle(Own& own, const Matrix& left, const Matrix& right,
                                                   const int (&begin)[kTile]) {
@@ -91,7 +92,8 @@ __device__ __forceinline__ void multiply_triangle(Own& own, const Matrix& left, 
   }
 }
 
-// m.at[row][column] = value(row, column), or m.at[column][row]; neighbouring threads take neighbouring columns.
+// m.at[row][column] = value(row, column), or m.at[column][row]; neighbouring threads take neighbouring
+// columns.
 template <bool kTransposed, class Value>
 __device__ __forceinline__ void fill(Matrix& m, const Value& value) {
   for (int i = int(threadIdx.x); i < kTile * kTile; i += kThreads) {
@@ -174,7 +176,8 @@ struct Steps {
 };
 
 // By warp 0, as the next one; a barrier has to follow each.
-__device__ __forceinline__ void find_pieces(const SsdChunkScanParams& p, const SsdChunk& chunk, Pieces& pieces) {
+__device__ __forceinline__ void find_pieces(const SsdChunkScanParams& p, const SsdChunk& chunk,
+                                            Pieces& pieces) {
   const int lane = device::lane_id();
   const bool first_chunk = chunk.start == ssd_sequence_start(p, chunk.sequence);
   int carry = 0, head_end = chunk.length;
@@ -210,8 +213,8 @@ __device__ __forceinline__ float activated(const SsdChunkScanParams& p, float ra
   return dt < lowest ? lowest : dt > highest ? highest : dt;  // a NaN stays
 }
 
-__device__ __forceinline__ void prepare_steps(const SsdChunkScanParams& p, const SsdChunk& chunk, int64_t head,
-                                              const Pieces& pieces, Steps& s) {
+__device__ __forceinline__ void prepare_steps(const SsdChunkScanParams& p, const SsdChunk& chunk,
+                                              int64_t head, const Pieces& pieces, Steps& s) {
   const int lane = device::lane_id();
   const float bias = p.dt_bias == nullptr ? 0.0f : static_cast<const float*>(p.dt_bias)[head];
   const float* source = row_of<float>(p.dt, chunk.batch, chunk.start, head);
@@ -259,7 +262,8 @@ void launch_over(device::Kernel<Params> kernel, int64_t blocks, size_t shared_by
   constexpr int64_t kLargest = 0x7fffffff;
   check_value(blocks <= kLargest, "x: too large, ", blocks, " blocks of threads would be needed, at most ",
               kLargest, " can be started at once");
-  if (blocks > 0) device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), shared_bytes, stream, params);
+  if (blocks > 0)
+    device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), shared_bytes, stream, params);
 }
 
 // The kernel of a dtype.

@@ -1,16 +1,16 @@
-// The scan of Mamba-2 (state space duality, arXiv:2405.21060). For every head of a sequence, with a state h of
-// head_dim (p) times states (n):
+// The scan of Mamba-2 (state space duality, arXiv:2405.21060). For every head of a sequence, with a state h
+// of head_dim (p) times states (n):
 //
 //   dt = clamp(softplus(dt + bias))
 //   h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]^T
 //   y[t] = h[t] C[t] + D x[t]
 //   out[t] = y[t] silu(z[t])
 //
-// and its gradient. Heads share B and C by groups. Packed sequences (cu_seqlens) lie one behind the other along
-// the steps of batch 0; within a sequence the state is also dropped wherever seq_idx changes.
+// and its gradient. Heads share B and C by groups. Packed sequences (cu_seqlens) lie one behind the other
+// along the steps of batch 0; within a sequence the state is also dropped wherever seq_idx changes.
 //
-// Sequences are cut into chunks of kSsdChunk steps, counted from each sequence's own start; chunk c of sequence
-// s has the number ssd_chunk_base(s) + c. The state before each chunk is kept between the passes.
+// Sequences are cut into chunks of kSsdChunk steps, counted from each sequence's own start; chunk c of
+// sequence s has the number ssd_chunk_base(s) + c. The state before each chunk is kept between the passes.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +31,10 @@ struct SsdTensor {
 
 struct SsdChunkScanParams {
   SsdTensor x, z, out;  // (batch, step, head, head_dim) of dtype
-  SsdTensor y;          // the same; the result before the gate. Forward: null unless wanted. Backward: if z is.
-  SsdTensor B, C;       // (batch, step, group, states) of dtype
-  SsdTensor dt;         // (batch, step, head) of weight_dtype
-  const void* A;        // [heads] of weight_dtype, as all weights
+  SsdTensor y;     // the same; the result before the gate. Forward: null unless wanted. Backward: if z is.
+  SsdTensor B, C;  // (batch, step, group, states) of dtype
+  SsdTensor dt;    // (batch, step, head) of weight_dtype
+  const void* A;   // [heads] of weight_dtype, as all weights
   const void* dt_bias;  // [heads]; null: absent
   const void* D;        // [heads] or [heads][head_dim], by D_wide; null: absent
   // (sequence, head, head_dim, states) of weight_dtype, contiguous; null: zeros / not wanted.
@@ -44,11 +44,11 @@ struct SsdChunkScanParams {
   // and read by the backward pass.
   void* chunk_states;
 
-  // Backward only. Gradients have their tensors' dtypes; those of weights and states are contiguous. Null: not
-  // wanted. None of them needs to be zeroed before.
-  SsdTensor dout, dx, dz;   // (batch, step, head, head_dim)
-  SsdTensor dB, dC;         // (batch, step, group, states)
-  SsdTensor ddt;            // (batch, step, head)
+  // Backward only. Gradients have their tensors' dtypes; those of weights and states are contiguous. Null:
+  // not wanted. None of them needs to be zeroed before.
+  SsdTensor dout, dx, dz;    // (batch, step, head, head_dim)
+  SsdTensor dB, dC;          // (batch, step, group, states)
+  SsdTensor ddt;             // (batch, step, head)
   const void* dfinal_state;  // null: zero
   void *dA, *dD, *ddt_bias, *dinitial_state;
   void* workspace;  // ssd_chunk_scan_workspace bytes of scratch
@@ -95,7 +95,9 @@ static constexpr SsdChunk ssd_chunk_at(const SsdChunkScanParams& p, int64_t sequ
   const int64_t start = ssd_sequence_start(p, sequence) + index * kSsdChunk;
   const int64_t left = ssd_sequence_end(p, sequence) - start;
   return {p.cu_seqlens == nullptr ? sequence : 0, start, sequence,
-          left <= 0 ? 0 : left < kSsdChunk ? int32_t(left) : kSsdChunk};
+          left <= 0          ? 0
+          : left < kSsdChunk ? int32_t(left)
+                             : kSsdChunk};
 }
 
 static constexpr SsdChunk ssd_chunk(const SsdChunkScanParams& p, int64_t number) {

@@ -7,7 +7,8 @@
 //   K[i][j] = L[i][j] dt[j] (g[i] x[j])
 //   dC[i] = sum_{j<=i} K[i][j] B[j] + exp(cum[i]) S^T g[i]                     the second term is dC_S
 //   dB[j] = sum_{i>=j} K[i][j] C[i] + exp(cum[last] - cum[j]) dt[j] G^T x[j]   the second term is dB_G
-//   d(dt[t] A) = sum over all that decays by step t: sum_{j<t<=i} (C[i] B[j]) K[i][j] + sum_{i>=t} C[i] dC_S[i]
+//   d(dt[t] A) = sum over all that decays by step t: sum_{j<t<=i} (C[i] B[j]) K[i][j] + sum_{i>=t} C[i]
+//   dC_S[i]
 //                + sum_{j<t} B[j] dB_G[j] + exp(cum[last]) <G, S>
 //   ddt[t] = U[t] x[t] + A d(dt[t] A)
 //
@@ -15,8 +16,8 @@
 // lose them where decay is strong.
 //
 // Two passes, as forward: the first runs back through the chunks of one head and keeps G, the second computes
-// each chunk by itself. K is summed over the heads of a group before it meets B and C. Sums over heads, chunks
-// and batch rows go over partial results in a fixed order.
+// each chunk by itself. K is summed over the heads of a group before it meets B and C. Sums over heads,
+// chunks and batch rows go over partial results in a fixed order.
 //
 // Roofline: a step of a head costs 2 * (4 P N + Q P) FLOPs, Q = kSsdChunk: at P 64, N 128 73.7 kFLOP against
 // 8 P bytes of x, dout and dx in fp32 and 16 P N / Q of states. It is bound by the FMA units.
@@ -30,12 +31,12 @@ struct Scratch {
   Extents<Real> size;
   Arena arena;
   Steps<Real> steps;
-  Real *S, *G;                                     // [states][head_dim]
-  Real *B_rows, *C_rows, *dB_rows, *dC_rows;       // [steps][states]
+  Real *S, *G;                                            // [states][head_dim]
+  Real *B_rows, *C_rows, *dB_rows, *dC_rows;              // [steps][states]
   Real *B_columns, *C_columns, *dB_columns, *dC_columns;  // [states][steps]
-  Real *CB, *K, *K_sum, *decayed, *crossing;       // [steps][steps], crossing [steps]
-  Real *x, *g, *U;                                 // [steps][head_dim]
-  Real *x_columns, *g_columns;                     // [head_dim][steps]
+  Real *CB, *K, *K_sum, *decayed, *crossing;              // [steps][steps], crossing [steps]
+  Real *x, *g, *U;                                        // [steps][head_dim]
+  Real *x_columns, *g_columns;                            // [head_dim][steps]
   Real *from_C, *from_B, *d_rate, *row, *other;
 
   Scratch(const SsdChunkScanParams& p, char* base) : size(p), arena{base}, steps(arena, size) {
@@ -47,16 +48,17 @@ struct Scratch {
     for (Real** square : {&CB, &K, &K_sum, &decayed}) *square = arena.take<Real>(size.steps * size.steps);
     for (Real** rows : {&x, &g, &U, &x_columns, &g_columns}) *rows = arena.take<Real>(size.steps * size.dims);
     for (Real** vector : {&crossing, &from_C, &from_B, &d_rate}) *vector = arena.take<Real>(size.steps);
-    for (Real** vector : {&row, &other}) *vector = arena.take<Real>(size.dims > size.states ? size.dims : size.states);
+    for (Real** vector : {&row, &other})
+      *vector = arena.take<Real>(size.dims > size.states ? size.dims : size.states);
   }
 };
 
 // What lies in the workspace: G of every chunk, partial sums, then each thread's scratch.
 template <class Real>
 struct Workspace {
-  Real* G;                      // [chunk][head][states][head_dim]
-  Real *dA, *ddt_bias, *dD;     // [chunk][head], dD [chunk][head][head_dim]
-  Real *dB, *dC;                // [block][batch][step][group][states], if there is more than one block
+  Real* G;                   // [chunk][head][states][head_dim]
+  Real *dA, *ddt_bias, *dD;  // [chunk][head], dD [chunk][head][head_dim]
+  Real *dB, *dC;             // [block][batch][step][group][states], if there is more than one block
   char* scratch;
   int64_t scratch_bytes, blocks, bytes;
 
@@ -77,8 +79,8 @@ struct Workspace {
 
 // g of one step, and dz where there is a gate.
 template <class Real>
-void read_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, Real* g, const SsdChunk& chunk, int64_t step,
-                   int64_t head, bool write_dz) {
+void read_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, Real* g, const SsdChunk& chunk,
+                   int64_t step, int64_t head, bool write_dz) {
   const int64_t dims = s.size.dims;
   read_row(g, p.dout, p.dtype, chunk.batch, step, head, p.head_dim, dims);
   if (p.z.data == nullptr) return;
@@ -97,7 +99,8 @@ void read_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, Real* g, const
 // ---- the first pass: gradients of states ----
 
 template <class Real>
-void update_state_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& chunk, int64_t head) {
+void update_state_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& chunk,
+                           int64_t head) {
   const Piece piece = piece_from(p, chunk, 0);
   const auto& size = s.size;
   if (!piece.continues) {
@@ -137,8 +140,8 @@ void scan_state_gradients(const SsdChunkScanParams& p, Scratch<Real>& s, const W
 
 // ---- the second pass: one head of one piece ----
 
-// From K = g x^T: decayed = (C B) L, K, the sum of K over heads, and crossing[t] = sum_{j<t<=i} (C[i] B[j]) K[i][j].
-// Rows run upwards, so that U[j], the sum of what row i >= t adds to column j < t, only grows.
+// From K = g x^T: decayed = (C B) L, K, the sum of K over heads, and crossing[t] = sum_{j<t<=i} (C[i] B[j])
+// K[i][j]. Rows run upwards, so that U[j], the sum of what row i >= t adds to column j < t, only grows.
 template <class Real>
 void decay_products(Scratch<Real>& s) {
   constexpr int kCount = Lanes<Real>::kCount;
@@ -190,8 +193,8 @@ void multiply_U(const SsdChunkScanParams& p, Scratch<Real>& s, const Real* G, in
 
 // sums += state * columns, and along[i] = sum over the states n of by[n][i] times what was added.
 template <class Real>
-void multiply_state(const SsdChunkScanParams& p, Real* sums, Real* along, const Real* state, const Real* columns,
-                    const Real* by, const Extents<Real>& size, int count) {
+void multiply_state(const SsdChunkScanParams& p, Real* sums, Real* along, const Real* state,
+                    const Real* columns, const Real* by, const Extents<Real>& size, int count) {
   std::memset(along, 0, size_t(size.steps) * sizeof(Real));
   if (state == nullptr) return;
   for_tiles<Real>(p.states, padded_columns<Real>(count),
@@ -221,7 +224,8 @@ void transpose_scaled(Real* columns, const Real* rows, const Real* factors, cons
 template <class Real>
 Real dot(const Real* a, const Real* b, int64_t padded_count) {
   Vector<Real> total = splat(Real(0));
-  for (int64_t i = 0; i < padded_count; i += Lanes<Real>::kCount) total = fma(load(a + i), load(b + i), total);
+  for (int64_t i = 0; i < padded_count; i += Lanes<Real>::kCount)
+    total = fma(load(a + i), load(b + i), total);
   return Real(sum(total));
 }
 
@@ -236,8 +240,8 @@ Real through_activation(const SsdChunkScanParams& p, Real gradient, Real raw) {
 
 // ddt of every step, from d_rate = crossing, from_C and from_B as they lie in the scratch.
 template <class Real>
-void finish_steps(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<Real>& w, const SsdChunk& chunk,
-                  int64_t number, const Piece& piece, int64_t head, Real through) {
+void finish_steps(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<Real>& w,
+                  const SsdChunk& chunk, int64_t number, const Piece& piece, int64_t head, Real through) {
   const int count = piece.count;
   const Real rate = static_cast<const Real*>(p.A)[head];
   double after = 0, before = 0, dA = 0, dbias = 0;
@@ -260,8 +264,8 @@ void finish_steps(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace
 }
 
 template <class Real>
-void finish_rows(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<Real>& w, const SsdChunk& chunk,
-                 int64_t number, const Piece& piece, int64_t head) {
+void finish_rows(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<Real>& w,
+                 const SsdChunk& chunk, int64_t number, const Piece& piece, int64_t head) {
   Real* const dD = w.dD + (number * p.heads + head) * p.head_dim;
   const Real* D = static_cast<const Real*>(p.D);
   if (D != nullptr) D += p.D_wide ? head * p.head_dim : head;
@@ -310,8 +314,8 @@ void differentiate_head(const SsdChunkScanParams& p, Scratch<Real>& s, const Wor
 
 // dB and dC of a piece, from the sum of K over heads and the parts that went through states.
 template <class Real>
-void finish_group(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<Real>& w, const SsdChunk& chunk,
-                  const Piece& piece, int64_t group, int64_t block) {
+void finish_group(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<Real>& w,
+                  const SsdChunk& chunk, const Piece& piece, int64_t group, int64_t block) {
   const auto& size = s.size;
   const int count = piece.count;
   const int64_t columns = padded_columns<Real>(p.states);
@@ -342,11 +346,12 @@ void finish_group(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace
 }
 
 template <class Real>
-void differentiate_chunk(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<Real>& w, int64_t number,
-                         int64_t group, int64_t block) {
+void differentiate_chunk(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<Real>& w,
+                         int64_t number, int64_t group, int64_t block) {
   const SsdChunk chunk = ssd_chunk(p, number);
   const auto& size = s.size;
-  const int64_t begin = first_head(p, group, block, w.blocks), end = first_head(p, group, block + 1, w.blocks);
+  const int64_t begin = first_head(p, group, block, w.blocks),
+                end = first_head(p, group, block + 1, w.blocks);
   for (int64_t part = number * p.heads + begin; part < number * p.heads + end; ++part) {
     w.dA[part] = w.ddt_bias[part] = Real(0);
     std::memset(w.dD + part * p.head_dim, 0, size_t(p.head_dim) * sizeof(Real));
@@ -435,7 +440,8 @@ void backward(const SsdChunkScanParams& p, int threads) {
 }  // namespace
 
 int64_t ssd_chunk_scan_bwd_workspace_cpu(const SsdChunkScanParams& p, int threads) {
-  return p.dtype == DType::kFloat64 ? Workspace<double>(p, threads).bytes : Workspace<float>(p, threads).bytes;
+  return p.dtype == DType::kFloat64 ? Workspace<double>(p, threads).bytes
+                                    : Workspace<float>(p, threads).bytes;
 }
 
 void ssd_chunk_scan_bwd_cpu(const SsdChunkScanParams& p, int threads) {

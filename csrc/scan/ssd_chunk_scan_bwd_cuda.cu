@@ -1,10 +1,12 @@
 // The SSD scan backward on the GPU, in the dual form (the formulas are in ssd_chunk_scan_bwd_cpu.cpp):
 //
-//   1. chunk_gradients_kernel  a block per chunk, head and 64 x 64 tile: what the chunk adds to the gradient of
+//   1. chunk_gradients_kernel  a block per chunk, head and 64 x 64 tile: what the chunk adds to the gradient
+//   of
 //                              the state before it
 //   2. pass_gradients_kernel   a thread per element of a state, back through the chunks: the gradient of the
 //                              state after each
-//   3. differentiate_kernel    a block per chunk, group and block of its heads: all gradients, as partial sums
+//   3. differentiate_kernel    a block per chunk, group and block of its heads: all gradients, as partial
+//   sums
 //                              where they run over heads, chunks or batch rows
 //   4. sum_states_kernel, sum_heads_kernel  add the partial sums in a fixed order
 //
@@ -28,9 +30,10 @@ constexpr float kDropped = -1.0f;
 
 struct Smem {
   Matrix left, right;
-  Matrix CB;       // at[i][j] = C[i] B[j]
-  Matrix decayed;  // at[i][j] = C[i] B[j] exp(cum[i] - cum[j]); at last the sum of K over heads
-  Matrix crossing; // at[i][j] = C[i] B[j] K[i][j], then its sums over rows from i on; at last K's sum transposed
+  Matrix CB;        // at[i][j] = C[i] B[j]
+  Matrix decayed;   // at[i][j] = C[i] B[j] exp(cum[i] - cum[j]); at last the sum of K over heads
+  Matrix crossing;  // at[i][j] = C[i] B[j] K[i][j], then its sums over rows from i on; at last K's sum
+                    // transposed
   Pieces pieces;
   Steps steps;
   float direct[kTile], from_C[kTile], from_B[kTile];
@@ -62,7 +65,8 @@ __device__ __forceinline__ int depth_of(int extent, int from) {
 // ---- 1 and 2: gradients of states ----
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) chunk_gradients_kernel(const __grid_constant__ BackwardParams params) {
+__global__ void __launch_bounds__(kThreads)
+    chunk_gradients_kernel(const __grid_constant__ BackwardParams params) {
   const SsdChunkScanParams& p = params.p;
   Smem& smem = device::shared_memory<Smem>();
   const int across = tiles(p.head_dim), each = across * tiles(p.states), tile = int(blockIdx.x % each);
@@ -92,11 +96,13 @@ __global__ void __launch_bounds__(kThreads) chunk_gradients_kernel(const __grid_
     if (n < p.states && d < p.head_dim) added[int64_t{n} * p.head_dim + d] = own[r][c];
   });
   if (tile == 0 && threadIdx.x == 0) {
-    params.decay[part] = runs_through(chunk, smem.pieces) ? smem.steps.from_start[chunk.length - 1] : kDropped;
+    params.decay[part] =
+        runs_through(chunk, smem.pieces) ? smem.steps.from_start[chunk.length - 1] : kDropped;
   }
 }
 
-__global__ void __launch_bounds__(kThreads) pass_gradients_kernel(const __grid_constant__ BackwardParams params) {
+__global__ void __launch_bounds__(kThreads)
+    pass_gradients_kernel(const __grid_constant__ BackwardParams params) {
   const SsdChunkScanParams& p = params.p;
   const int64_t numel = int64_t{p.states} * p.head_dim;
   const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -142,7 +148,8 @@ __device__ __forceinline__ void multiply_C_B(const SsdChunkScanParams& p, Smem& 
 
 // K from g and x; adds it to K_sum and leaves decayed and crossing behind.
 template <class T>
-__device__ __forceinline__ void multiply_K(const SsdChunkScanParams& p, Smem& smem, const Head& h, Own& K_sum) {
+__device__ __forceinline__ void multiply_K(const SsdChunkScanParams& p, Smem& smem, const Head& h,
+                                           Own& K_sum) {
   const GradientRows<T> g(p, h.chunk, h.head);
   const RowsOf<T> x(p.x, h.chunk, h.head, p.head_dim);
   Own own;
@@ -180,8 +187,8 @@ __device__ __forceinline__ void sum_rows_upwards(Smem& smem) {
 
 // dx, dz, and in smem.direct the sum of U x over head_dim, from U of one tile in `own`; left holds g.
 template <class T>
-__device__ __forceinline__ void finish_x(const BackwardParams& params, Smem& smem, const Head& h, const Own& own,
-                                         int d0) {
+__device__ __forceinline__ void finish_x(const BackwardParams& params, Smem& smem, const Head& h,
+                                         const Own& own, int d0) {
   const SsdChunkScanParams& p = params.p;
   float direct[kOwn] = {};
   each_own([&](int r, int c) {
@@ -190,7 +197,8 @@ __device__ __forceinline__ void finish_x(const BackwardParams& params, Smem& sme
     const auto at = [&](const SsdTensor& t) {
       return row_of<T>(t, h.chunk.batch, h.chunk.start + j, h.head) + d * t.inner;
     };
-    const float D = p.D == nullptr ? 0.0f : static_cast<const float*>(p.D)[p.D_wide ? h.head * p.head_dim + d : h.head];
+    const float D =
+        p.D == nullptr ? 0.0f : static_cast<const float*>(p.D)[p.D_wide ? h.head * p.head_dim + d : h.head];
     const float skip = p.D == nullptr ? 0.0f : D * smem.left.at[j][d - d0];
     direct[r] = device::fma_rn(own[r][c], device::to_float(*at(p.x)), direct[r]);
     *at(p.dx) = device::from_float<T>(device::fma_rn(smem.steps.dt[j], own[r][c], skip));
@@ -243,12 +251,13 @@ __device__ __forceinline__ void differentiate_x(const BackwardParams& params, Sm
 }
 
 // Adds to the partial sums of dB or dC; an element is always the same thread's.
-__device__ __forceinline__ void add_partial(float* sums, const SsdChunkScanParams& p, const Head& h, const Own& own,
-                                            int n0, bool start) {
+__device__ __forceinline__ void add_partial(float* sums, const SsdChunkScanParams& p, const Head& h,
+                                            const Own& own, int n0, bool start) {
   each_own([&](int r, int c) {
     const int i = own_row() + r, n = n0 + own_column() + c;
     if (i >= h.chunk.length || n >= p.states) return;
-    const int64_t row = ((h.block * p.batch + h.chunk.batch) * p.length + h.chunk.start + i) * p.groups + h.group;
+    const int64_t row =
+        ((h.block * p.batch + h.chunk.batch) * p.length + h.chunk.start + i) * p.groups + h.group;
     float& sum = sums[row * p.states + n];
     sum = start ? own[r][c] : sum + own[r][c];
   });
@@ -257,9 +266,9 @@ __device__ __forceinline__ void add_partial(float* sums, const SsdChunkScanParam
 // What goes through a state: for steps [from, to) rows(step, d) times the state, added to `sums`; in `along`
 // for each step the product of that with the step's C or B, which is `states`.
 template <class T, class Rows>
-__device__ __forceinline__ void multiply_state(const SsdChunkScanParams& p, Smem& smem, const Head& h, float* sums,
-                                               float (&along)[kTile], const float* state, const SsdTensor& states,
-                                               int from, int to, const Rows& rows) {
+__device__ __forceinline__ void multiply_state(const SsdChunkScanParams& p, Smem& smem, const Head& h,
+                                               float* sums, float (&along)[kTile], const float* state,
+                                               const SsdTensor& states, int from, int to, const Rows& rows) {
   const RowsOf<T> by(states, h.chunk, h.group, p.states);
   float total[kOwn] = {};
   for (int n0 = 0; n0 < p.states; n0 += kTile) {
@@ -354,9 +363,11 @@ __device__ __forceinline__ void differentiate_head(const BackwardParams& params,
   const int64_t offset = state_offset(p, h.number, h.head);
   const GradientRows<T> g(p, h.chunk, h.head);
   const RowsOf<T> x(p.x, h.chunk, h.head, p.head_dim);
-  multiply_state<T>(p, smem, h, params.dC, smem.from_C, static_cast<const float*>(p.chunk_states) + offset, p.C, 0,
-                    smem.pieces.head_end, [&](int i, int d) { return g(i, d) * smem.steps.from_start[i]; });
-  multiply_state<T>(p, smem, h, params.dB, smem.from_B, params.G + offset, p.B, smem.pieces.tail, h.chunk.length,
+  multiply_state<T>(p, smem, h, params.dC, smem.from_C, static_cast<const float*>(p.chunk_states) + offset,
+                    p.C, 0, smem.pieces.head_end,
+                    [&](int i, int d) { return g(i, d) * smem.steps.from_start[i]; });
+  multiply_state<T>(p, smem, h, params.dB, smem.from_B, params.G + offset, p.B, smem.pieces.tail,
+                    h.chunk.length,
                     [&](int j, int d) { return x(j, d) * (smem.steps.to_end[j] * smem.steps.dt[j]); });
   multiply_states(params, smem, h);
   device::sync_block();
@@ -387,7 +398,8 @@ __device__ __forceinline__ void finish_group(const BackwardParams& params, Smem&
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) differentiate_kernel(const __grid_constant__ BackwardParams params) {
+__global__ void __launch_bounds__(kThreads)
+    differentiate_kernel(const __grid_constant__ BackwardParams params) {
   const SsdChunkScanParams& p = params.p;
   Smem& smem = device::shared_memory<Smem>();
   const int64_t task = int64_t{blockIdx.x} / params.blocks;
@@ -499,18 +511,20 @@ void ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, int device, Stream str
   const Kernel differentiate =
       pick(differentiate_kernel<float>, differentiate_kernel<fp16>, differentiate_kernel<bf16>);
   const Kernel sum_states = pick(sum_states_kernel<float>, sum_states_kernel<fp16>, sum_states_kernel<bf16>);
-  for (const Kernel kernel : {Kernel{pass_gradients_kernel}, Kernel{sum_heads_kernel}}) device::preload(kernel);
+  for (const Kernel kernel : {Kernel{pass_gradients_kernel}, Kernel{sum_heads_kernel}})
+    device::preload(kernel);
 
   const auto blocks_for = [](int64_t elements, int64_t each) { return (elements + each - 1) / each; };
   const int64_t chunks = ssd_chunk_count(p), numel = int64_t{p.states} * p.head_dim;
   const int64_t state_tiles = blocks_for(p.head_dim, kTile) * blocks_for(p.states, kTile);
   const int64_t weights = 2 + (p.dD == nullptr ? 0 : p.D_wide ? p.head_dim : 1);
   launch_over(chunk_gradients, chunks * p.heads * state_tiles, sizeof(Smem), stream, params);
-  launch_over(Kernel{pass_gradients_kernel}, blocks_for(p.sequences * p.heads * numel, kThreads), 0, stream, params);
+  launch_over(Kernel{pass_gradients_kernel}, blocks_for(p.sequences * p.heads * numel, kThreads), 0, stream,
+              params);
   launch_over(differentiate, chunks * p.groups * params.blocks, sizeof(Smem), stream, params);
   launch_over(sum_states, blocks_for(p.batch * p.length * p.groups * p.states, kThreads), 0, stream, params);
-  launch_over(Kernel{sum_heads_kernel}, blocks_for(p.heads * weights, kThreads / device::kWarpSize), 0, stream,
-              params);
+  launch_over(Kernel{sum_heads_kernel}, blocks_for(p.heads * weights, kThreads / device::kWarpSize), 0,
+              stream, params);
 }
 
 }  // namespace tilewright::scan

@@ -39,7 +39,8 @@ void update_state(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk&
   prepare_steps(p, s.steps, size, chunk, piece, head);
   read_rows(s.B_rows, size.states, p.B, p.dtype, chunk, piece, head / (p.heads / p.groups), p.states);
   read_rows(s.x, size.dims, p.x, p.dtype, chunk, piece, head, p.head_dim);
-  for (int j = 0; j < piece.count; ++j) scale_row(s.x + j * size.dims, s.steps.to_end[j] * s.steps.dt[j], size.dims);
+  for (int j = 0; j < piece.count; ++j)
+    scale_row(s.x + j * size.dims, s.steps.to_end[j] * s.steps.dt[j], size.dims);
   for_tiles<Real>(p.states, padded_columns<Real>(p.head_dim),
                   [&](auto tile, int n, int64_t d) __attribute__((always_inline)) {
                     Real* target = s.state + n * size.dims + d;
@@ -105,9 +106,9 @@ void scan_head(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& ch
   prepare_steps(p, s.steps, size, chunk, piece, head);
   read_rows(s.x, size.dims, p.x, p.dtype, chunk, piece, head, p.head_dim);
   decay_products(s);
-  const Real* state =
-      piece.continues ? operand_state(kept_state<Real>(p.chunk_states, p, number, head), s.state, p, size)
-                      : nullptr;
+  const Real* state = piece.continues
+                          ? operand_state(kept_state<Real>(p.chunk_states, p, number, head), s.state, p, size)
+                          : nullptr;
   for_tiles<Real>(piece.count, padded_columns<Real>(p.head_dim),
                   [&](auto tile, int i, int64_t d) __attribute__((always_inline)) {
                     tile.clear();

@@ -5,8 +5,8 @@
 //   3. outputs_kernel        a block per chunk, head and 64 of head_dim: the results
 //
 // Products run on the FMA units in fp32. Roofline: a step of a head costs 2 * (2 P N + Q N + Q P) FLOPs, Q =
-// kSsdChunk, at P 64, N 128 57 kFLOP, against 4 P bytes of x and out in 16 bits and 12 P N / Q of states: it is
-// bound by the FMA units.
+// kSsdChunk, at P 64, N 128 57 kFLOP, against 4 P bytes of x and out in 16 bits and 12 P N / Q of states: it
+// is bound by the FMA units.
 #include "scan/ssd_chunk_cuda.h"
 
 namespace tilewright::scan {
@@ -35,7 +35,8 @@ __device__ __forceinline__ Place place_of(const SsdChunkScanParams& p, int tiles
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) chunk_states_kernel(const __grid_constant__ SsdChunkScanParams p) {
+__global__ void __launch_bounds__(kThreads)
+    chunk_states_kernel(const __grid_constant__ SsdChunkScanParams p) {
   Smem& smem = device::shared_memory<Smem>();
   const int across = tiles(p.head_dim);
   const Place place = place_of(p, across * tiles(p.states));
@@ -90,8 +91,8 @@ __global__ void __launch_bounds__(kThreads) pass_states_kernel(const __grid_cons
 
 // left = C transposed, right = the state before the chunk: what it gives to each step.
 template <class T>
-__device__ __forceinline__ void add_state(Own& own, const SsdChunkScanParams& p, Smem& smem, const Place& place,
-                                          int d0) {
+__device__ __forceinline__ void add_state(Own& own, const SsdChunkScanParams& p, Smem& smem,
+                                          const Place& place, int d0) {
   const float* state = static_cast<const float*>(p.chunk_states) + state_offset(p, place.number, place.head);
   for (int n0 = 0; n0 < p.states; n0 += kTile) {
     device::sync_block();
@@ -127,8 +128,8 @@ __device__ __forceinline__ void decay_products(const SsdChunkScanParams& p, Smem
 }
 
 template <class T>
-__device__ __forceinline__ void finish_outputs(const SsdChunkScanParams& p, const Own& own, const Place& place,
-                                               int d0) {
+__device__ __forceinline__ void finish_outputs(const SsdChunkScanParams& p, const Own& own,
+                                               const Place& place, int d0) {
   const SsdChunk& chunk = place.chunk;
   each_own([&](int r, int c) {
     const int i = own_row() + r, d = d0 + own_column() + c;
@@ -179,10 +180,10 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const __grid_constant
 void ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, int device, Stream stream) {
   using device::Kernel;
   const device::DeviceGuard guard(device);
-  const auto states = by_dtype<SsdChunkScanParams>(p.dtype, chunk_states_kernel<float>, chunk_states_kernel<fp16>,
-                                                   chunk_states_kernel<bf16>);
-  const auto outputs =
-      by_dtype<SsdChunkScanParams>(p.dtype, outputs_kernel<float>, outputs_kernel<fp16>, outputs_kernel<bf16>);
+  const auto states = by_dtype<SsdChunkScanParams>(p.dtype, chunk_states_kernel<float>,
+                                                   chunk_states_kernel<fp16>, chunk_states_kernel<bf16>);
+  const auto outputs = by_dtype<SsdChunkScanParams>(p.dtype, outputs_kernel<float>, outputs_kernel<fp16>,
+                                                    outputs_kernel<bf16>);
   for (const auto kernel : {states, outputs}) device::preload(kernel);
   device::preload<SsdChunkScanParams>(pass_states_kernel);
   const int64_t tasks = ssd_chunk_count(p) * p.heads;

@@ -143,11 +143,11 @@ inline Piece last_piece(const SsdChunkScanParams& p, const SsdChunk& chunk) {
 // large sums are as exact as the sum of the steps between.
 template <class Real>
 struct Steps {
-  Real *raw, *dt;         // before and after softplus and clamp
-  Real *high, *low;       // cum
-  Real *from_start;       // exp(cum[i]): of the state before the piece, at step i
-  Real *to_end;           // exp(cum[last] - cum[i]): of step i, in the state after the piece
-  Real decay;             // exp(cum[last])
+  Real *raw, *dt;    // before and after softplus and clamp
+  Real *high, *low;  // cum
+  Real* from_start;  // exp(cum[i]): of the state before the piece, at step i
+  Real* to_end;      // exp(cum[last] - cum[i]): of step i, in the state after the piece
+  Real decay;        // exp(cum[last])
   int count;
 
   Steps(Arena& arena, const Extents<Real>& size) {

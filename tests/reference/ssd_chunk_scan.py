@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def ssd_chunk_scan(
                 None if initial_states is None else initial_states[i : i + 1],
                 None if seq_idx is None else seq_idx[:, a:b], None, dt_softplus, dt_limit,
             )
-            for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
+            for i, (a, b) in enumerate(pairwise(bounds))
         ]  # fmt: skip
         return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts])
     if dt_bias is not None:
@@ -57,3 +58,42 @@ def ssd_chunk_scan(
     if D is not None:
         y = y + (D if D.dim() == 2 else D[:, None]) * x
     return (y if z is None else y * silu(z)), h
+
+
+def chunked(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The same by products of matrices, a chunk at a time, without gate: low precision is held against it."""
+    batch, length, heads, head_dim = x.shape
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if dt_softplus:
+        dt = softplus(dt)
+    dt = dt.clamp(*dt_limit)
+    B, C = (t.repeat_interleave(heads // B.shape[2], dim=2) for t in (B, C))
+    h = x.new_zeros(batch, heads, head_dim, B.shape[3]) if initial_states is None else initial_states
+    ys = []
+    for start in range(0, length, chunk_size):
+        part = slice(start, start + chunk_size)
+        xs, Bs, Cs, dts = x[:, part], B[:, part], C[:, part], dt[:, part]
+        cum = (dts * A).cumsum(1).transpose(1, 2)
+        causal = torch.ones(cum.shape[2], cum.shape[2]).tril().bool()
+        decay = torch.exp((cum[..., :, None] - cum[..., None, :]).masked_fill(~causal, -math.inf))
+        scores = torch.einsum("bihn,bjhn->bhij", Cs, Bs) * decay * dts.transpose(1, 2)[:, :, None]
+        from_state = torch.einsum("bihn,bhpn->bihp", Cs, h) * torch.exp(cum).transpose(1, 2)[..., None]
+        ys.append(torch.einsum("bhij,bjhp->bihp", scores, xs) + from_state)
+        to_end = (torch.exp(cum[..., -1:] - cum) * dts.transpose(1, 2)).transpose(1, 2)
+        added = torch.einsum("bjhp,bjhn->bhpn", xs * to_end[..., None], Bs)
+        h = torch.exp(cum[..., -1])[..., None, None] * h + added
+    y = torch.cat(ys, 1) if ys else x
+    return (y if D is None else y + (D if D.dim() == 2 else D[:, None]) * x), h

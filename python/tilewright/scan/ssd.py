@@ -44,7 +44,7 @@ def ssd_chunk_scan(
         out[t] = y[t] * silu(z[t])
 
     Args:
-        x: ``(batch, length, heads, head_dim)``, float32, float16 or bfloat16, or float64 on a CPU; any strides.
+        x: ``(batch, length, heads, head_dim)``, float32, float16, bfloat16, or float64 on a CPU; any strides.
         dt: ``(batch, length, heads)``; computed with in float32, whatever its dtype.
         A: ``(heads,)``, usually negative; float32, as D and dt_bias are (others are converted).
         B: ``(batch, length, groups, state)``; `heads` is a multiple of `groups`, and head h reads group
@@ -58,9 +58,9 @@ def ssd_chunk_scan(
             is then the first sequence's. Default: zeros.
         seq_idx: int32 or int64 ``(batch, length)``. The state is dropped before each step whose value is not
             that of the step before; the initial state belongs to what comes first, whatever its number.
-        cu_seqlens: int32 or int64 ``(sequences + 1,)``, ascending from 0 to length; batch must be 1. Sequence s
-            is steps ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` and starts from its own initial state. On a CUDA
-            device the values are not looked at; wrong ones give wrong numbers, never a crash.
+        cu_seqlens: int32 or int64 ``(sequences + 1,)``, ascending from 0 to length; batch must be 1.
+            Sequence s is steps ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` and starts from its own initial
+            state. On a CUDA device the values are not looked at; wrong ones give wrong numbers, no crash.
         dt_softplus: whether dt goes through softplus.
         dt_limit: smallest and largest dt.
         return_final_states: also return the states after the last step of each batch row, or sequence.
@@ -70,20 +70,21 @@ def ssd_chunk_scan(
 
     Returns:
         out, ``(batch, length, heads, head_dim)`` of x's dtype; with states a tuple: (out, final_states),
-        (out, varlen_states) or (out, final_states, varlen_states), each ``(batch or sequences, heads, head_dim,
-        state)``.
+        (out, varlen_states) or (out, final_states, varlen_states), each
+        ``(batch or sequences, heads, head_dim, state)``.
 
-    Gradients flow to all floating-point arguments, also from the returned states. There is no second derivative,
-    vmap or torch.func.grad. Autocast changes nothing here: x keeps its dtype, states are float32.
+    Gradients flow to all floating-point arguments, also from the returned states. There is no second
+    derivative, vmap or torch.func.grad. Autocast changes nothing here: x keeps its dtype, states are float32.
 
     Raises:
         TypeError: a tensor is none, or has a dtype that is not allowed.
         ValueError: a shape or device that does not fit, or an option that is not allowed.
         NotImplementedError: a second derivative is asked for.
 
-    With `cu_seqlens`, mamba_ssm wants `return_varlen_states` and lets the state run on from sequence to sequence,
-    unless `seq_idx` says the same; here `cu_seqlens` alone separates sequences, its states are differentiable,
-    and final_states are those of every sequence (mamba_ssm: of the last one, here ``final_states[-1:]``).
+    With `cu_seqlens`, mamba_ssm wants `return_varlen_states` and lets the state run on from sequence to
+    sequence, unless `seq_idx` says the same; here `cu_seqlens` alone separates sequences, its states are
+    differentiable, and final_states are those of every sequence (mamba_ssm: of the last one, here
+    ``final_states[-1:]``).
 
     Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060).
     """
@@ -158,7 +159,8 @@ def mamba_split_conv1d_scan_combined(
 
     Args:
         zxbcdt: ``(batch, length, 2 * extra + 2 * dim + 2 * ngroups * state + heads)``, dim = heads * headdim.
-            The first 2 * extra columns, if any, become ``silu(first half) * second half`` in front of the result.
+            The first 2 * extra columns, if any, become ``silu(first half) * second half`` in front of the
+            result.
         conv1d_weight: ``(dim + 2 * ngroups * state, width)``.
         conv1d_bias: ``(dim + 2 * ngroups * state,)`` or None.
         dt_bias: ``(heads,)``.
@@ -194,13 +196,13 @@ def mamba_split_conv1d_scan_combined(
     conv_idx = None if seq_idx is None else seq_idx.to(torch.int32)
     xBC = _causal_conv1d(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, conv_idx, activation=activation)
     x, B, C = torch.split(xBC.transpose(1, 2), [dim, both, both], dim=-1)
-    gate = z.unflatten(-1, (heads, head_dim)) if rmsnorm_weight is None else None
+    gate = _split_last(z, heads, head_dim) if rmsnorm_weight is None else None
     scanned = ssd_chunk_scan(
-        x.unflatten(-1, (heads, head_dim)),
+        _split_last(x, heads, head_dim),
         dt,
         A,
-        B.unflatten(-1, (ngroups, states)),
-        C.unflatten(-1, (ngroups, states)),
+        _split_last(B, ngroups, states),
+        _split_last(C, ngroups, states),
         chunk_size,
         D=D,
         z=gate,
@@ -338,7 +340,8 @@ def _split_sizes(
     extra = zxbcdt.shape[2] - dim - convolved - heads
     if extra < 0 or extra % 2 != 0:
         raise ValueError(
-            f"zxbcdt must have {dim + convolved + heads} columns, or an even number more, got {zxbcdt.shape[2]}"
+            f"zxbcdt must have {dim + convolved + heads} columns, or an even number more, "
+            f"got {zxbcdt.shape[2]}"
         )
     return heads, headdim, (convolved - dim) // (2 * ngroups), extra // 2
 
@@ -351,6 +354,10 @@ def _causal_conv1d(*arguments: Any, **options: Any) -> Tensor:
     return result
 
 
+def _split_last(t: Tensor, outer: int, inner: int) -> Tensor:
+    return t.view(*t.shape[:-1], outer, inner)
+
+
 def _gated_rms_norm(
     y: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
@@ -359,6 +366,6 @@ def _gated_rms_norm(
     y, gate = y.to(wide), F.silu(z.to(wide))
     if not norm_before_gate:
         y = y * gate
-    groups = y.unflatten(-1, (-1, group_size))
+    groups = _split_last(y, y.shape[-1] // group_size, group_size)
     y = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight.to(wide)
     return (y * gate if norm_before_gate else y).to(dtype)

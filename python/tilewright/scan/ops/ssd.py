@@ -20,7 +20,8 @@ CHUNK = 64  # steps between kept states; kSsdChunk of the kernels
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-    "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max"
+    "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, "
+    "bool dt_softplus, float dt_min, float dt_max"
 )
 _NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states", "seq_idx", "cu_seqlens")
 
@@ -53,11 +54,8 @@ def _check_positions(x: Tensor, cu_seqlens: Tensor | None) -> None:
         return
     positions = cu_seqlens.tolist()
     if positions[0] != 0 or positions[-1] != x.shape[1] or sorted(positions) != positions:
-        raise ValueError(
-            f"cu_seqlens must ascend from 0 to the length {x.shape[1]}, got {positions[:4]} ... {positions[-4:]}"
-            if len(positions) > 8
-            else f"cu_seqlens must ascend from 0 to the length {x.shape[1]}, got {positions}"
-        )
+        shown = positions if len(positions) <= 8 else [*positions[:4], "...", *positions[-4:]]
+        raise ValueError(f"cu_seqlens must ascend from 0 to the length {x.shape[1]}, got {shown}")
 
 
 def _workspace(x: Tensor, B: Tensor, cu_seqlens: Tensor | None, backward: bool) -> Tensor:
@@ -114,7 +112,7 @@ def _fake_forward(
 
 
 def _empty_gradients(*inputs: Tensor | None) -> list[Tensor]:
-    """One for each of x, dt, A, B, C, D, z, dt_bias, initial_states; that of an absent one has no elements."""
+    """One for each of the nine differentiable inputs; that of an absent one has no elements."""
     x = inputs[0]
     assert x is not None
     return [x.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in inputs]
@@ -179,7 +177,8 @@ define(
     f"ssd_chunk_scan_fwd({_INPUTS}, bool keep_y) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _fake_forward
 )
 define(
-    f"ssd_chunk_scan_bwd(Tensor dout, Tensor? dfinal_states, {_INPUTS}, Tensor chunk_states, Tensor? y) -> Tensor[]",
+    f"ssd_chunk_scan_bwd(Tensor dout, Tensor? dfinal_states, {_INPUTS}, Tensor chunk_states, Tensor? y) "
+    "-> Tensor[]",
     _backward,
     _fake_backward,
 )
@@ -207,7 +206,9 @@ class SsdChunkScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the nine differentiable inputs."""
         if torch.is_grad_enabled():
-            raise NotImplementedError("ssd_chunk_scan has no second derivative: call backward without create_graph")
+            raise NotImplementedError(
+                "ssd_chunk_scan has no second derivative: call backward without create_graph"
+            )
         *inputs, chunk_states, y = ctx.saved_tensors
         dout, dfinal_states = grads
         if dout is None:

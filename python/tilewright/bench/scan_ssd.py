@@ -1,0 +1,124 @@
+"""Mamba-2's scan beside mamba_ssm and the plain PyTorch form that transformers runs without kernels.
+
+A step of a head, with P = head_dim, N = state, Q = 64 (the kernels' chunk) and R heads a group, takes
+
+    forward    2 * (2 P N + Q P / 2 + Q N / (2 R))               multiplications and additions
+    backward   2 * (4 P N + Q P + 3 Q N / (2 R))                 more
+
+and must move x and out (x, out, dout and dx in training), dt, and its share of B and C.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .case import OURS, Case, Contender, Unavailable
+
+_CHUNK = 64
+_USER_CHUNK = 256  # the chunk_size that models are configured with
+Call = Callable[[], object]
+
+
+def ssd_cases(device: torch.device, quick: bool) -> list[Case]:
+    """Forward and training, of the sizes of mamba2-130m (24 heads) and, on a GPU, mamba2-2.7b (80)."""
+    if device.type == "cuda":
+        shapes = [(8, 512 if quick else 4096, 80)]
+        dtype = torch.bfloat16
+    else:
+        shapes = [(1, 256 if quick else 2048, 24)]
+        dtype = torch.float32
+    return [_case(device, dtype, *shape, train) for shape in shapes for train in (False, True)]
+
+
+def _case(device: torch.device, dtype: torch.dtype, batch: int, length: int, heads: int, train: bool) -> Case:
+    head_dim, states, groups = 64, 128, 1
+
+    def arguments() -> dict[str, Tensor]:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            made = torch.randn(shape, generator=generator, device=device).to(of)
+            return made.requires_grad_(train)
+
+        return {
+            "x": normal(batch, length, heads, head_dim),
+            "dt": normal(batch, length, heads),
+            "A": torch.arange(1.0, heads + 1, device=device).neg().requires_grad_(train),
+            "B": normal(batch, length, groups, states),
+            "C": normal(batch, length, groups, states),
+            "D": normal(heads, of=torch.float32),
+            "dt_bias": normal(heads, of=torch.float32),
+        }
+
+    def setup(scan: Callable[..., Any]) -> Call:
+        inputs = arguments()
+
+        def forward() -> Any:
+            return scan(**inputs, chunk_size=_USER_CHUNK, dt_softplus=True)
+
+        if not train:
+            return forward
+        gradient = torch.randn_like(forward())
+
+        def step() -> object:
+            return torch.autograd.grad(forward(), list(inputs.values()), gradient)
+
+        return step
+
+    steps = batch * length
+    forward_bytes = steps * (
+        heads * (2 * head_dim * dtype.itemsize + 4) + 2 * groups * states * dtype.itemsize
+    )
+    moved = forward_bytes * (2.5 if train else 1.0)
+    per_group = heads // groups
+    forward_flops = 2 * head_dim * states + _CHUNK * head_dim / 2 + _CHUNK * states / per_group / 2
+    backward_flops = 4 * head_dim * states + _CHUNK * head_dim + 3 * _CHUNK * states / per_group / 2
+    flops = 2.0 * steps * heads * (forward_flops + (backward_flops if train else 0))
+    name = str(dtype).removeprefix("torch.")
+    what = "train" if train else "forward"
+    return Case(
+        f"ssd-chunk-scan-{what}-{name}",
+        f"ssd_chunk_scan {what}, {batch} x {length} x {heads} heads, {name}",
+        [
+            Contender(OURS, lambda: setup(_ours()), moved),
+            Contender("transformers", lambda: setup(_transformers()), moved),
+            Contender("mamba_ssm", lambda: setup(_mamba_ssm(device)), moved),
+        ],
+        flops,
+        sizes={
+            "batch": batch, "length": length, "heads": heads, "head_dim": head_dim, "state": states,
+            "groups": groups, "dtype": name,
+        },
+    )  # fmt: skip
+
+
+def _ours() -> Callable[..., Any]:
+    from tilewright.scan import ssd_chunk_scan
+
+    return ssd_chunk_scan
+
+
+def _transformers() -> Callable[..., Any]:
+    """The torch form that its Mamba-2 falls back to."""
+    try:
+        modeling = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+        scan: Callable[..., Any] = modeling.mamba2_chunk_scan
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(f"transformers' Mamba-2 in its 5.23 form is not here: {error}") from None
+    return lambda x, **options: scan(x, **options)
+
+
+def _mamba_ssm(device: torch.device) -> Callable[..., Any]:
+    if device.type != "cuda":
+        raise Unavailable("mamba_ssm has no CPU kernels")
+    try:
+        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    except ImportError as error:
+        raise Unavailable(f"mamba_ssm is not installed: {error}") from None
+    scan: Callable[..., Any] = module.mamba_chunk_scan_combined
+    return scan
