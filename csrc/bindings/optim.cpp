@@ -231,7 +231,10 @@ class OptimizerPlan {
     check_numel(step, 1, Label("param", id, "state 'step'"));
     row.step = static_cast<int64_t*>(step.data);
     add_states(arguments, row, p, state, id);
-    num_tiles_ += optim::tiles_of(row);
+    const int64_t tiles = (row.numel + row.block_size - 1) / row.block_size;
+    check_value(tiles < int64_t{1} << 31, "param ", id, ": has ", row.numel, " elements, too many");
+    row.num_tiles = uint32_t(tiles);
+    num_tiles_ += tiles;
     rows_.push_back(row);
     grads_.push_back(g.data);
   }

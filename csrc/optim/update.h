@@ -52,7 +52,8 @@ struct alignas(16) Row {
   int32_t group;
   int32_t id;       // the parameter's number in its optimizer, the same in every step
   int32_t general;  // 8-bit states with a map or a block size other than the usual ones
-  int32_t unused[3];
+  uint32_t num_tiles;
+  int32_t unused[2];
 };
 
 // What the update of one row needs, in the precision it computes in.
@@ -70,7 +71,7 @@ struct alignas(16) Coefficients {
   int32_t stochastic;
   uint32_t seed[2];
   uint32_t step;
-  int32_t unused[1];
+  int32_t id;  // the row's
 };
 
 // Scalars of a step that concern all rows.
@@ -89,8 +90,6 @@ struct UpdateParams {
   Coefficients* coefficients;  // [num_rows]
   Algorithm algorithm;
 };
-
-static inline int64_t tiles_of(const Row& row) { return (row.numel + row.block_size - 1) / row.block_size; }
 
 // Sum of squares of all gradients, the same bits for any number of threads.
 double squared_norm(const UpdateParams&, int threads);
