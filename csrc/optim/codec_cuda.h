@@ -40,11 +40,10 @@ struct alignas(16) CodecTables {
 };
 
 template <class T>
-__device__ __forceinline__ void copy_table(T* shared, const T* global, int count) {
+__device__ __forceinline__ void copy_table(T* to, const T* from, int count) {
   using Four = device::Vector<T, 4>;
   for (int i = int(threadIdx.x); i < count / 4; i += kThreads) {
-    device::store(reinterpret_cast<Four*>(shared) + i,
-                  device::load(reinterpret_cast<const Four*>(global) + i));
+    device::store(reinterpret_cast<Four*>(to) + i, device::load(reinterpret_cast<const Four*>(from) + i));
   }
 }
 

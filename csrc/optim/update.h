@@ -99,7 +99,8 @@ void step_cpu(const UpdateParams&, const Group* groups, const StepParams&, int t
 
 // A step on the GPU. `rows` is host memory; workspace is device memory of workspace_bytes(num_rows). The
 // table of rows travels to the device only when `upload` says that it differs from what the workspace holds;
-// gradients' addresses travel as kernel parameters, so fresh gradients cost neither a copy nor an allocation.
+// it and the gradients' addresses travel as kernel parameters, so fresh gradients cost neither a copy nor an
+// allocation, and a captured step needs no host memory when it is replayed.
 constexpr int64_t kMaxPartials = 4096;  // of the gradient norm
 static inline int64_t workspace_bytes(int64_t num_rows) {
   return kMaxPartials * int64_t(sizeof(double)) + num_rows * int64_t(sizeof(Row) + sizeof(Coefficients));

@@ -35,6 +35,17 @@ struct Slice {
 };
 static_assert(sizeof(Slice) <= device::kMaxParamsBytes);
 
+constexpr int kMaxRows = 288;  // rows a launch of the upload kernel
+
+// The table travels as kernel parameters: a captured graph holds a copy of those, where it would hold only
+// the address of memory that is copied from.
+struct Upload {
+  Row* destination;
+  int32_t num_rows;
+  Row rows[kMaxRows];
+};
+static_assert(sizeof(Upload) <= device::kMaxParamsBytes);
+
 struct CoefficientsLaunch {
   Row* rows;
   Coefficients* coefficients;
@@ -408,6 +419,11 @@ __global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3)
   });
 }
 
+__global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ Upload p) {
+  copy_table(reinterpret_cast<uint32_t*>(p.destination), reinterpret_cast<const uint32_t*>(p.rows),
+             p.num_rows * int(sizeof(Row) / sizeof(uint32_t)));
+}
+
 // The sum over the thread block, in a fixed order, given to every thread.
 __device__ __forceinline__ double sum_over_block(NormSmem& smem, double value) {
   for (int distance = 16; distance > 0; distance /= 2) value += device::shfl_xor(value, distance);
@@ -526,6 +542,16 @@ void for_slices(const UpdateParams& p, const Layout& layout, const Body& body) {
   }
 }
 
+void launch_upload(const UpdateParams& p, const Layout& layout, Stream stream) {
+  for (int64_t first = 0; first < p.num_rows; first += kMaxRows) {
+    Upload upload;
+    upload.destination = layout.rows + first;
+    upload.num_rows = int32_t(p.num_rows - first < kMaxRows ? p.num_rows - first : kMaxRows);
+    for (int i = 0; i < upload.num_rows; ++i) upload.rows[i] = p.rows[first + i];
+    device::launch(upload_kernel, dim3(1), dim3(kThreads), 0, stream, upload);
+  }
+}
+
 int64_t launch_norm(const UpdateParams& p, Layout layout, int device, Stream stream) {
   int64_t partials = 0;
   for_slices(p, layout, [&](Slice& slice) {
@@ -567,10 +593,11 @@ void step_cuda(const UpdateParams& p, const Group* groups, int64_t num_groups, c
   const device::Kernel<Slice> usual = kernel_of<false>(p.algorithm), general = kernel_of<true>(p.algorithm);
   device::preload(usual);
   device::preload(general);
+  device::preload(upload_kernel);
   device::preload(norm_kernel);
   device::preload(coefficients_kernel);
   const Layout layout(workspace, p.num_rows);
-  if (upload) device::copy_to_device(layout.rows, p.rows, size_t(p.num_rows) * sizeof(Row), stream);
+  if (upload) launch_upload(p, layout, stream);
   const int64_t partials = params.max_grad_norm >= 0 ? launch_norm(p, layout, device, stream) : 0;
   launch_coefficients(p, groups, num_groups, params, layout, partials, stream);
   for_slices(p, layout, [&](const Slice& slice) {
