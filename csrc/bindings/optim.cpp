@@ -151,8 +151,9 @@ class OptimizerPlan {
     return on_gpu_ && count != 0 ? optim::workspace_bytes(int64_t(count)) : 0;
   }
 
-  void step(const py::list& groups, py::handle workspace, py::handle grad_scale, py::handle found_inf,
-            std::optional<double> max_grad_norm, uint64_t seed, int threads) {
+  // `captured`: the step is recorded into a CUDA graph, with a workspace of its own that holds nothing yet.
+  void step(const py::list& groups, py::handle workspace, bool captured, py::handle grad_scale,
+            py::handle found_inf, std::optional<double> max_grad_norm, uint64_t seed, int threads) {
     if (rows_.empty()) return;
     Arguments arguments;
     std::vector<optim::Group> read;
@@ -173,7 +174,7 @@ class OptimizerPlan {
       const TensorView memory = arguments.tensor(workspace, "workspace");
       check_value(memory.numel() >= optim::workspace_bytes(int64_t(rows_.size())), "workspace: too small");
       device_memory = memory.data;
-      upload = uploaded_to_ != device_memory || uploaded_.size() != rows_.size() ||
+      upload = captured || uploaded_to_ != device_memory || uploaded_.size() != rows_.size() ||
                std::memcmp(uploaded_.data(), rows_.data(), rows_.size() * sizeof(optim::Row)) != 0;
     }
     {
@@ -183,7 +184,7 @@ class OptimizerPlan {
              optim::step_cuda(update, read.data(), int64_t(read.size()), params, device_memory, upload,
                               device_.index, stream_));
     }
-    if (upload) {
+    if (upload && !captured) {
       uploaded_ = rows_;
       uploaded_to_ = device_memory;
     }
@@ -231,7 +232,10 @@ class OptimizerPlan {
     check_numel(step, 1, Label("param", id, "state 'step'"));
     row.step = static_cast<int64_t*>(step.data);
     add_states(arguments, row, p, state, id);
-    num_tiles_ += optim::tiles_of(row);
+    const int64_t tiles = (row.numel + row.block_size - 1) / row.block_size;
+    check_value(tiles < int64_t{1} << 31, "param ", id, ": has ", row.numel, " elements, too many");
+    row.num_tiles = uint32_t(tiles);
+    num_tiles_ += tiles;
     rows_.push_back(row);
     grads_.push_back(g.data);
   }
@@ -361,7 +365,7 @@ void bind_optim(py::module_& m) {
       .def("bind", &OptimizerPlan::bind, py::arg("params"), py::arg("grads"), py::arg("states"),
            py::arg("groups"), py::arg("ids"))
       .def("step", &OptimizerPlan::step, py::arg("groups"), py::arg("workspace").none(true),
-           py::arg("grad_scale").none(true), py::arg("found_inf").none(true),
+           py::arg("captured"), py::arg("grad_scale").none(true), py::arg("found_inf").none(true),
            py::arg("max_grad_norm").none(true), py::arg("seed"), py::arg("threads"));
 }
 

@@ -35,6 +35,8 @@ __device__ __forceinline__ float log1p(float a) { return ::log1pf(a); }
 
 #if TILEWRIGHT_EMULATED
 
+inline uint32_t fresh(uint32_t value) { return value; }
+
 inline uint32_t float_bits(float value) { return bits_of(value); }
 inline float bits_float(uint32_t bits) { return float_of(bits); }
 
@@ -74,6 +76,13 @@ inline uint32_t dot4(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 #else
+
+// The same value, which the compiler takes for a new one: what was derived from it before is derived anew
+// instead of being kept in registers all the way.
+__device__ __forceinline__ uint32_t fresh(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 __device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -40,11 +40,10 @@ struct alignas(16) CodecTables {
 };
 
 template <class T>
-__device__ __forceinline__ void copy_table(T* shared, const T* global, int count) {
+__device__ __forceinline__ void copy_table(T* to, const T* from, int count) {
   using Four = device::Vector<T, 4>;
   for (int i = int(threadIdx.x); i < count / 4; i += kThreads) {
-    device::store(reinterpret_cast<Four*>(shared) + i,
-                  device::load(reinterpret_cast<const Four*>(global) + i));
+    device::store(reinterpret_cast<Four*>(to) + i, device::load(reinterpret_cast<const Four*>(from) + i));
   }
 }
 
@@ -184,17 +183,11 @@ __device__ __forceinline__ uint32_t encode_word(float x, device::SharedAddress b
   return negative ? kZero + 0xffffu - k : kZero + k;  // byte 2: 127 - k, 127 + k
 }
 
-// Eight values as codes of x / absmax.
-template <bool kSigned, SmallValues kSmall = SmallValues::kNearest>
-__device__ __forceinline__ LaneCodes encode_lane(float (&x)[kLaneElements], float absmax,
-                                                 const CodecTables& tables) {
+// Eight values as codes of x * reciprocal.
+template <bool kSigned, SmallValues kSmall>
+__device__ __forceinline__ LaneCodes encode_scaled(const float (&x)[kLaneElements], float reciprocal,
+                                                   const CodecTables& tables) {
   const device::SharedAddress buckets = device::shared_address(tables.buckets);
-  if (absmax < kTinyAbsmax) [[unlikely]] {
-#pragma unroll
-    for (int i = 0; i < kLaneElements; ++i) x[i] *= kTinyScale;
-    absmax *= kTinyScale;
-  }
-  const float reciprocal = absmax == 0.0f ? 0.0f : device::div_rn(1.0f, absmax);
   LaneCodes codes;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -206,6 +199,31 @@ __device__ __forceinline__ LaneCodes encode_lane(float (&x)[kLaneElements], floa
     codes.word[half] = device::byte_permute(low, high, 0x5410u);
   }
   return codes;
+}
+
+// Eight values as codes of x / absmax.
+template <bool kSigned, SmallValues kSmall = SmallValues::kNearest>
+__device__ __forceinline__ LaneCodes encode_lane(float (&x)[kLaneElements], float absmax,
+                                                 const CodecTables& tables) {
+  if (absmax < kTinyAbsmax) [[unlikely]] {
+#pragma unroll
+    for (int i = 0; i < kLaneElements; ++i) x[i] *= kTinyScale;
+    absmax *= kTinyScale;
+  }
+  return encode_scaled<kSigned, kSmall>(x, absmax == 0.0f ? 0.0f : device::div_rn(1.0f, absmax), tables);
+}
+
+// Whether quick_reciprocal will do: from kTinyAbsmax to 2^100, so not for 0, infinity and NaN.
+__device__ __forceinline__ bool is_ordinary(float absmax) {
+  constexpr uint32_t kFirst = std::bit_cast<uint32_t>(kTinyAbsmax), kLast = std::bit_cast<uint32_t>(0x1p100f);
+  return device::float_bits(absmax) - kFirst <= kLast - kFirst;
+}
+
+// Within one unit in the last place (a Newton step on the hardware's approximation), and a third of the
+// instructions of a division.
+__device__ __forceinline__ float quick_reciprocal(float x) {
+  const float r = device::rcp_approx(x);
+  return device::fma_rn(device::fma_rn(-x, r, 1.0f), r, r);
 }
 
 // Any other ascending map lies in global memory.

@@ -20,8 +20,9 @@ TW_HOST_DEVICE static inline double clip_factor(double norm, double max_norm) {
 }
 
 // `step` counts this one. `squared` is the sum of squares of all gradients as they come, scaled or not.
-TW_HOST_DEVICE static inline Coefficients coefficients(Algorithm algorithm, const Group& group, int64_t step,
-                                                       const StepParams& params, double squared) {
+TW_HOST_DEVICE static inline Coefficients coefficients(Algorithm algorithm, const Group& group, int32_t id,
+                                                       int64_t step, const StepParams& params,
+                                                       double squared) {
   const double lr = group.device_lr != nullptr ? double(*group.device_lr) : group.lr;
   double scale = params.grad_scale != nullptr ? 1.0 / double(*params.grad_scale) : 1.0;
   if (params.max_grad_norm >= 0) scale *= clip_factor(sqrt(squared) * scale, params.max_grad_norm);
@@ -49,6 +50,7 @@ TW_HOST_DEVICE static inline Coefficients coefficients(Algorithm algorithm, cons
   c.seed[0] = uint32_t(params.seed);
   c.seed[1] = uint32_t(params.seed >> 32);
   c.step = uint32_t(step);
+  c.id = id;
   return c;
 }
 
@@ -76,9 +78,10 @@ TW_HOST_DEVICE static inline PhiloxWords philox(uint32_t c0, uint32_t c1, uint32
   return {{c0, c1, c2, c3}};
 }
 
-// 128 random bits for elements 8 * octet .. 8 * octet + 7 of parameter `id`: 16 each, lower half-words first.
-TW_HOST_DEVICE static inline PhiloxWords random_octet(const Coefficients& c, int32_t id, int64_t octet) {
-  return philox(uint32_t(octet), uint32_t(uint64_t(octet) >> 32), c.step, uint32_t(id), c.seed[0], c.seed[1]);
+// 128 random bits for elements 8 * octet .. 8 * octet + 7 of a parameter: 16 each, lower half-words first.
+TW_HOST_DEVICE static inline PhiloxWords random_octet(const Coefficients& c, int64_t octet) {
+  return philox(uint32_t(octet), uint32_t(uint64_t(octet) >> 32), c.step, uint32_t(c.id), c.seed[0],
+                c.seed[1]);
 }
 
 }  // namespace tilewright::optim

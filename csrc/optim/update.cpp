@@ -27,7 +27,7 @@ void step_cpu(const UpdateParams& p, const Group* groups, const StepParams& para
   for (int64_t i = 0; i < p.num_rows; ++i) {
     const Row& row = p.rows[i];
     *row.step += 1;
-    p.coefficients[i] = coefficients(p.algorithm, groups[row.group], *row.step, params, squared);
+    p.coefficients[i] = coefficients(p.algorithm, groups[row.group], row.id, *row.step, params, squared);
   }
   TW_CALL_CPU(update_cpu, p, threads);
 }

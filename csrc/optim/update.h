@@ -52,7 +52,8 @@ struct alignas(16) Row {
   int32_t group;
   int32_t id;       // the parameter's number in its optimizer, the same in every step
   int32_t general;  // 8-bit states with a map or a block size other than the usual ones
-  int32_t unused[3];
+  uint32_t num_tiles;
+  int32_t unused[2];
 };
 
 // What the update of one row needs, in the precision it computes in.
@@ -70,7 +71,7 @@ struct alignas(16) Coefficients {
   int32_t stochastic;
   uint32_t seed[2];
   uint32_t step;
-  int32_t unused[1];
+  int32_t id;  // the row's
 };
 
 // Scalars of a step that concern all rows.
@@ -90,8 +91,6 @@ struct UpdateParams {
   Algorithm algorithm;
 };
 
-static inline int64_t tiles_of(const Row& row) { return (row.numel + row.block_size - 1) / row.block_size; }
-
 // Sum of squares of all gradients, the same bits for any number of threads.
 double squared_norm(const UpdateParams&, int threads);
 
@@ -100,7 +99,8 @@ void step_cpu(const UpdateParams&, const Group* groups, const StepParams&, int t
 
 // A step on the GPU. `rows` is host memory; workspace is device memory of workspace_bytes(num_rows). The
 // table of rows travels to the device only when `upload` says that it differs from what the workspace holds;
-// gradients' addresses travel as kernel parameters, so fresh gradients cost neither a copy nor an allocation.
+// it and the gradients' addresses travel as kernel parameters, so fresh gradients cost neither a copy nor an
+// allocation, and a captured step needs no host memory when it is replayed.
 constexpr int64_t kMaxPartials = 4096;  // of the gradient norm
 static inline int64_t workspace_bytes(int64_t num_rows) {
   return kMaxPartials * int64_t(sizeof(double)) + num_rows * int64_t(sizeof(Row) + sizeof(Coefficients));

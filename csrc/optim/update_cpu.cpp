@@ -235,7 +235,7 @@ void update_tile(const Row& row, const void* grads, const Coefficients& c, int64
   const bool stochastic = c.stochastic && sizeof(T) == 2;
   alignas(64) PhiloxWords random[kMaxBlock / 8];
   if (stochastic) {
-    for (int64_t i = 0; i * 8 < count; ++i) random[i] = random_octet(c, row.id, begin / 8 + i);
+    for (int64_t i = 0; i * 8 < count; ++i) random[i] = random_octet(c, begin / 8 + i);
   }
   Span<T> span{static_cast<const T*>(grads) + begin, static_cast<T*>(row.param) + begin, nullptr, nullptr,
                reinterpret_cast<const uint16_t*>(random)};

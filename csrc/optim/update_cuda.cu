@@ -26,14 +26,25 @@ struct Slice {
   const Row* rows;
   Coefficients* coefficients;
   double* partials;
-  int64_t first_tile;
+  int64_t end_tile;  // first_tile of the row after the last
   int64_t num_tiles;
-  int32_t num_rows;
+  uint32_t num_rows;
   int32_t coded;    // some row has 8-bit states
   int32_t general;  // some row is of the general kind
   const void* grads[kMaxGrads];
 };
 static_assert(sizeof(Slice) <= device::kMaxParamsBytes);
+
+constexpr int kMaxRows = 288;  // rows a launch of the upload kernel
+
+// The table travels as kernel parameters: a captured graph holds a copy of those, where it would hold only
+// the address of memory that is copied from.
+struct Upload {
+  Row* destination;
+  int32_t num_rows;
+  Row rows[kMaxRows];
+};
+static_assert(sizeof(Upload) <= device::kMaxParamsBytes);
 
 struct CoefficientsLaunch {
   Row* rows;
@@ -71,36 +82,56 @@ __device__ __forceinline__ T load_struct(const T* address) {
   return value;
 }
 
-// The warp's tiles: every (grid's warps)-th one of the slice. Calls body(row index in the slice, tile within
-// the row).
+// A row's coefficients in registers, but for those that are seldom needed.
+struct Factors : Coefficients {
+  const Coefficients* all;
+  uint32_t row;
+  bool adjusts_grad;
+
+  __device__ __forceinline__ Factors(const Coefficients* coefficients, uint32_t index)
+      : Coefficients(load_struct(coefficients + index)),
+        all(coefficients),
+        row(index),
+        adjusts_grad(grad_scale != 1.0f || l2 != 0.0f) {}
+
+  __device__ __forceinline__ const Coefficients& in_memory() const { return all[device::fresh(row)]; }
+};
+
+// A warp's next tile, counted from the first one of the row that it is at.
+struct Tiles {
+  uint32_t next, step;
+
+  // Calls body(tile) for those before `last`. (A reference: what lies in memory is not kept in a register.)
+  template <class Body>
+  __device__ __forceinline__ void visit(const uint32_t& last, const Body& body) {
+    for (; next < last; next += step) body(next);
+  }
+};
+
+// A warp takes every (grid's warps)-th tile of the slice. Calls body(row index in the slice, tiles) for each
+// row that it has tiles of: what is the same for all of them is then read once.
 template <class Body>
-__device__ __forceinline__ void for_tiles(const Slice& slice, const Body& body) {
-  const int64_t warps = int64_t{gridDim.x} * kWarps;
-  const int64_t end = slice.first_tile + slice.num_tiles;
-  int64_t tile = slice.first_tile + int64_t{blockIdx.x} * kWarps + device::warp_id();
-  int row = 0;
-  int64_t row_begin = slice.first_tile;
-  int64_t row_end = slice.num_rows > 1 ? slice.rows[1].first_tile : end;
-  for (; tile < end; tile += warps) {
-    while (tile >= row_end) {
-      ++row;
-      row_begin = row_end;
-      row_end = row + 1 < slice.num_rows ? slice.rows[row + 1].first_tile : end;
-    }
-    body(row, tile - row_begin);
+__device__ __forceinline__ void for_rows(const Slice& slice, const Body& body) {
+  Tiles tiles{blockIdx.x * kWarps + device::warp_id(), gridDim.x * kWarps};
+  for (uint32_t row = 0; row < slice.num_rows; ++row) {
+    if (tiles.next >= slice.end_tile - slice.rows[row].first_tile) return;
+    if (tiles.next < slice.rows[row].num_tiles) body(row, tiles);
+    const uint32_t num_tiles = slice.rows[row].num_tiles;
+    tiles.visit(num_tiles, [](uint32_t) {});  // of a row that the body left out
+    tiles.next -= num_tiles;
   }
 }
 
 // What the states are multiplied with before the gradient is added.
 template <Algorithm kAlgorithm>
-__device__ __forceinline__ float state1_factor(const Coefficients& c) {
+__device__ __forceinline__ float state1_factor(const Factors& c) {
   return kAlgorithm == Algorithm::kLion ? 1.0f : c.beta1;
 }
 
 // The parameter after the step. s1 and s2 come multiplied with state1_factor and beta2 and leave as the new
 // states.
 template <Algorithm kAlgorithm>
-__device__ __forceinline__ float updated(const Coefficients& c, float g, float p, float& s1, float& s2) {
+__device__ __forceinline__ float updated(const Factors& c, float g, float p, float& s1, float& s2) {
   if constexpr (kAlgorithm == Algorithm::kAdam) {
     s1 = device::fma_rn(c.one_minus_beta1, g, s1);
     s2 = device::fma_rn(c.one_minus_beta2 * g, g, s2);
@@ -134,11 +165,11 @@ __device__ __forceinline__ float stochastic_fp16(float x, uint32_t random) {
 }
 
 template <bool kWhole, class T>
-__device__ __forceinline__ void store_params(T* param, float (&p)[kLaneElements], const Coefficients& c,
-                                             int32_t id, const Lane& lane) {
+__device__ __forceinline__ void store_params(T* param, float (&p)[kLaneElements], const Factors& c,
+                                             const Lane& lane) {
   if constexpr (sizeof(T) == 2) {
     if (c.stochastic) {
-      const PhiloxWords random = random_octet(c, id, lane.offset / kLaneElements);
+      const PhiloxWords random = random_octet(c.in_memory(), lane.offset / kLaneElements);
 #pragma unroll
       for (int i = 0; i < kLaneElements; ++i) {
         const uint32_t bits = random.word[i / 2] >> (16 * (i % 2)) & 0xffffu;
@@ -152,20 +183,21 @@ __device__ __forceinline__ void store_params(T* param, float (&p)[kLaneElements]
 }
 
 template <Algorithm kAlgorithm, bool kWhole, class T>
-__device__ __forceinline__ void update_lane(const Coefficients& c, const T* grad, const T* param, Lane lane,
+__device__ __forceinline__ void update_lane(const Factors& c, const T* grad, const T* param, Lane lane,
                                             float (&p)[kLaneElements], float (&s1)[kLaneElements],
                                             float (&s2)[kLaneElements]) {
   float g[kLaneElements];
   load_lane<kWhole>(g, grad + lane.offset, lane.count);
   load_lane<kWhole>(p, param + lane.offset, lane.count);
-  // Both are the exception; a branch that the whole warp takes costs less than sixteen idle instructions.
-  if (c.grad_scale != 1.0f) [[unlikely]] {
+  // One branch that the whole warp takes or not: it costs less than two instructions an element that do
+  // nothing.
+  if (c.adjusts_grad) [[unlikely]] {
+    const float scale = c.in_memory().grad_scale, l2 = c.in_memory().l2;
 #pragma unroll
-    for (int i = 0; i < kLaneElements; ++i) g[i] *= c.grad_scale;
-  }
-  if (c.l2 != 0.0f) [[unlikely]] {
-#pragma unroll
-    for (int i = 0; i < kLaneElements; ++i) g[i] = device::fma_rn(c.l2, p[i], g[i]);
+    for (int i = 0; i < kLaneElements; ++i) {
+      g[i] *= scale;
+      if (l2 != 0.0f) g[i] = device::fma_rn(l2, p[i], g[i]);
+    }
   }
 #pragma unroll
   for (int i = 0; i < kLaneElements; ++i) p[i] = updated<kAlgorithm>(c, g[i], p[i], s1[i], s2[i]);
@@ -204,13 +236,13 @@ __device__ __forceinline__ void clear_absent(float (&s)[kLaneElements], const La
 // The usual case: 256 elements, the built-in maps, everything in registers between one read and one write.
 // kWhole: no element is missing and every address allows its widest access.
 template <Algorithm kAlgorithm, bool kWhole, class T>
-__device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& row, const Coefficients& c,
-                                                  const T* grad, int64_t tile) {
+__device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& row, const Factors& c,
+                                                  const T* grad, uint32_t tile) {
   constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
   T* param = static_cast<T*>(row.param);
   uint8_t* codes1 = static_cast<uint8_t*>(row.state1);
   uint8_t* codes2 = static_cast<uint8_t*>(row.state2);
-  const Lane lane = lane_of(tile * kWarpElements, row.numel);
+  const Lane lane = lane_of(int64_t{tile} * kWarpElements, row.numel);
   const LaneCodes old1 = load_codes<kWhole>(codes1 + lane.offset, lane.count);
   const LaneCodes old2 = kTwo ? load_codes<kWhole>(codes2 + lane.offset, lane.count) : LaneCodes{};
   float p[kLaneElements], s1[kLaneElements], s2[kLaneElements] = {};
@@ -218,35 +250,42 @@ __device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& r
   if (!kWhole) clear_absent(s1, lane);
   if (kTwo) decode_lane(s2, old2, smem.unsigned_tables, row.absmax2[tile] * c.beta2);
   update_lane<kAlgorithm, kWhole>(c, grad, param, lane, p, s1, s2);
-  store_params<kWhole>(param, p, c, row.id, lane);
+  store_params<kWhole>(param, p, c, lane);
 
   float absmax1 = warp_absmax(s1, 0.0f);
-  float absmax2 = kTwo ? warp_absmax(s2, 0.0f) : 0.0f;
-  if (is_infinite(absmax1) || is_infinite(absmax2)) [[unlikely]] {
+  float absmax2 = kTwo ? warp_absmax(s2, 0.0f) : 1.0f;
+  const auto finish = [&](LaneCodes new1, LaneCodes new2) {
+    store_codes<kWhole>(codes1 + lane.offset, new1, lane.count);
+    if (kTwo) store_codes<kWhole>(codes2 + lane.offset, new2, lane.count);
+    if (device::lane_id() == 0) row.absmax1[tile] = absmax1;
+    if (kTwo && device::lane_id() == 0) row.absmax2[tile] = absmax2;
+  };
+  if (kWhole && is_ordinary(absmax1) && is_ordinary(absmax2)) [[likely]] {
+    return finish(
+        encode_scaled<true, SmallValues::kNearest>(s1, quick_reciprocal(absmax1), smem.signed_tables),
+        kTwo ? encode_scaled<false, SmallValues::kPositive>(s2, quick_reciprocal(absmax2),
+                                                            smem.unsigned_tables)
+             : LaneCodes{});
+  }
+  if (is_infinite(absmax1) || is_infinite(absmax2)) {
     drop_nonfinite(s1, s2);
     absmax1 = warp_absmax(s1, 0.0f);
     if (kTwo) absmax2 = warp_absmax(s2, 0.0f);
   }
-  store_codes<kWhole>(codes1 + lane.offset, encode_lane<true>(s1, absmax1, smem.signed_tables), lane.count);
-  if (device::lane_id() == 0) row.absmax1[tile] = absmax1;
-  if constexpr (kTwo) {
-    store_codes<kWhole>(codes2 + lane.offset,
-                        encode_lane<false, SmallValues::kPositive>(s2, absmax2, smem.unsigned_tables),
-                        lane.count);
-    if (device::lane_id() == 0) row.absmax2[tile] = absmax2;
-  }
+  finish(encode_lane<true>(s1, absmax1, smem.signed_tables),
+         kTwo ? encode_lane<false, SmallValues::kPositive>(s2, absmax2, smem.unsigned_tables) : LaneCodes{});
 }
 
 // A block of any size, maps of any kind: in chunks, swept once for the scales and once to write. Nothing is
 // written in the first sweep, so the second computes the same values again.
 template <Algorithm kAlgorithm, class T>
-__device__ __forceinline__ void update_general_tile(const Smem& smem, const Row& row, const Coefficients& c,
-                                                    const T* grad, int64_t tile) {
+__device__ __forceinline__ void update_general_tile(const Smem& smem, const Row& row, const Factors& c,
+                                                    const T* grad, uint32_t tile) {
   constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
   T* param = static_cast<T*>(row.param);
   uint8_t* codes1 = static_cast<uint8_t*>(row.state1);
   uint8_t* codes2 = static_cast<uint8_t*>(row.state2);
-  const int64_t begin = tile * row.block_size;
+  const int64_t begin = int64_t{tile} * row.block_size;
   const int64_t end = begin + row.block_size < row.numel ? begin + row.block_size : row.numel;
   const float scale1 = row.absmax1[tile] * state1_factor<kAlgorithm>(c);
   const float scale2 = kTwo ? row.absmax2[tile] * c.beta2 : 0.0f;
@@ -288,7 +327,7 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
           encode_lane_any<false, SmallValues::kPositive>(s2, absmax2, smem.unsigned_tables, row.map2);
       store_codes<false>(codes2 + lane.offset, new2, lane.count);
     }
-    store_params<false>(param, p, c, row.id, lane);
+    store_params<false>(param, p, c, lane);
   }
   if (device::lane_id() == 0) {
     row.absmax1[tile] = absmax1;
@@ -297,11 +336,11 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
 }
 
 template <Algorithm kAlgorithm, bool kWhole, class T>
-__device__ __forceinline__ void update_plain_tile(const Row& row, const Coefficients& c, const T* grad,
+__device__ __forceinline__ void update_plain_tile(const Row& row, const Factors& c, const T* grad,
                                                   int64_t tile) {
   constexpr bool kTwo = kAlgorithm == Algorithm::kAdam;
   T* param = static_cast<T*>(row.param);
-  const Lane lane = lane_of(tile * kWarpElements, row.numel);
+  const Lane lane = lane_of(int64_t{tile} * kWarpElements, row.numel);
   float* state1 = static_cast<float*>(row.state1) + lane.offset;
   float* state2 = static_cast<float*>(row.state2) + lane.offset;
   float p[kLaneElements], s1[kLaneElements], s2[kLaneElements] = {};
@@ -315,37 +354,50 @@ __device__ __forceinline__ void update_plain_tile(const Row& row, const Coeffici
   update_lane<kAlgorithm, kWhole>(c, grad, param, lane, p, s1, s2);
   store_lane<kWhole>(state1, s1, lane.count);
   if (kTwo) store_lane<kWhole>(state2, s2, lane.count);
-  store_params<kWhole>(param, p, c, row.id, lane);
+  store_params<kWhole>(param, p, c, lane);
 }
 
 static_assert(kPlainTile == kWarpElements && kUsualBlock == kWarpElements);
 
-// Whether the warp may use the widest accesses throughout the tile.
-__device__ __forceinline__ bool is_whole(const Row& row, const void* grad, int64_t tile,
-                                         uintptr_t state_alignment) {
-  return (tile + 1) * kWarpElements <= row.numel && is_aligned(row.param, 16) && is_aligned(grad, 16) &&
-         is_aligned(row.state1, state_alignment) && is_aligned(row.state2, state_alignment);
+// How many of a row's tiles are whole, with addresses that allow the widest accesses.
+__device__ __forceinline__ uint32_t whole_tiles(const Row& row, const void* grad, uintptr_t state_alignment) {
+  const bool aligned = is_aligned(row.param, 16) && is_aligned(grad, 16) &&
+                       is_aligned(row.state1, state_alignment) && is_aligned(row.state2, state_alignment);
+  return aligned ? uint32_t(row.numel / kWarpElements) : 0;
 }
 
 // kGeneral picks the rows: a model without foreign maps or large blocks has none of the general kind, and the
-// kernel for the others keeps the registers that those would cost.
+// kernel for the others keeps the registers that those would cost. What whole tiles need of their row stays
+// in registers from tile to tile; the others, which are few, read it again.
 template <Algorithm kAlgorithm, bool kGeneral, class T>
-__device__ __forceinline__ void update_tile(const Smem& smem, const Row& row, const Coefficients& c,
-                                            const void* grads, int64_t tile) {
-  const T* grad = static_cast<const T*>(grads);
-  if constexpr (kGeneral) {
-    update_general_tile<kAlgorithm>(smem, row, c, grad, tile);
-  } else if (row.absmax1 == nullptr) {
-    if (is_whole(row, grad, tile, 16)) {
-      update_plain_tile<kAlgorithm, true>(row, c, grad, tile);
+__device__ __forceinline__ void update_row(const Smem& smem, const Slice& slice, uint32_t index,
+                                           Tiles& tiles) {
+  if constexpr (!kGeneral) {
+    const Row row = load_struct(slice.rows + index);
+    const T* grad = static_cast<const T*>(slice.grads[index]);
+    const bool coded = row.absmax1 != nullptr;
+    const Factors c(slice.coefficients, index);
+    const uint32_t whole = whole_tiles(row, grad, coded ? 8 : 16);
+    if (coded) {
+      tiles.visit(whole,
+                  [&](uint32_t tile) { update_usual_tile<kAlgorithm, true>(smem, row, c, grad, tile); });
+    } else {
+      tiles.visit(whole, [&](uint32_t tile) { update_plain_tile<kAlgorithm, true>(row, c, grad, tile); });
+    }
+  }
+  tiles.visit(slice.rows[device::fresh(index)].num_tiles, [&](uint32_t tile) {
+    const uint32_t again = device::fresh(index);
+    const Row& row = slice.rows[again];
+    const T* grad = static_cast<const T*>(slice.grads[again]);
+    const Factors c(slice.coefficients, again);
+    if constexpr (kGeneral) {
+      update_general_tile<kAlgorithm>(smem, row, c, grad, tile);
+    } else if (row.absmax1 != nullptr) {
+      update_usual_tile<kAlgorithm, false>(smem, row, c, grad, tile);
     } else {
       update_plain_tile<kAlgorithm, false>(row, c, grad, tile);
     }
-  } else if (is_whole(row, grad, tile, 8)) {
-    update_usual_tile<kAlgorithm, true>(smem, row, c, grad, tile);
-  } else {
-    update_usual_tile<kAlgorithm, false>(smem, row, c, grad, tile);
-  }
+  });
 }
 
 template <Algorithm kAlgorithm, bool kGeneral>
@@ -357,14 +409,19 @@ __global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3)
     if (kAlgorithm == Algorithm::kAdam) load_tables(smem.unsigned_tables, kDeviceUnsigned);
     device::sync_block();
   }
-  for_tiles(slice, [&](int index, int64_t tile) {
+  for_rows(slice, [&](uint32_t index, Tiles& tiles) {
     const Row& row = slice.rows[index];
-    const Coefficients c = load_struct(slice.coefficients + index);
+    const Coefficients& c = slice.coefficients[index];
     if (c.skip || bool(row.general) != kGeneral) return;
     with_float_type(row.dtype, [&](auto zero) {
-      update_tile<kAlgorithm, kGeneral, decltype(zero)>(smem, row, c, slice.grads[index], tile);
+      update_row<kAlgorithm, kGeneral, decltype(zero)>(smem, slice, index, tiles);
     });
   });
+}
+
+__global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ Upload p) {
+  copy_table(reinterpret_cast<uint32_t*>(p.destination), reinterpret_cast<const uint32_t*>(p.rows),
+             p.num_rows * int(sizeof(Row) / sizeof(uint32_t)));
 }
 
 // The sum over the thread block, in a fixed order, given to every thread.
@@ -378,9 +435,9 @@ __device__ __forceinline__ double sum_over_block(NormSmem& smem, double value) {
 }
 
 template <class T>
-__device__ __forceinline__ double squared_sum(const Row& row, const void* grad, int64_t tile) {
+__device__ __forceinline__ double squared_sum(const Row& row, const void* grad, uint32_t tile) {
   const T* values = static_cast<const T*>(grad);
-  const int64_t begin = tile * row.block_size;
+  const int64_t begin = int64_t{tile} * row.block_size;
   const int64_t end = begin + row.block_size < row.numel ? begin + row.block_size : row.numel;
   double total = 0;
   for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
@@ -399,10 +456,13 @@ __device__ __forceinline__ double squared_sum(const Row& row, const void* grad, 
 __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ Slice slice) {
   NormSmem& smem = device::shared_memory<NormSmem>();
   double total = 0;
-  for_tiles(slice, [&](int index, int64_t tile) {
-    const Row& row = slice.rows[index];
-    total += with_float_type(
-        row.dtype, [&](auto zero) { return squared_sum<decltype(zero)>(row, slice.grads[index], tile); });
+  for_rows(slice, [&](uint32_t index, Tiles& tiles) {
+    const Row row = load_struct(slice.rows + index);
+    with_float_type(row.dtype, [&](auto zero) {
+      tiles.visit(row.num_tiles, [&](uint32_t tile) {
+        total += squared_sum<decltype(zero)>(row, slice.grads[index], tile);
+      });
+    });
   });
   total = sum_over_block(smem, total);
   if (threadIdx.x == 0) slice.partials[blockIdx.x] = total;
@@ -424,7 +484,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t step = *row.step + 1;
   *row.step = step;
-  p.coefficients[index] = coefficients(p.algorithm, p.groups[group], step, p.params, squared);
+  p.coefficients[index] = coefficients(p.algorithm, p.groups[group], row.id, step, p.params, squared);
 }
 
 template <bool kGeneral>
@@ -468,9 +528,9 @@ void for_slices(const UpdateParams& p, const Layout& layout, const Body& body) {
     slice.rows = layout.rows + first;
     slice.coefficients = layout.coefficients + first;
     slice.partials = layout.partials;
-    slice.first_tile = p.rows[first].first_tile;
-    slice.num_tiles = (last < p.num_rows ? p.rows[last].first_tile : p.num_tiles) - slice.first_tile;
-    slice.num_rows = int32_t(last - first);
+    slice.end_tile = last < p.num_rows ? p.rows[last].first_tile : p.num_tiles;
+    slice.num_tiles = slice.end_tile - p.rows[first].first_tile;
+    slice.num_rows = uint32_t(last - first);
     slice.coded = 0;
     slice.general = 0;
     for (int64_t i = first; i < last; ++i) {
@@ -479,6 +539,16 @@ void for_slices(const UpdateParams& p, const Layout& layout, const Body& body) {
       slice.general |= p.rows[i].general;
     }
     if (slice.num_tiles > 0) body(slice);
+  }
+}
+
+void launch_upload(const UpdateParams& p, const Layout& layout, Stream stream) {
+  for (int64_t first = 0; first < p.num_rows; first += kMaxRows) {
+    Upload upload;
+    upload.destination = layout.rows + first;
+    upload.num_rows = int32_t(p.num_rows - first < kMaxRows ? p.num_rows - first : kMaxRows);
+    for (int i = 0; i < upload.num_rows; ++i) upload.rows[i] = p.rows[first + i];
+    device::launch(upload_kernel, dim3(1), dim3(kThreads), 0, stream, upload);
   }
 }
 
@@ -523,10 +593,11 @@ void step_cuda(const UpdateParams& p, const Group* groups, int64_t num_groups, c
   const device::Kernel<Slice> usual = kernel_of<false>(p.algorithm), general = kernel_of<true>(p.algorithm);
   device::preload(usual);
   device::preload(general);
+  device::preload(upload_kernel);
   device::preload(norm_kernel);
   device::preload(coefficients_kernel);
   const Layout layout(workspace, p.num_rows);
-  if (upload) device::copy_to_device(layout.rows, p.rows, size_t(p.num_rows) * sizeof(Row), stream);
+  if (upload) launch_upload(p, layout, stream);
   const int64_t partials = params.max_grad_norm >= 0 ? launch_norm(p, layout, device, stream) : 0;
   launch_coefficients(p, groups, num_groups, params, layout, partials, stream);
   for_slices(p, layout, [&](const Slice& slice) {

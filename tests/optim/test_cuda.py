@@ -51,6 +51,54 @@ def test_the_first_capture_may_be_the_first_use() -> None:
     assert int(optimizer.state[params[0]]["step"]) == 1
 
 
+def test_a_graph_needs_states_that_exist() -> None:
+    params = parameters([5000], torch.float32, CUDA)
+    optimizer = tw.optim.AdamW8bit(params)
+    set_grads(params, 0)
+    with (
+        pytest.raises(RuntimeError, match="take one step before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+
+
+def test_steps_between_replays_leave_the_graph_alone() -> None:
+    """Two graphs and ordinary steps, each over other tensors, in turn: as if all were ordinary steps."""
+    sizes = [300, 4097, 70_000, *[5 + i % 7 for i in range(300)]]  # more rows than one upload takes
+    subsets = [slice(None), slice(0, 2), slice(1, None)]
+    eager_params, params = (parameters(sizes, torch.float32, CUDA) for _ in range(2))
+    eager, optimizer = (tw.optim.AdamW8bit(p, max_grad_norm=1.0) for p in (eager_params, params))
+    for each in (eager, optimizer):
+        run(each, 1)
+    grads = [torch.zeros_like(p) for p in params]
+
+    def choose(mine: list, subset: slice, step: int) -> None:
+        set_grads(mine, step)
+        kept = {id(p) for p in mine[subset]}
+        for p, static in zip(mine, grads, strict=True):
+            if mine is params:
+                p.grad = static.copy_(p.grad)
+            if id(p) not in kept:
+                p.grad = None
+
+    graphs = []
+    for subset in subsets[:2]:
+        choose(params, subset, 0)
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            optimizer.step()
+    for step in range(1, 10):
+        subset = subsets[step % 3]
+        choose(eager_params, subset, step)
+        choose(params, subset, step)
+        eager.step()
+        if step % 3 == 2:
+            optimizer.step()
+        else:
+            graphs[step % 3].replay()
+    assert_same_bits(snapshot(optimizer), snapshot(eager))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_waits_for_nothing_and_allocates_nothing(name: str) -> None:
     params = parameters(SIZES, torch.float32, CUDA)

@@ -88,6 +88,7 @@ class BlockwiseOptimizer(Optimizer):
     _roster: _Roster | None
     _plans: dict[Any, Any]  # by device and extension
     _workspaces: dict[torch.device, Tensor]
+    _captured: list[Tensor]  # workspaces of captured steps, which graphs go on using
 
     # GradScaler then leaves unscaling and skipping to step(), by the attributes grad_scale and found_inf.
     _step_supports_amp_scaling = True
@@ -237,15 +238,15 @@ class BlockwiseOptimizer(Optimizer):
         for device, part in zip(devices, parts, strict=True):
             plan, options = self._plan_on(device), self._options_on(device, roster)
             size, bound = self._bind(plan, part, fresh)
-            launches.append(
-                (plan, bound, options, self._workspace_on(device, size), self._scaling_on(device))
-            )
+            captured = _is_capturing(device)
+            workspace = self._workspace_on(device, size, captured)
+            launches.append((plan, bound, options, workspace, captured, self._scaling_on(device)))
         for p, state in fresh.items():
             self.state[p] = state
         increment_version(batch.params)
         threads, seed = _backend.num_threads(), self._seed() or 0
-        for plan, _, options, workspace, scaling in launches:
-            plan.step(options, workspace, *scaling, self._max_grad_norm, seed, threads)
+        for plan, _, options, workspace, captured, scaling in launches:
+            plan.step(options, workspace, captured, *scaling, self._max_grad_norm, seed, threads)
 
     def _with_states(self, batch: _Batch, roster: _Roster) -> tuple[_Batch, dict[Tensor, dict[str, Any]]]:
         """The batch with a state in every row, and the new ones, which count once bind has passed."""
@@ -256,6 +257,7 @@ class BlockwiseOptimizer(Optimizer):
         for row, p in enumerate(batch.params):
             if not states[row]:
                 self._refuse(batch, row)
+                self._refuse_in_graph(p, batch.ids[row])
                 states[row] = fresh[p] = state_io.new_state(p, self._moments, roster.bits[batch.ids[row]])
         return batch._replace(states=states), fresh
 
@@ -284,6 +286,7 @@ class BlockwiseOptimizer(Optimizer):
                     grads[row] = torch.empty_like(p, requires_grad=False).copy_(grads[row])
                     changed = True
                 if state_io.is_misplaced(states[row], p, self._moments):
+                    self._refuse_in_graph(p, batch.ids[row])
                     bits = state_io.bits_of(states[row])
                     states[row] = fresh[p] = state_io.refit(states[row], p, self._moments, bits)
                     changed = True
@@ -316,6 +319,13 @@ class BlockwiseOptimizer(Optimizer):
             raise NotImplementedError(f"{label}: device {p.device} is not supported, expected cpu or cuda")
         if not state_io.is_dense(p):
             raise ValueError(f"{label}: the parameter has gaps or overlaps in memory (strides {p.stride()})")
+
+    def _refuse_in_graph(self, p: Tensor, number: int) -> None:
+        if _is_capturing(p.device):
+            raise RuntimeError(
+                f"{self._label(number)}: its state would be made anew by every replay of this graph: "
+                "take one step before the capture, or load a state_dict"
+            )
 
     # -- what a step is given ---------------------------------------------------------------------------
 
@@ -384,13 +394,20 @@ class BlockwiseOptimizer(Optimizer):
             plan = self._plans[key] = _backend.C.OptimizerPlan(self._kind)
         return plan
 
-    def _workspace_on(self, device: torch.device, size: int) -> Tensor | None:
-        """Kept from step to step: a captured CUDA graph goes on using it."""
+    def _workspace_on(self, device: torch.device, size: int, captured: bool) -> Tensor | None:
+        """The step's memory on the device: one that all steps share, but a captured one keeps its own.
+
+        A graph goes on using its memory, so no other step may write there.
+        """
         if size == 0:
             return None
-        workspace = self._workspaces.get(device)
+        workspace = None if captured else self._workspaces.get(device)
         if workspace is None or workspace.numel() < size:
-            workspace = self._workspaces[device] = torch.empty(size, dtype=torch.uint8, device=device)
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            if captured:
+                self._captured.append(workspace)
+            else:
+                self._workspaces[device] = workspace
         return workspace
 
     def _label(self, number: int) -> str:
@@ -512,6 +529,15 @@ class BlockwiseOptimizer(Optimizer):
         self._roster = None
         self._plans = {}
         self._workspaces = {}
+        self._captured = getattr(self, "_captured", [])
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device now goes into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _is_foreign(p: Tensor) -> bool:
