@@ -3,6 +3,6 @@
 
 namespace tilewright {
 
-void bind_scan(pybind11::module_& m) { (void)m; }
+void bind_scan(pybind11::module_& m) { bind_selective_scan(m); }
 
 }  // namespace tilewright

@@ -1,3 +1,5 @@
 """Recurrences along a sequence: selective scans, linear scans, causal convolutions, their decode steps."""
 
-__all__: list[str] = []
+from .selective import selective_scan
+
+__all__ = ["selective_scan"]
