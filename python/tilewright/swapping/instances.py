@@ -8,12 +8,23 @@ difference, copies stay swapped, and a pickle names the original and rebuilds th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
 Methods = Mapping[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer: the op that runs it, the methods it gets, and why a certain one cannot have them."""
+
+    op: str
+    methods: Methods
+    obstacle: Callable[[nn.Module], str | None]
+
 
 _ORIGINAL = "_tilewright_original"
 _subclasses: dict[type, type] = {}

@@ -5,7 +5,8 @@ into the layout its kernels want where it is, and, in a Mamba-1 layer with a cac
 more than one token comes. The forwards here read the views as they lie and go on from the cached state.
 
 The cache stays transformers' own: its conv state keeps the last `conv_kernel` inputs, its recurrent state is
-float32. A decode step writes both in place, so that their addresses last.
+float32. A decode step writes both in place, so that their addresses last; where gradients are wanted it goes the
+way of longer inputs instead, which has them.
 """
 
 from __future__ import annotations
@@ -20,20 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import scan
-from .instances import Methods
+from .instances import Layer
 
 _MAX_STATES = 256
 _MAX_CONV_WIDTH = 8
 _ARGUMENTS = ["self", "hidden_states", "cache_params", "attention_mask"]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A kind of layer: what runs it, and when it cannot."""
-
-    op: str
-    methods: Methods
-    obstacle: Callable[[nn.Module], str | None]
 
 
 def layer_of(cls: type) -> Layer | None:
@@ -90,8 +82,8 @@ def _mamba_forward(
 
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     weights = (-torch.exp(_wide(self.A_log)), _wide(self.D), _wide(self.dt_proj.bias))
-    conv_state, state = _cached(self, cache_params)
-    if length == 1 and conv_state is not None and state is not None:
+    conv_state, state = _cached(self, cache_params, length)
+    if conv_state is not None and state is not None:
         u = _conv_step(self, x[..., 0], conv_state)
         u = u if mask is None else u * mask
         dt, B, C = _projected(self, u)
@@ -146,8 +138,8 @@ def _zamba_forward(
     xz = self.in_proj(_masked(hidden_states, mask)).unflatten(-1, (self.intermediate_size, 2)).transpose(1, 2)
     x, z = xz[..., 0], xz[..., 1]  # a channel and its gate lie side by side
     A, D, bias = -torch.exp(_wide(self.A_log)), _wide(self.D), _wide(self.dt_proj_bias)
-    conv_state, state = _cached(self, cache_params)
-    if length == 1 and conv_state is not None and state is not None:
+    conv_state, state = _cached(self, cache_params, length)
+    if conv_state is not None and state is not None:
         u = _conv_step(self, x[..., 0], conv_state)
         u = u if mask is None else u * mask
         dt, B, C = _projected_by_head(self, u.unsqueeze(1))
@@ -188,8 +180,8 @@ def _mamba2_forward(
     else:
         zxbcdt = self.in_proj(hidden_states)
     z, xbc, dt = zxbcdt.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-    conv_state, state = _cached(self, cache_params)
-    if length == 1 and conv_state is not None and state is not None:
+    conv_state, state = _cached(self, cache_params, length)
+    if conv_state is not None and state is not None:
         y = _mamba2_step(self, conv_state, state, xbc[:, 0], dt[:, 0], z[:, 0], mask).unsqueeze(1)
     else:
         xbc = _masked(_conv(self, xbc.transpose(1, 2), cache_params, packing).transpose(1, 2), mask)
@@ -279,12 +271,12 @@ def _conv_step(self: Any, x: Tensor, conv_state: Tensor) -> Tensor:
     return scan.causal_conv1d_update(x, conv_state, weight, self.conv1d.bias, activation="silu")
 
 
-def _cached(self: Any, cache_params: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Conv state and recurrent state; no conv state where a step may not drop inputs from it."""
+def _cached(self: Any, cache_params: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Conv state, if a decode step may write it, and recurrent state."""
     if cache_params is None:
         return None, None
     state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
-    if cache_params.is_recording_past(self.layer_idx):
+    if length != 1 or state is None or torch.is_grad_enabled() or cache_params.is_recording_past(self.layer_idx):
         return None, state
     return cache_params.get_conv_state(self.layer_idx, state_idx=0), state
 
