@@ -8,6 +8,7 @@ namespace tilewright {
 void bind_optim(pybind11::module_& m);
 void bind_scan(pybind11::module_& m);
 void bind_selective_scan(pybind11::module_& m);
+void bind_ssd_chunk_scan(pybind11::module_& m);
 
 namespace emulator {
 void bind_selftest(pybind11::module_& m);

@@ -3,6 +3,9 @@
 
 namespace tilewright {
 
-void bind_scan(pybind11::module_& m) { bind_selective_scan(m); }
+void bind_scan(pybind11::module_& m) {
+  bind_selective_scan(m);
+  bind_ssd_chunk_scan(m);
+}
 
 }  // namespace tilewright

@@ -1,0 +1,245 @@
+// What both CPU passes of the SSD scan need: scratch memory, rows of the tensors, the steps of one head.
+#pragma once
+
+#include "core/threads.h"
+#include "scan/gemm_simd.h"
+#include "scan/ssd_chunk_scan.h"
+
+namespace tilewright::TW_ISA {
+namespace {
+
+using scan::kSsdChunk;
+using scan::SsdChunk;
+using scan::SsdChunkScanParams;
+using scan::SsdTensor;
+
+// Hands out a workspace piece by piece; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+// Rows and columns of the matrices, padded.
+template <class Real>
+struct Extents {
+  int64_t steps = padded<Real>(kSsdChunk), states, dims;
+  explicit Extents(const SsdChunkScanParams& p)
+      : states(padded<Real>(p.states)), dims(padded<Real>(p.head_dim)) {}
+};
+
+// ---- rows of tensors ----
+
+template <class T>
+inline T* row_of(const SsdTensor& t, int64_t batch, int64_t step, int64_t head) {
+  return static_cast<T*>(t.data) + batch * t.batch + step * t.step + head * t.head;
+}
+
+template <class Real>
+void read_row(Real* row, const SsdTensor& t, DType dtype, int64_t batch, int64_t step, int64_t head,
+              int64_t count, int64_t padded_count) {
+  if constexpr (std::is_same_v<Real, double>) {
+    load_row(row, row_of<double>(t, batch, step, head), t.inner, count, padded_count);
+  } else if (dtype == DType::kFloat32) {
+    load_row(row, row_of<float>(t, batch, step, head), t.inner, count, padded_count);
+  } else if (dtype == DType::kBFloat16) {
+    load_row(row, row_of<bf16>(t, batch, step, head), t.inner, count, padded_count);
+  } else {
+    load_row(row, row_of<fp16>(t, batch, step, head), t.inner, count, padded_count);
+  }
+}
+
+template <class Real>
+void write_row(const SsdTensor& t, DType dtype, int64_t batch, int64_t step, int64_t head, const Real* row,
+               int64_t count) {
+  if constexpr (std::is_same_v<Real, double>) {
+    store_row(row_of<double>(t, batch, step, head), t.inner, row, count);
+  } else if (dtype == DType::kFloat32) {
+    store_row(row_of<float>(t, batch, step, head), t.inner, row, count);
+  } else if (dtype == DType::kBFloat16) {
+    store_row(row_of<bf16>(t, batch, step, head), t.inner, row, count);
+  } else {
+    store_row(row_of<fp16>(t, batch, step, head), t.inner, row, count);
+  }
+}
+
+// A state in memory, (head_dim, states), and in scratch, [states][head_dim] padded.
+template <class Real>
+void load_state(Real* scratch, const void* states, int64_t index, const SsdChunkScanParams& p,
+                const Extents<Real>& size) {
+  std::memset(scratch, 0, size_t(size.states * size.dims) * sizeof(Real));
+  if (states == nullptr) return;
+  const int64_t numel = int64_t{p.head_dim} * p.states;
+  transpose(scratch, size.dims, static_cast<const Real*>(states) + index * numel, p.states, p.head_dim,
+            p.states);
+}
+
+template <class Real>
+void store_state(void* states, int64_t index, const Real* scratch, const SsdChunkScanParams& p,
+                 const Extents<Real>& size) {
+  if (states == nullptr) return;
+  const int64_t numel = int64_t{p.head_dim} * p.states;
+  transpose(static_cast<Real*>(states) + index * numel, p.states, scratch, size.dims, p.states, p.head_dim);
+}
+
+// The kept states, [chunk][head][states][head_dim] without padding.
+template <class Real>
+Real* kept_state(void* states, const SsdChunkScanParams& p, int64_t chunk, int64_t head) {
+  return static_cast<Real*>(states) + (chunk * p.heads + head) * p.states * p.head_dim;
+}
+
+template <class Real>
+void keep_state(Real* kept, const Real* scratch, const SsdChunkScanParams& p, const Extents<Real>& size) {
+  for (int32_t n = 0; n < p.states; ++n) {
+    std::memcpy(kept + int64_t{n} * p.head_dim, scratch + n * size.dims, size_t(p.head_dim) * sizeof(Real));
+  }
+}
+
+// A kept state as an operand of stride size.dims: itself where it needs no padding, else a copy.
+template <class Real>
+const Real* operand_state(const Real* kept, Real* scratch, const SsdChunkScanParams& p,
+                          const Extents<Real>& size) {
+  if (size.states == p.states && size.dims == p.head_dim) return kept;
+  std::memset(scratch, 0, size_t(size.states * size.dims) * sizeof(Real));
+  for (int32_t n = 0; n < p.states; ++n) {
+    std::memcpy(scratch + n * size.dims, kept + int64_t{n} * p.head_dim, size_t(p.head_dim) * sizeof(Real));
+  }
+  return scratch;
+}
+
+// ---- pieces: the parts of a chunk between resets of the state ----
+
+struct Piece {
+  int first, count;
+  bool continues;  // from the state before the chunk
+  bool ends;       // its state is the one after the chunk
+};
+
+inline bool continues_before(const SsdChunkScanParams& p, const SsdChunk& chunk) {
+  return chunk.start == ssd_sequence_start(p, chunk.sequence) || !ssd_resets(p, chunk.batch, chunk.start);
+}
+
+inline Piece piece_from(const SsdChunkScanParams& p, const SsdChunk& chunk, int first) {
+  int end = first + 1;
+  while (end < chunk.length && !ssd_resets(p, chunk.batch, chunk.start + end)) ++end;
+  return {first, end - first, first == 0 && continues_before(p, chunk), end == chunk.length};
+}
+
+inline Piece last_piece(const SsdChunkScanParams& p, const SsdChunk& chunk) {
+  int first = chunk.length - 1;
+  while (first > 0 && !ssd_resets(p, chunk.batch, chunk.start + first)) --first;
+  return {first, chunk.length - first, first == 0 && continues_before(p, chunk), true};
+}
+
+// ---- the steps of one head in one piece ----
+
+// With cum[i] the sum of dt A over steps 0..i of the piece. It is kept in two parts, so that differences of
+// large sums are as exact as the sum of the steps between.
+template <class Real>
+struct Steps {
+  Real *raw, *dt;         // before and after softplus and clamp
+  Real *high, *low;       // cum
+  Real *from_start;       // exp(cum[i]): of the state before the piece, at step i
+  Real *to_end;           // exp(cum[last] - cum[i]): of step i, in the state after the piece
+  Real decay;             // exp(cum[last])
+  int count;
+
+  Steps(Arena& arena, const Extents<Real>& size) {
+    for (Real** part : {&raw, &dt, &high, &low, &from_start, &to_end}) *part = arena.take<Real>(size.steps);
+  }
+
+  // exp(cum[i] - cum[j]) for a vector of j.
+  Vector<Real> decay_from(int i, int j) const {
+    return exp((splat(high[i]) - load(high + j)) + (splat(low[i]) - load(low + j)));
+  }
+};
+
+inline double softplus_of(double x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+
+template <class Real>
+void activate(const SsdChunkScanParams& p, Steps<Real>& s, const Extents<Real>& size) {
+  for (int64_t i = 0; i < size.steps; i += Lanes<Real>::kCount) {
+    if (!p.softplus) {
+      store(s.dt + i, load(s.raw + i));
+    } else if constexpr (std::is_same_v<Real, double>) {
+      s.dt[i] = softplus_of(s.raw[i]);
+    } else {
+      store(s.dt + i, softplus(load(s.raw + i)));
+    }
+  }
+  const Real lowest = Real(p.dt_min), highest = Real(p.dt_max);
+  for (int i = 0; i < s.count; ++i) {
+    s.dt[i] = s.dt[i] < lowest ? lowest : s.dt[i] > highest ? highest : s.dt[i];  // a NaN stays
+  }
+}
+
+template <class Real>
+void prepare_steps(const SsdChunkScanParams& p, Steps<Real>& s, const Extents<Real>& size,
+                   const SsdChunk& chunk, const Piece& piece, int64_t head) {
+  s.count = piece.count;
+  const Real bias = p.dt_bias == nullptr ? Real(0) : static_cast<const Real*>(p.dt_bias)[head];
+  const Real* source = row_of<Real>(p.dt, chunk.batch, chunk.start + piece.first, head);
+  for (int64_t i = 0; i < size.steps; ++i) s.raw[i] = i < s.count ? source[i * p.dt.step] + bias : Real(0);
+  activate(p, s, size);
+  const double rate = double(static_cast<const Real*>(p.A)[head]);
+  double cum = 0;
+  for (int64_t i = 0; i < size.steps; ++i) {
+    if (i < s.count) cum += double(s.dt[i]) * rate;
+    s.high[i] = Real(cum);
+    s.low[i] = std::isfinite(s.high[i]) ? Real(cum - double(s.high[i])) : Real(0);
+  }
+  for (int64_t i = 0; i < size.steps; i += Lanes<Real>::kCount) {
+    const Vector<Real> e = exp(load(s.high + i));
+    store(s.from_start + i, e * (splat(Real(1)) + load(s.low + i)));
+    store(s.to_end + i, s.decay_from(s.count - 1, int(i)));
+  }
+  s.decay = s.from_start[s.count - 1];
+}
+
+// Rows of x, times factors if any.
+template <class Real>
+void read_rows(Real* rows, int64_t stride, const SsdTensor& t, DType dtype, const SsdChunk& chunk,
+               const Piece& piece, int64_t head, int64_t count) {
+  for (int i = 0; i < piece.count; ++i) {
+    read_row(rows + i * stride, t, dtype, chunk.batch, chunk.start + piece.first + i, head, count, stride);
+  }
+}
+
+template <class Real>
+void scale_row(Real* row, Real factor, int64_t padded_count) {
+  for (int64_t i = 0; i < padded_count; i += Lanes<Real>::kCount) {
+    store(row + i, load(row + i) * splat(factor));
+  }
+}
+
+// [i][j] = C_i B_j for the lower triangle; B_columns is B transposed.
+template <class Real>
+void multiply_C_B(Real* CB, const Real* C_rows, const Real* B_columns, const SsdChunkScanParams& p,
+                  const Extents<Real>& size, int count) {
+  for_tiles<Real>(count, padded_columns<Real>(count),
+                  [&](auto tile, int i, int64_t j) __attribute__((always_inline)) {
+                    if (j > i + tile.kRows - 1) return;
+                    tile.clear();
+                    tile.multiply(plain(C_rows, size.states), i, B_columns + j, size.steps, 0, p.states);
+                    tile.store_to(CB + i * size.steps + j, size.steps);
+                  });
+}
+
+inline int64_t first_head(const SsdChunkScanParams& p, int64_t group, int64_t block, int64_t blocks) {
+  const int64_t per_group = p.heads / p.groups;
+  return group * per_group + per_group * block / blocks;
+}
+
+template <class Real>
+Vector<Real> sigmoid_of(Vector<Real> x) {
+  return splat(Real(1)) / (splat(Real(1)) + exp(-x));
+}
+
+}  // namespace
+}  // namespace tilewright::TW_ISA
