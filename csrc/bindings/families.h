@@ -10,6 +10,10 @@ void bind_scan(pybind11::module_& m);
 void bind_selective_scan(pybind11::module_& m);
 void bind_ssd_chunk_scan(pybind11::module_& m);
 
+// Of the scan family, called by bind_scan.
+void bind_causal_conv1d(pybind11::module_& m);
+void bind_selective_state_update(pybind11::module_& m);
+
 namespace emulator {
 void bind_selftest(pybind11::module_& m);
 }

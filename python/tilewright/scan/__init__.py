@@ -1,10 +1,17 @@
 """Recurrences along a sequence: selective scans, linear scans, causal convolutions, their decode steps."""
 
+from .conv import causal_conv1d
+from .inner import mamba_inner
 from .selective import selective_scan
 from .ssd import mamba_split_conv1d_scan_combined, ssd_chunk_scan
+from .update import causal_conv1d_update, selective_state_update
 
 __all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "mamba_inner",
     "mamba_split_conv1d_scan_combined",
     "selective_scan",
+    "selective_state_update",
     "ssd_chunk_scan",
 ]
