@@ -118,7 +118,10 @@ class Mamba(nn.Module):
                 self.out_proj.weight, self.out_proj.bias, A, D=D, delta_bias=bias, delta_softplus=True,
             )  # fmt: skip
         x, z = xz.chunk(2, dim=1)
-        before = None if conv_state is None or not inference_params.seqlen_offset else conv_state[..., 1:]
+        before = initial = None
+        if conv_state is not None and ssm_state is not None and inference_params.seqlen_offset > 0:
+            # Copies: both are overwritten below, and a backward pass needs them as they were.
+            before, initial = conv_state[..., 1:].clone(), ssm_state.clone()
         weight = self.conv1d.weight.squeeze(1)
         u = scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, before, activation="silu")
         dt, B, C = self._projected(u.transpose(1, 2))
@@ -126,7 +129,6 @@ class Mamba(nn.Module):
         if conv_state is None or ssm_state is None:
             y = scan.selective_scan(*arguments, cu_seqlens=cu_seqlens)
         else:
-            initial = ssm_state if inference_params.seqlen_offset else None
             y, last = scan.selective_scan(*arguments, True, initial_state=initial)
             keep_last(conv_state, x, go_on=inference_params.seqlen_offset > 0)
             ssm_state.copy_(last)

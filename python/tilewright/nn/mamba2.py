@@ -236,8 +236,9 @@ class Mamba2(nn.Module):
         if length == 1 and go_on and not torch.is_grad_enabled():
             return self.step(rows, conv_state, ssm_state)[0]
         mlp, z, xbc, dt = self._parts(self.in_proj(rows))
-        convolved = self._convolved(xbc, None, conv_state[..., 1:] if go_on else None)
-        initial = ssm_state if go_on else None
+        # Copies: both are overwritten below, and a backward pass needs them as they were.
+        before, initial = (conv_state[..., 1:].clone(), ssm_state.clone()) if go_on else (None, None)
+        convolved = self._convolved(xbc, None, before)
         y, last = self._scan(convolved, dt, z, initial_states=initial, return_final_states=True)
         keep_last(conv_state, xbc.transpose(1, 2), go_on=go_on)
         ssm_state.copy_(last)

@@ -276,7 +276,9 @@ def _cached(self: Any, cache_params: Any, length: int) -> tuple[Tensor | None, T
     if cache_params is None:
         return None, None
     state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
-    if length != 1 or state is None or torch.is_grad_enabled() or cache_params.is_recording_past(self.layer_idx):
+    if state is not None and torch.is_grad_enabled():
+        return None, state.clone()  # backward needs it as it was, and the cache overwrites it
+    if length != 1 or state is None or cache_params.is_recording_past(self.layer_idx):
         return None, state
     return cache_params.get_conv_state(self.layer_idx, state_idx=0), state
 
