@@ -25,6 +25,10 @@ __device__ __forceinline__ T max(T a, T b) {
 __device__ __forceinline__ float min(float a, float b) { return ::fminf(a, b); }
 __device__ __forceinline__ float max(float a, float b) { return ::fmaxf(a, b); }
 
+// To about one unit in the last place, everywhere.
+__device__ __forceinline__ float exp(float a) { return ::expf(a); }
+__device__ __forceinline__ float log1p(float a) { return ::log1pf(a); }
+
 #if TILEWRIGHT_EMULATED
 
 inline uint32_t float_bits(float value) { return bits_of(value); }
@@ -40,6 +44,12 @@ inline float rcp_approx(float a) { return 1.0f / a; }
 inline float sqrt_approx(float a) { return std::sqrt(a); }
 inline float rsqrt_approx(float a) { return float(1.0 / std::sqrt(double(a))); }
 inline float exp2_approx(float a) { return float(std::exp2(double(a))); }
+
+inline void sincospi(float a, float& sine, float& cosine) {
+  const double angle = std::remainder(double(a), 2.0) * 3.14159265358979323846;
+  sine = float(std::sin(angle));
+  cosine = float(std::cos(angle));
+}
 
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
@@ -95,6 +105,11 @@ __device__ __forceinline__ float exp2_approx(float a) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
   return result;
+}
+
+// Sine and cosine of pi times a, to two units in the last place; large a cost no more than small ones.
+__device__ __forceinline__ void sincospi(float a, float& sine, float& cosine) {
+  ::sincospif(a, &sine, &cosine);
 }
 
 // Nibble i of the selector picks byte i of the result out of the bytes a0..a3, b0..b3; its top bit

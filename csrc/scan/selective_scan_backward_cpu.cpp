@@ -24,8 +24,8 @@ namespace {
 
 constexpr int kQuad = 4;  // states at a time; their factors are kept together
 constexpr int kSums = 2 * kQuad;
-constexpr int64_t kSumBudget = 16 << 20;  // bytes of dB and dC kept per block in a round, about
-constexpr int64_t kTasks = 128;           // enough for as many threads, if there are so many tiles
+constexpr int64_t kSumBudget = 4 << 20;  // bytes of dB and dC that all blocks keep in a round, about
+constexpr int64_t kTasks = 128;          // enough for as many threads, if there are so many tiles
 
 // ---- how the work is cut, and the workspace ----
 
@@ -130,7 +130,8 @@ void recompute(BackwardChunk& c, const BackwardTile& tile, int64_t n, Factors& f
     store(f.h + i * kLanes, h[i]);
   }
   const float *B = operand_at<kVariableB>(c.B, n), *C = operand_at<kVariableC>(c.C, n);
-  for (int64_t row = 0; row < c.count * kLanes; row += kLanes) {
+  const int64_t end = c.count * kLanes, B_step = c.B.step, C_step = c.C.step;
+  for (int64_t row = 0; row < end; row += kLanes) {
     const Float dt = load(c.dt.value + row), dtu = load(c.dtu.value + row);
     Float y = load(c.y.value + row);
 #pragma GCC unroll 4
@@ -142,8 +143,8 @@ void recompute(BackwardChunk& c, const BackwardTile& tile, int64_t n, Factors& f
       store(f.h + (row + kLanes) * kQuad + i * kLanes, h[i]);
     }
     store(c.y.value + row, y);
-    B += c.B.step;
-    C += c.C.step;
+    B += B_step;
+    C += C_step;
   }
 }
 
@@ -165,6 +166,8 @@ void go_back(BackwardChunk& c, const BackwardTile& tile, int64_t n, const Factor
   const float* B = operand_at<kVariableB>(c.B, n) + (c.count - 1) * c.B.step;
   const float* C = operand_at<kVariableC>(c.C, n) + (c.count - 1) * c.C.step;
   float* sums = c.sums + (c.count - 1) * c.sums_step + n / kQuad * kSums;
+  const int64_t B_step = c.B.step, C_step = c.C.step, sums_step = c.sums_step;
+  const LaneMask mask = c.mask;
   for (int64_t row = (c.count - 1) * kLanes; row >= 0; row -= kLanes) {
     const Float dt = load(c.dt.value + row), dtu = load(c.dtu.value + row), g = load(c.g.value + row);
     Float from_B = load(c.from_B.value + row), from_A = load(c.from_A.value + row);
@@ -173,8 +176,8 @@ void go_back(BackwardChunk& c, const BackwardTile& tile, int64_t n, const Factor
     for (int i = 0; i < kCount; ++i) {
       Totals& sum = total[i];
       const Float l = fma(operand<kVariableC>(C, i), g, sum.carry);
-      kVariableC ? dC[i] = kept_product(c.mask, g, h[i]) : sum.dC = fma(g, h[i], sum.dC);
-      kVariableB ? dB[i] = kept_product(c.mask, l, dtu) : sum.dB = fma(l, dtu, sum.dB);
+      kVariableC ? dC[i] = kept_product(mask, g, h[i]) : sum.dC = fma(g, h[i], sum.dC);
+      kVariableB ? dB[i] = kept_product(mask, l, dtu) : sum.dB = fma(l, dtu, sum.dB);
       from_B = fma(operand<kVariableB>(B, i), l, from_B);
       sum.carry = l * load(f.a + row * kQuad + i * kLanes);
       h[i] = load(f.h + row * kQuad + i * kLanes);
@@ -185,9 +188,9 @@ void go_back(BackwardChunk& c, const BackwardTile& tile, int64_t n, const Factor
     if (kVariableB || kVariableC) add_sums(sums, dB, dC);
     store(c.from_B.value + row, from_B);
     store(c.from_A.value + row, from_A);
-    B -= c.B.step;
-    C -= c.C.step;
-    sums -= c.sums_step;
+    B -= B_step;
+    C -= C_step;
+    sums -= sums_step;
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) {
@@ -227,10 +230,10 @@ void stage_step_sizes(const SelectiveScanParams& p, const Tile& tile, BackwardCh
   const Float bias = load_channels(p.delta_bias, tile), D = load_channels(p.D, tile);
   for (int64_t row = 0; row < c.count * kLanes; row += kLanes) {
     const Float u = load(c.u.value + row), delta = load(c.dt.value + row) + bias;
-    const Float dt = p.softplus ? softplus(delta) : delta, one = splat(1.0f);
-    store(c.slope.value + row, p.softplus ? select_above(delta, splat(20.0f), one, sigmoid(delta)) : one);
-    store(c.dt.value + row, dt);
-    store(c.dtu.value + row, dt * u);
+    const Softplus step = p.softplus ? softplus_with_slope(delta) : Softplus{delta, splat(1.0f)};
+    store(c.slope.value + row, step.slope);
+    store(c.dt.value + row, step.value);
+    store(c.dtu.value + row, step.value * u);
     store(c.y.value + row, p.D == nullptr ? splat(0.0f) : D * u);
     store(c.from_B.value + row, splat(0.0f));
     store(c.from_A.value + row, splat(0.0f));
@@ -261,9 +264,29 @@ void write_gradient(const Strided& x, int64_t batch, const Tile& tile, const Chu
   if (x.data != nullptr) unstage(channels_of<T>(x, batch, tile), tile.lanes, chunk, rows.value);
 }
 
+// What is written at the end of this chunk, and what the next one (the one before it in time) reads.
 template <class T>
-void backward_chunk(const SelectiveScanParams& p, const Sequence& sequence, const Tile& tile, int64_t index,
-                    BackwardTile& state, BackwardChunk& c) {
+void prefetch_chunk(const SelectiveScanParams& p, const Sequence& sequence, const Tile& tile,
+                    const Chunk& chunk, int64_t index, const float* kept) {
+  const auto ask = [&](const Strided& x, const Chunk& of) {
+    if (x.data != nullptr) prefetch(channels_of<T>(x, sequence.batch, tile), tile.lanes, of);
+  };
+  ask(p.du, chunk);
+  ask(p.ddelta, chunk);
+  ask(p.dz, chunk);
+  if (index == 0) return;
+  const Chunk next = chunk_of(p, sequence, index - 1);
+  ask(p.u, next);
+  ask(p.delta, next);
+  ask(p.dout, next);
+  ask(p.z, next);
+  for (int64_t n = 0; n < p.states; ++n) __builtin_prefetch(kept + (n - p.states) * p.dim, 0, 2);
+}
+
+template <class T>
+[[gnu::noinline]] void backward_chunk(const SelectiveScanParams& p, const Sequence& sequence,
+                                      const Tile& tile, int64_t index, BackwardTile& state,
+                                      BackwardChunk& c) {
   const Chunk chunk = chunk_of(p, sequence, index);
   c.count = chunk.count;
   c.B = {state.B.data + index * kScanChunk * state.B.step, state.B.step};
@@ -278,6 +301,7 @@ void backward_chunk(const SelectiveScanParams& p, const Sequence& sequence, cons
     stage_gate(c);
   }
   stage_step_sizes(p, tile, c);
+  prefetch_chunk<T>(p, sequence, tile, chunk, index, c.kept);
   with_variability(p, [&](auto variable_B, auto variable_C) {
     all_states<variable_B(), variable_C()>(c, state, p.states);
   });
@@ -293,8 +317,8 @@ void zero(float* x, int64_t count) {
   if (count > 0) std::memset(x, 0, size_t(count) * sizeof(float));
 }
 
-void start_tile(const SelectiveScanParams& p, const Sequence& sequence, const Tile& tile,
-                const BackwardTile& state) {
+[[gnu::noinline]] void start_tile(const SelectiveScanParams& p, const Sequence& sequence, const Tile& tile,
+                                  const BackwardTile& state) {
   const int64_t vectors = p.states * kLanes;
   if (p.dlast_state != nullptr) {
     load_weights(contiguous(p, p.dlast_state, sequence.index), tile, p.states, state.carry);
@@ -309,8 +333,8 @@ void start_tile(const SelectiveScanParams& p, const Sequence& sequence, const Ti
 }
 
 // The tile's part of the workspace and of the weights.
-void open_tile(const SelectiveScanParams& p, const Plan& plan, const Workspace& w, const Sequence& sequence,
-               const Tile& tile, BackwardTile& state) {
+[[gnu::noinline]] void open_tile(const SelectiveScanParams& p, const Plan& plan, const Workspace& w,
+                                 const Sequence& sequence, const Tile& tile, BackwardTile& state) {
   const int64_t at = (sequence.index * plan.tiles + tile.index) * kLanes, states_at = at * p.states;
   state.carry = w.carry + states_at;
   state.dA = w.dA + states_at;
@@ -319,8 +343,8 @@ void open_tile(const SelectiveScanParams& p, const Plan& plan, const Workspace& 
   state.dD = w.dD + at;
   state.dbias = w.dbias + at;
   load_rates(p, tile, state.rate);
-  state.B = operand_of(p, p.B, w.B, sequence, tile, state.constant_B);
-  state.C = operand_of(p, p.C, w.C, sequence, tile, state.constant_C);
+  state.B = operand_of(p, p.B, p.variable_B, w.B, sequence, tile, state.constant_B);
+  state.C = operand_of(p, p.C, p.variable_C, w.C, sequence, tile, state.constant_C);
 }
 
 float* sums_of(const SelectiveScanParams& p, const Plan& plan, const Workspace& w, const Sequence& sequence,
@@ -362,8 +386,8 @@ void backward_block(const SelectiveScanParams& p, const Plan& plan, const Worksp
 
 // rows[step][state] from the sums' [step][quad][dB, dC][4], then to the tokens.
 template <class T>
-void write_states(const SelectiveScanParams& p, const Strided& x, const Sequence& sequence, int64_t group,
-                  const Chunk& chunk, const float* sums, int64_t sums_step) {
+[[gnu::noinline]] void write_states(const SelectiveScanParams& p, const Strided& x, const Sequence& sequence,
+                                    int64_t group, const Chunk& chunk, const float* sums, int64_t sums_step) {
   alignas(64) float rows[kScanChunk * kMaxStates];
   const int64_t pitch = row_pitch(p);
   for (int64_t i = 0; i < chunk.count; ++i) {

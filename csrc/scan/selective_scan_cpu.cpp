@@ -37,12 +37,14 @@ struct alignas(64) ForwardTile {
 template <int kCount, bool kVariableB, bool kVariableC>
 void advance(ForwardChunk& c, ForwardTile& tile, int64_t n) {
   Float h[kCount], rate[kCount];
+#pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
     h[i] = load(tile.h + (n + i) * kLanes);
     rate[i] = load(tile.rate + (n + i) * kLanes);
   }
   const float *B = operand_at<kVariableB>(c.B, n), *C = operand_at<kVariableC>(c.C, n);
-  for (int64_t row = 0; row < c.count * kLanes; row += kLanes) {
+  const int64_t end = c.count * kLanes, B_step = c.B.step, C_step = c.C.step;
+  for (int64_t row = 0; row < end; row += kLanes) {
     const Float dt = load(c.dt.value + row), dtu = load(c.dtu.value + row);
     Float y = load(c.y.value + row);
 #pragma GCC unroll 8
@@ -51,9 +53,10 @@ void advance(ForwardChunk& c, ForwardTile& tile, int64_t n) {
       y = fma(operand<kVariableC>(C, i), h[i], y);
     }
     store(c.y.value + row, y);
-    B += c.B.step;
-    C += c.C.step;
+    B += B_step;
+    C += C_step;
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) store(tile.h + (n + i) * kLanes, h[i]);
 }
 
@@ -94,6 +97,16 @@ void stage_inputs(const SelectiveScanParams& p, int64_t batch, const Tile& tile,
   }
 }
 
+// What is read and written behind the states of this chunk, and what the next one reads.
+template <class T>
+void prefetch_chunk(const SelectiveScanParams& p, int64_t batch, const Tile& tile, const Chunk& chunk,
+                    const Chunk& next) {
+  if (p.z.data != nullptr) prefetch(channels_of<T>(p.z, batch, tile), tile.lanes, chunk);
+  prefetch(channels_of<T>(p.out, batch, tile), tile.lanes, chunk);
+  prefetch(channels_of<T>(p.delta, batch, tile), tile.lanes, next);
+  prefetch(channels_of<T>(p.u, batch, tile), tile.lanes, next);
+}
+
 template <class T>
 void write_output(const SelectiveScanParams& p, int64_t batch, const Tile& tile, const Chunk& chunk,
                   ForwardChunk& c) {
@@ -102,29 +115,32 @@ void write_output(const SelectiveScanParams& p, int64_t batch, const Tile& tile,
     stage(channels_of<T>(p.z, batch, tile), tile.lanes, chunk, gate.value);
     for (int64_t row = 0; row < chunk.count * kLanes; row += kLanes) {
       const Float z = load(gate.value + row);
-      store(c.y.value + row, load(c.y.value + row) * (z * sigmoid(z)));
+      store(c.y.value + row, load(c.y.value + row) * (z / (splat(1.0f) + exp(-z))));
     }
   }
   unstage(channels_of<T>(p.out, batch, tile), tile.lanes, chunk, c.y.value);
 }
 
 template <class T>
-void forward_tile(const SelectiveScanParams& p, const Sequence& sequence, const Tile& tile,
-                  const float* B_rows, const float* C_rows) {
+[[gnu::noinline]] void forward_tile(const SelectiveScanParams& p, const Sequence& sequence, const Tile& tile,
+                                    const float* B_rows, const float* C_rows) {
   ForwardTile weights;
   ForwardChunk c;
   load_rates(p, tile, weights.rate);
-  const Operand B = operand_of(p, p.B, B_rows, sequence, tile, weights.B);
-  const Operand C = operand_of(p, p.C, C_rows, sequence, tile, weights.C);
+  const Operand B = operand_of(p, p.B, p.variable_B, B_rows, sequence, tile, weights.B);
+  const Operand C = operand_of(p, p.C, p.variable_C, C_rows, sequence, tile, weights.C);
   if (p.initial_state != nullptr) {
     load_weights(contiguous(p, p.initial_state, sequence.index), tile, p.states, weights.h);
   } else {
     std::memset(weights.h, 0, size_t(p.states * kLanes) * sizeof(float));
   }
+  Chunk next = chunk_of(p, sequence, 0);
   for (int64_t index = 0; index < sequence.chunks(); ++index) {
-    const Chunk chunk = chunk_of(p, sequence, index);
+    const Chunk chunk = next;
     if (p.chunk_states != nullptr) keep_states(p, tile, weights.h, sequence.slot + index);
     stage_inputs<T>(p, sequence.batch, tile, chunk, c);
+    if (index + 1 < sequence.chunks()) next = chunk_of(p, sequence, index + 1);
+    prefetch_chunk<T>(p, sequence.batch, tile, chunk, next);
     c.count = chunk.count;
     c.B = {B.data + index * kScanChunk * B.step, B.step};
     c.C = {C.data + index * kScanChunk * C.step, C.step};
@@ -146,8 +162,7 @@ void forward(const SelectiveScanParams& p, int threads) {
   if (p.variable_C) stage_rows<T>(p, p.C, C_rows, threads);
   const int64_t tiles = p.groups * tiles_per_group(p);
   parallel_chunks(p.sequences * tiles, threads, [&](int64_t task) {
-    forward_tile<T>(p, sequence_at(p, task / tiles), tile_at(p, task % tiles),
-                    p.variable_B ? B_rows : nullptr, p.variable_C ? C_rows : nullptr);
+    forward_tile<T>(p, sequence_at(p, task / tiles), tile_at(p, task % tiles), B_rows, C_rows);
   });
 }
 

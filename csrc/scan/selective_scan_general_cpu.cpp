@@ -127,7 +127,8 @@ struct Scan {
     Real u[kScanChunk], x[kScanChunk], dt[kScanChunk], y[kScanChunk];  // x: delta + bias
   };
 
-  void read_steps(const Sequence& sequence, int64_t channel, const Chunk& chunk, Steps& s) const {
+  [[gnu::noinline]] void read_steps(const Sequence& sequence, int64_t channel, const Chunk& chunk,
+                                    Steps& s) const {
     const Real D = real_weight(p.D, channel), bias = real_weight(p.delta_bias, channel);
     for (int64_t t = 0; t < chunk.count; ++t) {
       s.u[t] = value_at(p.u, sequence, channel, chunk.token[t]);
@@ -137,7 +138,7 @@ struct Scan {
     }
   }
 
-  void forward_channel(const Sequence& sequence, int64_t channel) const {
+  [[gnu::noinline]] void forward_channel(const Sequence& sequence, int64_t channel) const {
     Value h[kMaxStates] = {};
     for (int64_t n = 0; n < p.states && p.initial_state != nullptr; ++n) {
       h[n] = state_at(p.initial_state, sequence.index, channel, n);
@@ -214,7 +215,8 @@ struct Scan {
     Real from_B[kScanChunk], from_A[kScanChunk];  // Re(sum_n l conj(B)), Re(sum_n l conj(A a h[t-1]))
   };
 
-  void read_gradients(const Sequence& sequence, int64_t channel, const Chunk& chunk, BackwardSteps& s) const {
+  [[gnu::noinline]] void read_gradients(const Sequence& sequence, int64_t channel, const Chunk& chunk,
+                                        BackwardSteps& s) const {
     for (int64_t t = 0; t < chunk.count; ++t) {
       const Real dout = value_at(p.dout, sequence, channel, chunk.token[t]);
       s.g[t] = dout;
@@ -227,8 +229,9 @@ struct Scan {
   }
 
   // One state over one chunk; carry is conj(a) l of the step that follows.
-  void backward_state(const Sequence& sequence, int64_t channel, int64_t part, const Chunk& chunk,
-                      int64_t index, int64_t n, Value& carry, BackwardSteps& s, const Sums& sums) const {
+  [[gnu::noinline]] void backward_state(const Sequence& sequence, int64_t channel, int64_t part,
+                                        const Chunk& chunk, int64_t index, int64_t n, Value& carry,
+                                        BackwardSteps& s, const Sums& sums) const {
     Value h[kScanChunk + 1], a[kScanChunk];
     const Value A = weight_at(p.A, channel, n);
     h[0] = kept_at(sequence.slot + index, channel, n);
@@ -257,8 +260,8 @@ struct Scan {
     }
   }
 
-  void write_gradients(const Sequence& sequence, int64_t channel, const Chunk& chunk, const BackwardSteps& s,
-                       const Sums& sums) const {
+  [[gnu::noinline]] void write_gradients(const Sequence& sequence, int64_t channel, const Chunk& chunk,
+                                         const BackwardSteps& s, const Sums& sums) const {
     const Real D = real_weight(p.D, channel);
     const auto write_to = [&](const Strided& x, int64_t t, Real value) {
       if (x.data != nullptr) write(at(x, sequence, channel, chunk.token[t]), value);
@@ -275,7 +278,8 @@ struct Scan {
     }
   }
 
-  void backward_channel(const Sequence& sequence, int64_t channel, int64_t part, const Sums& sums) const {
+  [[gnu::noinline]] void backward_channel(const Sequence& sequence, int64_t channel, int64_t part,
+                                          const Sums& sums) const {
     Value carry[kMaxStates] = {};
     for (int64_t n = 0; n < p.states && p.dlast_state != nullptr; ++n) {
       carry[n] = state_at(p.dlast_state, sequence.index, channel, n);
@@ -296,7 +300,7 @@ struct Scan {
   }
 
   // Adds the sequences' parts of what is summed over them.
-  void write_weights(int64_t channel, const Sums& sums) const {
+  [[gnu::noinline]] void write_weights(int64_t channel, const Sums& sums) const {
     const auto total = [&](const auto* parts, int64_t count, int64_t n) {
       std::remove_cvref_t<decltype(*parts)> sum = {};
       for (int64_t s = 0; s < p.sequences; ++s) sum = sum + parts[(s * p.dim + channel) * count + n];
@@ -311,8 +315,8 @@ struct Scan {
     if (p.ddelta_bias != nullptr) static_cast<Real*>(p.ddelta_bias)[channel] = total(sums.dbias, 1, 0);
   }
 
-  void write_variable(const Strided& x, const Value* sums, const Sequence& sequence, int64_t index,
-                      int64_t group) const {
+  [[gnu::noinline]] void write_variable(const Strided& x, const Value* sums, const Sequence& sequence,
+                                        int64_t index, int64_t group) const {
     if (x.data == nullptr) return;
     const Chunk chunk = chunk_of(p, sequence, index);
     for (int64_t t = 0; t < chunk.count; ++t) {

@@ -54,7 +54,8 @@ struct Chunk {
   int64_t token[kScanChunk];
 };
 
-static inline Chunk chunk_of(const SelectiveScanParams& p, const Sequence& sequence, int64_t index) {
+[[gnu::noinline]] [[maybe_unused]] static Chunk chunk_of(const SelectiveScanParams& p,
+                                                         const Sequence& sequence, int64_t index) {
   Chunk chunk;
   const int64_t first = index * kScanChunk;
   chunk.count = smaller(kScanChunk, sequence.length - first);
@@ -201,6 +202,18 @@ static inline Float decay(Float x) {
 #endif
 }
 
+// softplus and its derivative, of one exponential.
+struct Softplus {
+  Float value, slope;
+};
+
+static inline Softplus softplus_with_slope(Float x) {
+  const Float one = splat(1.0f), e = exp(-abs(x)), small = log1p_unit(e);
+  const Float value = select_above(x, splat(0.0f), x + small, small);
+  const Float slope = select_above(x, splat(0.0f), one, e) / (one + e);
+  return {select_above(x, splat(20.0f), x, value), select_above(x, splat(20.0f), one, slope)};
+}
+
 // ---- staging ----
 
 // The tokens and up to kLanes lanes (channels, or states of B and C) of a tensor.
@@ -263,8 +276,8 @@ static inline void unstage_block(const Plane<T>& x, int64_t lanes, const Chunk& 
 
 // rows[step * pitch + lane] = the plane's values; zeros in the lanes behind `lanes`.
 template <class T>
-static inline void stage(const Plane<T>& x, int64_t lanes, const Chunk& chunk, float* rows,
-                         int64_t pitch = kLanes) {
+[[gnu::noinline]] static void stage(const Plane<T>& x, int64_t lanes, const Chunk& chunk, float* rows,
+                                    int64_t pitch = kLanes) {
   int64_t i = 0;
   if (x.lane == 1 && lanes == kLanes) {
     for (; i < chunk.count; ++i) store(rows + i * pitch, load(x.data + chunk.token[i] * x.step));
@@ -282,8 +295,8 @@ static inline void stage(const Plane<T>& x, int64_t lanes, const Chunk& chunk, f
 }
 
 template <class T>
-static inline void unstage(const Plane<T>& x, int64_t lanes, const Chunk& chunk, const float* rows,
-                           int64_t pitch = kLanes) {
+[[gnu::noinline]] static void unstage(const Plane<T>& x, int64_t lanes, const Chunk& chunk, const float* rows,
+                                      int64_t pitch = kLanes) {
   int64_t i = 0;
   if (x.lane == 1 && lanes == kLanes) {
     for (; i < chunk.count; ++i) store(x.data + chunk.token[i] * x.step, load(rows + i * pitch));
@@ -298,9 +311,27 @@ static inline void unstage(const Plane<T>& x, int64_t lanes, const Chunk& chunk,
   }
 }
 
+// Asks for the lines of a chunk that is worked on later. Tokens or channels lie far apart, where the hardware
+// does not foresee the next line.
+template <class T>
+[[gnu::noinline]] static void prefetch(const Plane<T>& x, int64_t lanes, const Chunk& chunk) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  if (x.lane == 1) {
+    for (int64_t i = 0; i < chunk.count; ++i) __builtin_prefetch(x.data + chunk.token[i] * x.step, 0, 2);
+  } else if (x.step == 1 && chunk.count > 0) {
+    const int64_t low = smaller(chunk.token[0], chunk.token[chunk.count - 1]);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      for (int64_t i = 0; i < chunk.count; i += kLine) {
+        __builtin_prefetch(x.data + lane * x.lane + low + i, 0, 2);
+      }
+    }
+  }
+}
+
 // ---- weights and states: [state][lane] here, (dim, state) outside ----
 
-static inline void load_weights(const Strided& x, const Tile& tile, int64_t states, float* out) {
+[[gnu::noinline]] [[maybe_unused]] static void load_weights(const Strided& x, const Tile& tile,
+                                                            int64_t states, float* out) {
   const float* data = static_cast<const float*>(x.data) + tile.channel * x.channel;
   for (int64_t n = 0; n < states; ++n) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -309,7 +340,8 @@ static inline void load_weights(const Strided& x, const Tile& tile, int64_t stat
   }
 }
 
-static inline void store_weights(const Strided& x, const Tile& tile, int64_t states, const float* values) {
+[[gnu::noinline]] [[maybe_unused]] static void store_weights(const Strided& x, const Tile& tile,
+                                                             int64_t states, const float* values) {
   float* data = static_cast<float*>(x.data) + tile.channel * x.channel;
   for (int64_t n = 0; n < states; ++n) {
     for (int64_t lane = 0; lane < tile.lanes; ++lane) {
@@ -378,9 +410,10 @@ static inline void stage_rows(const SelectiveScanParams& p, const Strided& x, fl
 }
 
 // What one (sequence, tile) needs of B or C; `vectors` holds a constant one.
-static inline Operand operand_of(const SelectiveScanParams& p, const Strided& x, const float* rows,
-                                 const Sequence& sequence, const Tile& tile, float* vectors) {
-  if (rows != nullptr) return {rows + staged_row(p, tile.group, sequence.row), row_pitch(p)};
+static inline Operand operand_of(const SelectiveScanParams& p, const Strided& x, bool variable,
+                                 const float* rows, const Sequence& sequence, const Tile& tile,
+                                 float* vectors) {
+  if (variable) return {rows + staged_row(p, tile.group, sequence.row), row_pitch(p)};
   load_weights(x, tile, p.states, vectors);
   return {vectors, 0};
 }

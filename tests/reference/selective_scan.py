@@ -5,6 +5,8 @@ float64 tensors give the truth. Others are computed in float32, as plain PyTorch
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ def visits(
     ends = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     steps = torch.arange(length)
     if reverse:
-        parts = [steps[a:b].flip(0) for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [steps[a:b].flip(0) for a, b in itertools.pairwise(ends)]
         steps = torch.cat(parts) if parts else steps
     tokens = steps if order is None else order.cpu().long()[..., steps]
     return tokens.expand(batch, length), ends
@@ -72,7 +74,7 @@ def selective_scan(
     if initial_state is not None:
         starts = starts + initial_state
     rows, finals = [], []
-    for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
         h = starts if cu_seqlens is None else starts[i : i + 1]
         for t in range(start, end):
             step = dts[t][..., None]

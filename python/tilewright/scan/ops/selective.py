@@ -223,7 +223,7 @@ class _SelectiveScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, ends, starts = _forward_op(*inputs, delta_softplus, reverse, last_state, True)
         ctx.save_for_backward(*inputs, starts)
-        ctx.options = delta_softplus, reverse
+        ctx.options, ctx.last_state = (delta_softplus, reverse), last_state
         ctx.set_materialize_grads(False)
         if not last_state:
             ctx.mark_non_differentiable(ends)
@@ -236,6 +236,8 @@ class _SelectiveScan(torch.autograd.Function):
         *inputs, starts = ctx.saved_tensors
         if dout is None:
             dout = inputs[0].new_zeros(()).expand(inputs[0].shape)
+        if not ctx.last_state:
+            dlast_state = None  # torch.compile makes one up for the empty tensor
         needed = list(ctx.needs_input_grad[3 : 3 + _DIFFERENTIABLE])
         gradients = iter(_backward_op(dout, dlast_state, *inputs, starts, *ctx.options, needed))
         return None, None, None, *(next(gradients) if wanted else None for wanted in needed), None, None

@@ -1,0 +1,225 @@
+// The selective scan on a GPU, forward (selective_scan.h has the formula).
+//
+// Roofline for every channel and step, 16-bit tensors, N states, with z: 8 bytes; N + 4 special functions,
+// which a multiprocessor does 16 of in a cycle, and about 5.5 N instructions: N = 16 is bound by the special
+// functions, small N by memory.
+#include "scan/selective_scan_plan.h"
+#include "scan/selective_scan_staging.h"
+
+namespace tilewright::scan {
+namespace {
+
+template <class TileOf>
+struct Smem {
+  RawTile<TileOf> u[2], delta[2], z[2];
+  alignas(16) float dt[TileOf::kStage * TileOf::kMaxChannels];
+  alignas(16) float drive[TileOf::kStage * TileOf::kMaxChannels];  // dt u, then y
+  alignas(16) typename TileOf::State B[TileOf::kStage * TileOf::kMaxStates];
+  alignas(16) typename TileOf::State C[TileOf::kStage * TileOf::kMaxStates];
+};
+
+// A block's way through its part.
+template <class TileOf>
+struct Block {
+  const ScanLaunch& l;
+  Smem<TileOf>& smem;
+  const Geometry<TileOf> geometry;
+  const Part part;
+  const Channels channels;
+
+  __device__ __forceinline__ Stage stage_at(int64_t first) const {
+    return {first, int(device::min(int64_t{TileOf::kStage}, part.end - first))};
+  }
+
+  __device__ __forceinline__ void start_loads(const Stage& stage, int buffer) const {
+    const auto load = [&](RawTile<TileOf>& tile, const Strided& tensor) {
+      load_tile(tile, tensor, l.p.dtype, part, channels, geometry, stage);
+    };
+    if (stage.steps > 0) {
+      load(smem.u[buffer], l.p.u);
+      load(smem.delta[buffer], l.p.delta);
+      load(smem.z[buffer], l.p.z);
+    }
+    device::cp_async_commit();
+  }
+
+  // dt and dt u of the stage.
+  __device__ __forceinline__ void prepare(const Stage& stage, int buffer) const {
+    with_dtype(l.p.dtype, [&](auto element) {
+      using T = decltype(element);
+      const auto* bias = static_cast<const float*>(l.p.delta_bias);
+      for (int i = int(threadIdx.x); i < geometry.items(); i += int(blockDim.x)) {
+        const Item item = item_of(i, geometry);
+        const bool present = item.channel < channels.count;
+        ItemValues<TileOf> u = {}, delta = {};
+        float shift = 0.0f;
+        if (present) {
+          read_item<T>(u, smem.u[buffer], l.p.u, item, part, geometry, stage);
+          read_item<T>(delta, smem.delta[buffer], l.p.delta, item, part, geometry, stage);
+          if (bias != nullptr) shift = bias[channels.first + item.channel];
+        }
+#pragma unroll
+        for (int j = 0; j < TileOf::kItem; ++j) {
+          const bool real = present && item.step + j < stage.steps;
+          const float dt = real ? step_size(delta[j] + shift, l.p.softplus) : 0.0f;
+          const int at = (item.step + j) * geometry.channels + item.channel;
+          smem.dt[at] = dt;
+          smem.drive[at] = real ? dt * u[j] : 0.0f;
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ void load_projections(const Stage& stage) const {
+    if (!TileOf::kConstant || l.p.variable_B)
+      load_rows<TileOf>(smem.B, l.p.B, l.p.dtype, l.p.states, part, channels.group, geometry, stage);
+    if (!TileOf::kConstant || l.p.variable_C)
+      load_rows<TileOf>(smem.C, l.p.C, l.p.dtype, l.p.states, part, channels.group, geometry, stage);
+  }
+
+  // out of the stage, from y.
+  __device__ __forceinline__ void finish(const Stage& stage, int buffer) const {
+    with_dtype(l.p.dtype, [&](auto element) {
+      using T = decltype(element);
+      const auto* D = static_cast<const float*>(l.p.D);
+      for (int i = int(threadIdx.x); i < geometry.items(); i += int(blockDim.x)) {
+        const Item item = item_of(i, geometry);
+        if (item.channel >= channels.count) continue;
+        ItemValues<TileOf> u, z = {}, out;
+        read_item<T>(u, smem.u[buffer], l.p.u, item, part, geometry, stage);
+        if (l.p.z.data != nullptr) read_item<T>(z, smem.z[buffer], l.p.z, item, part, geometry, stage);
+        const float skip = D != nullptr ? D[channels.first + item.channel] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < TileOf::kItem; ++j) {
+          const float y = smem.drive[(item.step + j) * geometry.channels + item.channel];
+          out[j] = D != nullptr ? device::fma_rn(skip, u[j], y) : y;
+          if (l.p.z.data != nullptr) out[j] *= z[j] * sigmoid(z[j]);
+        }
+        write_item<T, TileOf>(out, l.p.out, item, part, channels, stage);
+      }
+    });
+  }
+};
+
+// What a step needs from shared memory.
+template <class TileOf>
+struct StepInputs {
+  float dt[TileOf::kChannels], drive[TileOf::kChannels];
+  typename TileOf::State B[TileOf::kStates], C[TileOf::kStates];
+
+  __device__ __forceinline__ void load(const Block<TileOf>& block, int step) {
+    const Smem<TileOf>& smem = block.smem;
+    const int at = step * block.geometry.channels + block.geometry.first_channel();
+    load_channels<TileOf>(dt, smem.dt + at);
+    load_channels<TileOf>(drive, smem.drive + at);
+    const int row = step * block.geometry.states;
+    if (!TileOf::kConstant || block.l.p.variable_B) load_row<TileOf>(B, smem.B + row, block.geometry);
+    if (!TileOf::kConstant || block.l.p.variable_C) load_row<TileOf>(C, smem.C + row, block.geometry);
+  }
+};
+
+// Takes the states through the stage and leaves y where dt u was. The inputs of the next step are read ahead
+// of the write of y, which the compiler could not move them across.
+template <class TileOf>
+__device__ __forceinline__ void scan_stage(States<TileOf>& h, const States<TileOf>& A, StepInputs<TileOf> now,
+                                           const Block<TileOf>& block, int steps) {
+  constexpr int kChannels = TileOf::kChannels, kStates = TileOf::kStates;
+  now.load(block, 0);
+#pragma unroll 2
+  for (int step = 0; step < steps; ++step) {
+    StepInputs<TileOf> next = now;
+    next.load(block, device::min(step + 1, TileOf::kStage - 1));
+    float y[kChannels] = {};
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k)
+        h[k][i] = mul_add(decay(now.dt[k], A[k][i]), h[k][i], now.drive[k], now.B[i]);
+    }
+    clear_absent(h, block.l, block.geometry);
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) y[k] = output_add(now.C[i], h[k][i], y[k]);
+    }
+    const Kept kept = scatter_sum<kChannels>(y, 1, block.geometry.lanes);
+    float* row = block.smem.drive + step * block.geometry.channels + block.geometry.first_channel();
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      if (j < kept.count && kept.owner) row[kept.first + j] = y[j];
+    }
+    now = next;
+  }
+}
+
+template <class TileOf>
+__global__ void __launch_bounds__(TileOf::kMaxThreads) scan_kernel(const __grid_constant__ ScanLaunch l) {
+  const Geometry<TileOf> geometry(l);
+  const int64_t tile = blockIdx.x % l.tiles, rest = blockIdx.x / l.tiles;
+  const Block<TileOf> block{l, device::shared_memory<Smem<TileOf>>(), geometry, locate(l, rest / l.p.groups),
+                            Channels(l, rest % l.p.groups, tile, geometry.channels)};
+  const Part& part = block.part;
+  const Channels& channels = block.channels;
+  if (!part.used) return;
+
+  States<TileOf> A, h;
+  load_rates<TileOf>(A, l, geometry, channels);
+  if (l.carry != nullptr) {
+    load_states<TileOf>(h, l.carry, part.number, l, geometry, channels);
+  } else {
+    load_sequence_states<TileOf>(h, l.p.initial_state, part.sequence, l, geometry, channels);
+  }
+  StepInputs<TileOf> inputs;
+  if constexpr (TileOf::kConstant) {
+    States<TileOf> constants;
+    if (!l.p.variable_B) {
+      load_weights<TileOf>(constants, l.p.B, l, geometry, channels);
+#pragma unroll
+      for (int i = 0; i < TileOf::kStates; ++i) inputs.B[i] = constants[0][i];
+    }
+    if (!l.p.variable_C) {
+      load_weights<TileOf>(constants, l.p.C, l, geometry, channels);
+#pragma unroll
+      for (int i = 0; i < TileOf::kStates; ++i) inputs.C[i] = constants[0][i];
+    }
+  }
+
+  int buffer = 0;
+  block.start_loads(block.stage_at(part.begin), buffer);
+  for (int64_t first = part.begin; first < part.end; first += TileOf::kStage) {
+    const Stage stage = block.stage_at(first);
+    device::cp_async_wait<0>();
+    device::sync_block();  // the stage's tiles are here, and nobody is in the stage before
+    block.start_loads(block.stage_at(first + TileOf::kStage), 1 - buffer);
+    if (first % kScanChunk == 0) {
+      store_states<TileOf>(h, l.p.chunk_states, part.first_chunk + (first - part.begin) / kScanChunk, l,
+                           geometry, channels);
+    }
+    block.load_projections(stage);
+    block.prepare(stage, buffer);
+    device::sync_block();
+    scan_stage<TileOf>(h, A, inputs, block, stage.steps);
+    device::sync_block();
+    block.finish(stage, buffer);
+    buffer = 1 - buffer;
+  }
+  device::cp_async_wait<0>();
+  if (part.ends_sequence())
+    store_sequence_states<TileOf>(h, l.p.last_state, part.sequence, l, geometry, channels);
+}
+
+}  // namespace
+
+void selective_scan_fwd_cuda(const SelectiveScanParams& p, int device, Stream stream) {
+  const device::DeviceGuard guard(device);
+  with_forward_tile(p, [&](auto tile) {
+    using TileOf = decltype(tile);
+    device::preload(scan_kernel<TileOf>);
+    ScanLaunch l = plan<TileOf>(p, false, device);
+    place(l, false);
+    run_carry(l, false, stream);
+    launch_blocks(scan_kernel<TileOf>, l, threads_of<TileOf>(l), sizeof(Smem<TileOf>), stream);
+  });
+}
+
+}  // namespace tilewright::scan
