@@ -1,11 +1,118 @@
-// The GPU kernels come next; until then the call says so.
-#include "core/check.h"
+// The decode step of the causal convolution on the GPU: a thread takes a channel of a sequence.
+//
+// Roofline: state_length elements read and written a channel, the weights read; a step of a large model is a
+// few microseconds of launch and latency, so one launch does all of it.
+#include "device/half.h"
+#include "device/launch.h"
+#include "device/math.h"
 #include "scan/causal_conv1d_update.h"
 
 namespace tilewright::scan {
+namespace {
 
-void causal_conv1d_update_cuda(const CausalConv1dUpdateParams&, int, Stream) {
-  fail(ErrorKind::kNotImplemented, "causal_conv1d_update: there is no CUDA kernel yet");
+constexpr int kThreads = 128;
+
+template <class T>
+__device__ __forceinline__ T* address(const ConvTensor& x, int64_t b, int64_t c, int64_t t) {
+  return static_cast<T*>(x.data) + b * x.batch + c * x.channel + t * x.step;
+}
+
+__device__ __forceinline__ float read(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
+  return dtype == DType::kBFloat16 ? device::to_float(static_cast<const bf16*>(data)[index])
+                                   : device::to_float(static_cast<const fp16*>(data)[index]);
+}
+
+__device__ __forceinline__ int64_t integer_at(const void* data, int64_t index, bool is_64) {
+  return is_64 ? static_cast<const int64_t*>(data)[index] : static_cast<const int32_t*>(data)[index];
+}
+
+template <class T>
+__device__ __forceinline__ void fill_out(const CausalConv1dUpdateParams& p, int64_t b, int64_t c,
+                                         float value) {
+  for (int64_t t = 0; t < p.conv.length; ++t) *address<T>(p.conv.out, b, c, t) = device::from_float<T>(value);
+}
+
+// x moves into the state; with a ring the step that comes first goes to position `turn`.
+template <class T>
+__device__ __forceinline__ void advance_state(const CausalConv1dUpdateParams& p, T* state, const T* x,
+                                              int64_t turn) {
+  const int64_t steps = p.conv.length, length = p.state_length, taken = steps < length ? steps : length;
+  if (p.cache_seqlens == nullptr) {
+    for (int64_t i = 0; i + taken < length; ++i) state[i * p.state.step] = state[(i + taken) * p.state.step];
+    turn = length - taken;
+  } else if (length > 0) {
+    turn = (turn + steps - taken) % length;
+  }
+  for (int64_t s = steps - taken; s < steps; ++s) {
+    state[turn * p.state.step] = x[s * p.conv.x.step];
+    turn = turn + 1 == length ? 0 : turn + 1;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    causal_conv1d_update_kernel(const __grid_constant__ CausalConv1dUpdateParams p) {
+  const CausalConv1dParams& conv = p.conv;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, b = index / conv.dim,
+                c = index % conv.dim;
+  if (b >= conv.batch) return;
+  const int64_t slot =
+      p.indices == nullptr ? b : integer_at(p.indices, b * p.indices_stride, p.indices_are_64);
+  if (slot < 0) return fill_out<T>(p, b, c, 0.0f);
+  if (slot >= p.slots) return fill_out<T>(p, b, c, device::bits_float(0x7fc00000u));
+  int64_t turn = 0;
+  if (p.cache_seqlens != nullptr && p.state_length > 0) {
+    turn = integer_at(p.cache_seqlens, b * p.cache_stride, p.cache_is_64) % p.state_length;
+    if (turn < 0) turn += p.state_length;
+  }
+  T* state = address<T>(p.state, slot, c, 0);
+  const T* x = address<const T>(conv.x, b, c, 0);
+  float weight[kMaxConvWidth], window[kMaxConvWidth];  // by lag
+#pragma unroll
+  for (int lag = 0; lag < kMaxConvWidth; ++lag) {
+    const bool used = lag < conv.width;
+    const int64_t tap = c * conv.weight_channel + (conv.width - 1 - lag) * conv.weight_tap;
+    weight[lag] = used ? read(conv.weight, conv.weight_dtype, tap) : 0.0f;
+    if (lag == kMaxConvWidth - 1) continue;
+    const int64_t at = turn - 1 - lag < 0 ? turn - 1 - lag + p.state_length : turn - 1 - lag;
+    window[lag] = lag + 1 < conv.width ? device::to_float(state[at * p.state.step]) : 0.0f;
+  }
+  const float bias = conv.bias == nullptr ? 0.0f : read(conv.bias, conv.weight_dtype, c * conv.bias_channel);
+  for (int64_t t = 0; t < conv.length; ++t) {
+#pragma unroll
+    for (int lag = kMaxConvWidth - 1; lag > 0; --lag) window[lag] = window[lag - 1];
+    window[0] = device::to_float(x[t * conv.x.step]);
+    float sum = bias;
+#pragma unroll
+    for (int lag = 0; lag < kMaxConvWidth; ++lag) {
+      if (lag < conv.width) sum += weight[lag] * window[lag];
+    }
+    if (conv.silu) sum *= device::rcp_approx(1.0f + device::exp2_approx(-1.442695041f * sum));
+    *address<T>(conv.out, b, c, t) = device::from_float<T>(sum);
+  }
+  advance_state(p, state, x, turn);
+}
+
+template <class T>
+void update(const CausalConv1dUpdateParams& p, Stream stream) {
+  const int64_t blocks = (p.conv.batch * p.conv.dim + kThreads - 1) / kThreads;
+  device::preload(causal_conv1d_update_kernel<T>);
+  device::launch(causal_conv1d_update_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
+}
+
+}  // namespace
+
+void causal_conv1d_update_cuda(const CausalConv1dUpdateParams& p, int device, Stream stream) {
+  const device::DeviceGuard guard(device);
+  switch (p.conv.dtype) {
+    case DType::kFloat32:
+      return update<float>(p, stream);
+    case DType::kBFloat16:
+      return update<bf16>(p, stream);
+    default:
+      return update<fp16>(p, stream);
+  }
 }
 
 }  // namespace tilewright::scan

@@ -182,6 +182,14 @@ def test_several_blocks_of_the_gpu_kernels(layout: str) -> None:
         assert_close(make(1, 140, 33, 4, torch.bfloat16, layout), "silu")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_whole_vectors_of_channels(backend, dtype: torch.dtype, packed: bool) -> None:
+    for batch, dim, length in ((2, 16, 21), (1, 32, 3)):
+        arguments = make(batch, dim, length, 4, dtype, "columns", states=True, packed=packed)
+        assert_close({n: t.to(backend.device) for n, t in arguments.items()}, "silu")
+
+
 def test_packed_equals_separate(backend) -> None:
     lengths = [1, 2, 30, 3, 8]
     total = sum(lengths)
