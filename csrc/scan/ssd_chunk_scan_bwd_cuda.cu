@@ -1,0 +1,516 @@
+// The SSD scan backward on the GPU, in the dual form (the formulas are in ssd_chunk_scan_bwd_cpu.cpp):
+//
+//   1. chunk_gradients_kernel  a block per chunk, head and 64 x 64 tile: what the chunk adds to the gradient of
+//                              the state before it
+//   2. pass_gradients_kernel   a thread per element of a state, back through the chunks: the gradient of the
+//                              state after each
+//   3. differentiate_kernel    a block per chunk, group and block of its heads: all gradients, as partial sums
+//                              where they run over heads, chunks or batch rows
+//   4. sum_states_kernel, sum_heads_kernel  add the partial sums in a fixed order
+//
+// Roofline: a step of a head costs 2 * (5 P N + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 90 kFLOP, against
+// 6 P bytes of x, dout and dx in 16 bits and 20 P N / Q of states: it is bound by the FMA units.
+#include "scan/ssd_chunk_cuda.h"
+
+namespace tilewright::scan {
+namespace {
+
+struct BackwardParams {
+  SsdChunkScanParams p;
+  float* G;                   // [chunk][head][states][head_dim]: gradient of the state after the chunk
+  float* decay;               // [chunk][head]: of the state over the chunk; negative where it is dropped
+  float *dA, *ddt_bias, *dD;  // partial sums [chunk][head], dD [chunk][head][head_dim]
+  float *dB, *dC;             // partial sums [block][batch][step][group][states]
+  int blocks;                 // blocks of a group's heads
+};
+
+constexpr float kDropped = -1.0f;
+
+struct Smem {
+  Matrix left, right;
+  Matrix CB;       // at[i][j] = C[i] B[j]
+  Matrix decayed;  // at[i][j] = C[i] B[j] exp(cum[i] - cum[j]); at last the sum of K over heads
+  Matrix crossing; // at[i][j] = C[i] B[j] K[i][j], then its sums over rows from i on; at last K's sum transposed
+  Pieces pieces;
+  Steps steps;
+  float direct[kTile], from_C[kTile], from_B[kTile];
+  float warps[kThreads / device::kWarpSize];
+};
+
+// The gradient of y: dout, through the gate.
+template <class T>
+struct GradientRows {
+  RowsOf<T> dout, z;
+  bool gated;
+
+  __device__ __forceinline__ GradientRows(const SsdChunkScanParams& p, const SsdChunk& chunk, int64_t head)
+      : dout(p.dout, chunk, head, p.head_dim), z(p.z, chunk, head, p.head_dim), gated(p.z.data != nullptr) {}
+
+  __device__ __forceinline__ float operator()(int row, int d) const {
+    if (!dout.has(row, d)) return 0.0f;
+    const float gradient = dout(row, d);
+    if (!gated) return gradient;
+    const float gate = z(row, d);
+    return gradient * (gate * sigmoid(gate));
+  }
+};
+
+__device__ __forceinline__ int depth_of(int extent, int from) {
+  return extent - from < kTile ? extent - from : kTile;
+}
+
+// ---- 1 and 2: gradients of states ----
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) chunk_gradients_kernel(const __grid_constant__ BackwardParams params) {
+  const SsdChunkScanParams& p = params.p;
+  Smem& smem = device::shared_memory<Smem>();
+  const int across = tiles(p.head_dim), each = across * tiles(p.states), tile = int(blockIdx.x % each);
+  const int64_t part = int64_t{blockIdx.x} / each, number = part / p.heads, head = part % p.heads;
+  const SsdChunk chunk = ssd_chunk(p, number);
+  if (chunk.length == 0) return;
+  const int n0 = tile / across * kTile, d0 = tile % across * kTile;
+  if (device::warp_id() == 0) {
+    find_pieces(p, chunk, smem.pieces);
+    device::sync_warp();
+    prepare_steps(p, chunk, head, smem.pieces, smem.steps);
+  }
+  device::sync_block();
+  RowsOf<T> C(p.C, chunk, head / (p.heads / p.groups), p.states);
+  const GradientRows<T> g(p, chunk, head);
+  C.to = smem.pieces.head_end;
+  fill<false>(smem.left, [&](int i, int n) { return C(i, n0 + n); });
+  fill<false>(smem.right,
+              [&](int i, int d) { return i < C.to ? g(i, d0 + d) * smem.steps.from_start[i] : 0.0f; });
+  device::sync_block();
+  Own own;
+  clear(own);
+  multiply(own, smem.left, smem.right, C.to);
+  float* added = params.G + state_offset(p, number, head);
+  each_own([&](int r, int c) {
+    const int n = n0 + own_row() + r, d = d0 + own_column() + c;
+    if (n < p.states && d < p.head_dim) added[int64_t{n} * p.head_dim + d] = own[r][c];
+  });
+  if (tile == 0 && threadIdx.x == 0) {
+    params.decay[part] = runs_through(chunk, smem.pieces) ? smem.steps.from_start[chunk.length - 1] : kDropped;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) pass_gradients_kernel(const __grid_constant__ BackwardParams params) {
+  const SsdChunkScanParams& p = params.p;
+  const int64_t numel = int64_t{p.states} * p.head_dim;
+  const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (element >= p.sequences * p.heads * numel) return;
+  const int64_t sequence = element / (p.heads * numel), head = element / numel % p.heads;
+  const int64_t n = element % numel / p.head_dim, d = element % p.head_dim;
+  const int64_t outside = (sequence * p.heads + head) * numel + d * p.states + n;
+  float gradient = p.dfinal_state == nullptr ? 0.0f : static_cast<const float*>(p.dfinal_state)[outside];
+  const int64_t base = ssd_chunk_base(p, sequence);
+  const int64_t steps = ssd_sequence_end(p, sequence) - ssd_sequence_start(p, sequence);
+  for (int64_t c = (steps + kSsdChunk - 1) / kSsdChunk - 1; c >= 0; --c) {
+    float* kept = params.G + state_offset(p, base + c, head) + n * p.head_dim + d;
+    const float decay = params.decay[(base + c) * p.heads + head], added = *kept;
+    *kept = gradient;
+    gradient = decay < 0.0f ? added : device::fma_rn(decay, gradient, added);
+  }
+  if (p.dinitial_state != nullptr) static_cast<float*>(p.dinitial_state)[outside] = gradient;
+}
+
+// ---- 3: one chunk, heads of one group ----
+
+// What differentiate_kernel's helpers share: one head of one chunk.
+struct Head {
+  SsdChunk chunk;
+  int64_t number, head;
+  int group, block;
+  bool first;  // of the block's heads: it starts the sums
+};
+
+template <class T>
+__device__ __forceinline__ void multiply_C_B(const SsdChunkScanParams& p, Smem& smem, const Head& h) {
+  Own own;
+  clear(own);
+  for (int n0 = 0; n0 < p.states; n0 += kTile) {
+    device::sync_block();
+    fill_states<T>(smem.left, p, p.C, h.chunk, h.group, n0);
+    fill_states<T>(smem.right, p, p.B, h.chunk, h.group, n0);
+    device::sync_block();
+    multiply(own, smem.left, smem.right, depth_of(p.states, n0));
+  }
+  store_own(smem.CB, own);
+}
+
+// K from g and x; adds it to K_sum and leaves decayed and crossing behind.
+template <class T>
+__device__ __forceinline__ void multiply_K(const SsdChunkScanParams& p, Smem& smem, const Head& h, Own& K_sum) {
+  const GradientRows<T> g(p, h.chunk, h.head);
+  const RowsOf<T> x(p.x, h.chunk, h.head, p.head_dim);
+  Own own;
+  clear(own);
+  for (int d0 = 0; d0 < p.head_dim; d0 += kTile) {
+    device::sync_block();
+    fill<true>(smem.left, [&](int i, int d) { return g(i, d0 + d); });
+    fill<true>(smem.right, [&](int j, int d) { return x(j, d0 + d); });
+    device::sync_block();
+    multiply(own, smem.left, smem.right, depth_of(p.head_dim, d0));
+  }
+  Own crossing;
+  each_own([&](int r, int c) {
+    const int i = own_row() + r, j = own_column() + c;
+    const bool reached = j <= i && smem.pieces.begin[i] <= j;
+    const float L = reached ? smem.steps.decay(i, j) : 0.0f, CB = smem.CB.at[i][j];
+    const float K = reached ? own[r][c] * (L * smem.steps.dt[j]) : 0.0f;
+    K_sum[r][c] += K;
+    own[r][c] = reached ? CB * L : 0.0f;
+    crossing[r][c] = reached && j < i ? CB * K : 0.0f;
+  });
+  store_own(smem.decayed, own);
+  store_own(smem.crossing, crossing);
+}
+
+// Sums of crossing over the rows from i on, for each column: additions alone, as on the CPU.
+__device__ __forceinline__ void sum_rows_upwards(Smem& smem) {
+  if (threadIdx.x >= kTile) return;
+  float total = 0.0f;
+  for (int i = kTile - 1; i > int(threadIdx.x); --i) {
+    total += smem.crossing.at[i][threadIdx.x];
+    smem.crossing.at[i][threadIdx.x] = total;
+  }
+}
+
+// dx, dz, and in smem.direct the sum of U x over head_dim, from U of one tile in `own`; left holds g.
+template <class T>
+__device__ __forceinline__ void finish_x(const BackwardParams& params, Smem& smem, const Head& h, const Own& own,
+                                         int d0) {
+  const SsdChunkScanParams& p = params.p;
+  float direct[kOwn] = {};
+  each_own([&](int r, int c) {
+    const int j = own_row() + r, d = d0 + own_column() + c;
+    if (j >= h.chunk.length || d >= p.head_dim) return;
+    const auto at = [&](const SsdTensor& t) {
+      return row_of<T>(t, h.chunk.batch, h.chunk.start + j, h.head) + d * t.inner;
+    };
+    const float D = p.D == nullptr ? 0.0f : static_cast<const float*>(p.D)[p.D_wide ? h.head * p.head_dim + d : h.head];
+    const float skip = p.D == nullptr ? 0.0f : D * smem.left.at[j][d - d0];
+    direct[r] = device::fma_rn(own[r][c], device::to_float(*at(p.x)), direct[r]);
+    *at(p.dx) = device::from_float<T>(device::fma_rn(smem.steps.dt[j], own[r][c], skip));
+    if (p.z.data != nullptr) {
+      const float z = device::to_float(*at(p.z)), gate = sigmoid(z);
+      const float slope = gate * (1.0f + z * (1.0f - gate));
+      *at(p.dz) = device::from_float<T>(device::to_float(*at(p.dout)) * device::to_float(*at(p.y)) * slope);
+    }
+  });
+#pragma unroll
+  for (int r = 0; r < kOwn; ++r) {
+    const float total = sum_columns(direct[r]);
+    if (own_column() == 0) smem.direct[own_row() + r] = d0 == 0 ? total : smem.direct[own_row() + r] + total;
+  }
+  if (p.D != nullptr && threadIdx.x < kTile && d0 + int(threadIdx.x) < p.head_dim) {
+    const RowsOf<T> x(p.x, h.chunk, h.head, p.head_dim);
+    float total = 0.0f;
+    for (int j = 0; j < h.chunk.length; ++j) {
+      total = device::fma_rn(smem.left.at[j][threadIdx.x], x(j, d0 + threadIdx.x), total);
+    }
+    params.dD[(h.number * p.heads + h.head) * p.head_dim + d0 + threadIdx.x] = total;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void differentiate_x(const BackwardParams& params, Smem& smem, const Head& h) {
+  const SsdChunkScanParams& p = params.p;
+  const GradientRows<T> g(p, h.chunk, h.head);
+  const float* G = params.G + state_offset(p, h.number, h.head);
+  for (int d0 = 0; d0 < p.head_dim; d0 += kTile) {
+    Own own;
+    clear(own);
+    for (int n0 = 0; n0 < p.states; n0 += kTile) {
+      device::sync_block();
+      fill_states<T>(smem.left, p, p.B, h.chunk, h.group, n0);
+      fill<false>(smem.right, StateTile{G, p.states, p.head_dim, n0, d0});
+      device::sync_block();
+      multiply(own, smem.left, smem.right, depth_of(p.states, n0));
+    }
+    each_own([&](int r, int c) {
+      const int j = own_row() + r;
+      own[r][c] = j >= smem.pieces.tail && j < h.chunk.length ? own[r][c] * smem.steps.to_end[j] : 0.0f;
+    });
+    device::sync_block();
+    fill<false>(smem.left, [&](int i, int d) { return g(i, d0 + d); });
+    device::sync_block();
+    multiply_triangle<true>(own, smem.decayed, smem.left, smem.pieces.begin);
+    finish_x<T>(params, smem, h, own, d0);
+  }
+}
+
+// Adds to the partial sums of dB or dC; an element is always the same thread's.
+__device__ __forceinline__ void add_partial(float* sums, const SsdChunkScanParams& p, const Head& h, const Own& own,
+                                            int n0, bool start) {
+  each_own([&](int r, int c) {
+    const int i = own_row() + r, n = n0 + own_column() + c;
+    if (i >= h.chunk.length || n >= p.states) return;
+    const int64_t row = ((h.block * p.batch + h.chunk.batch) * p.length + h.chunk.start + i) * p.groups + h.group;
+    float& sum = sums[row * p.states + n];
+    sum = start ? own[r][c] : sum + own[r][c];
+  });
+}
+
+// What goes through a state: for steps [from, to) rows(step, d) times the state, added to `sums`; in `along`
+// for each step the product of that with the step's C or B, which is `states`.
+template <class T, class Rows>
+__device__ __forceinline__ void multiply_state(const SsdChunkScanParams& p, Smem& smem, const Head& h, float* sums,
+                                               float (&along)[kTile], const float* state, const SsdTensor& states,
+                                               int from, int to, const Rows& rows) {
+  const RowsOf<T> by(states, h.chunk, h.group, p.states);
+  float total[kOwn] = {};
+  for (int n0 = 0; n0 < p.states; n0 += kTile) {
+    Own own;
+    clear(own);
+    for (int d0 = 0; from < to && d0 < p.head_dim; d0 += kTile) {
+      device::sync_block();
+      fill<true>(smem.left, [&](int i, int d) { return i >= from && i < to ? rows(i, d0 + d) : 0.0f; });
+      fill<true>(smem.right, StateTile{state, p.states, p.head_dim, n0, d0});
+      device::sync_block();
+      multiply(own, smem.left, smem.right, depth_of(p.head_dim, d0));
+    }
+    each_own([&](int r, int c) {
+      const int i = own_row() + r;
+      const bool reached = i >= from && i < to;
+      own[r][c] = reached ? own[r][c] : 0.0f;
+      if (reached) total[r] = device::fma_rn(own[r][c], by(i, n0 + own_column() + c), total[r]);
+    });
+    add_partial(sums, p, h, own, n0, h.first);
+  }
+#pragma unroll
+  for (int r = 0; r < kOwn; ++r) {
+    const float sum = sum_columns(total[r]);
+    if (own_column() == 0) along[own_row() + r] = sum;
+  }
+}
+
+// The product of S and G, if a state runs through the chunk: each thread has the sum of a warp's share.
+__device__ __forceinline__ void multiply_states(const BackwardParams& params, Smem& smem, const Head& h) {
+  const SsdChunkScanParams& p = params.p;
+  const int64_t offset = state_offset(p, h.number, h.head);
+  const float* S = static_cast<const float*>(p.chunk_states) + offset;
+  float total = 0.0f;
+  if (runs_through(h.chunk, smem.pieces)) {
+    for (int64_t i = threadIdx.x; i < int64_t{p.states} * p.head_dim; i += kThreads) {
+      total = device::fma_rn(S[i], params.G[offset + i], total);
+    }
+  }
+  total = sum_warp(total);
+  if (device::lane_id() == 0) smem.warps[device::warp_id()] = total;
+}
+
+__device__ __forceinline__ float through_activation(const SsdChunkScanParams& p, float gradient, float raw) {
+  const float active = p.softplus && raw <= 20.0f ? ::log1pf(::expf(raw)) : raw;
+  if (active < float(p.dt_min) || active > float(p.dt_max)) return 0.0f;
+  return p.softplus && raw <= 20.0f ? gradient * sigmoid(raw) : gradient;
+}
+
+// ddt of every step, by warps 0 and 1, and the sums of dA and ddt_bias over the chunk.
+__device__ __forceinline__ void finish_steps(const BackwardParams& params, Smem& smem, const Head& h) {
+  const SsdChunkScanParams& p = params.p;
+  const int t = int(threadIdx.x);
+  float d_rate = 0.0f, gradient = 0.0f;
+  if (t < h.chunk.length) {
+    for (int j = 0; j < t; ++j) d_rate += smem.crossing.at[t][j];
+    for (int i = t; i < h.chunk.length; ++i) d_rate += smem.from_C[i];
+    for (int j = 0; j < t; ++j) d_rate += smem.from_B[j];
+    if (runs_through(h.chunk, smem.pieces)) {
+      float through = 0.0f;
+      for (const float share : smem.warps) through += share;
+      d_rate += through * smem.steps.from_start[h.chunk.length - 1];
+    }
+    const float rate = static_cast<const float*>(p.A)[h.head];
+    gradient = through_activation(p, device::fma_rn(rate, d_rate, smem.direct[t]), smem.steps.raw[t]);
+    *row_of<float>(p.ddt, h.chunk.batch, h.chunk.start + t, h.head) = gradient;
+    d_rate *= smem.steps.dt[t];
+  }
+  device::sync_block();
+  const float dA = sum_warp(d_rate), dbias = sum_warp(gradient);
+  if (t == device::kWarpSize) {
+    smem.warps[0] = dA;
+    smem.warps[1] = dbias;
+  }
+  device::sync_block();
+  if (t == 0) {
+    params.dA[h.number * p.heads + h.head] = dA + smem.warps[0];
+    params.ddt_bias[h.number * p.heads + h.head] = dbias + smem.warps[1];
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void differentiate_head(const BackwardParams& params, Smem& smem, const Head& h,
+                                                   Own& K_sum) {
+  const SsdChunkScanParams& p = params.p;
+  device::sync_block();
+  if (device::warp_id() == 0) prepare_steps(p, h.chunk, h.head, smem.pieces, smem.steps);
+  device::sync_block();
+  multiply_K<T>(p, smem, h, K_sum);
+  device::sync_block();
+  sum_rows_upwards(smem);
+  differentiate_x<T>(params, smem, h);
+  const int64_t offset = state_offset(p, h.number, h.head);
+  const GradientRows<T> g(p, h.chunk, h.head);
+  const RowsOf<T> x(p.x, h.chunk, h.head, p.head_dim);
+  multiply_state<T>(p, smem, h, params.dC, smem.from_C, static_cast<const float*>(p.chunk_states) + offset, p.C, 0,
+                    smem.pieces.head_end, [&](int i, int d) { return g(i, d) * smem.steps.from_start[i]; });
+  multiply_state<T>(p, smem, h, params.dB, smem.from_B, params.G + offset, p.B, smem.pieces.tail, h.chunk.length,
+                    [&](int j, int d) { return x(j, d) * (smem.steps.to_end[j] * smem.steps.dt[j]); });
+  multiply_states(params, smem, h);
+  device::sync_block();
+  finish_steps(params, smem, h);
+}
+
+template <class T>
+__device__ __forceinline__ void finish_group(const BackwardParams& params, Smem& smem, const Head& h,
+                                             const Own& K_sum) {
+  const SsdChunkScanParams& p = params.p;
+  const RowsOf<T> B(p.B, h.chunk, h.group, p.states), C(p.C, h.chunk, h.group, p.states);
+  device::sync_block();
+  store_own(smem.decayed, K_sum);
+  store_own_transposed(smem.crossing, K_sum);
+  for (int n0 = 0; n0 < p.states; n0 += kTile) {
+    device::sync_block();
+    fill<false>(smem.left, [&](int j, int n) { return B(j, n0 + n); });
+    fill<false>(smem.right, [&](int i, int n) { return C(i, n0 + n); });
+    device::sync_block();
+    Own own;
+    clear(own);
+    multiply_triangle<false>(own, smem.crossing, smem.left, smem.pieces.begin);
+    add_partial(params.dC, p, h, own, n0, false);
+    clear(own);
+    multiply_triangle<true>(own, smem.decayed, smem.right, smem.pieces.begin);
+    add_partial(params.dB, p, h, own, n0, false);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) differentiate_kernel(const __grid_constant__ BackwardParams params) {
+  const SsdChunkScanParams& p = params.p;
+  Smem& smem = device::shared_memory<Smem>();
+  const int64_t task = int64_t{blockIdx.x} / params.blocks;
+  Head h;
+  h.block = int(blockIdx.x % params.blocks);
+  h.group = int(task % p.groups);
+  h.number = task / p.groups;
+  h.chunk = ssd_chunk(p, h.number);
+  if (h.chunk.length == 0) return;
+  if (device::warp_id() == 0) find_pieces(p, h.chunk, smem.pieces);
+  device::sync_block();
+  multiply_C_B<T>(p, smem, h);
+  Own K_sum;
+  clear(K_sum);
+  const int per_group = p.heads / p.groups, begin = per_group * h.block / params.blocks;
+  const int end = per_group * (h.block + 1) / params.blocks;
+  for (int head = begin; head < end; ++head) {
+    h.head = int64_t{h.group} * per_group + head;
+    h.first = head == begin;
+    differentiate_head<T>(params, smem, h, K_sum);
+  }
+  finish_group<T>(params, smem, h, K_sum);
+}
+
+// ---- 4: sums over partial sums ----
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_states_kernel(const __grid_constant__ BackwardParams params) {
+  const SsdChunkScanParams& p = params.p;
+  const int64_t stride = p.batch * p.length * p.groups * p.states;
+  const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (element >= stride) return;
+  const int64_t n = element % p.states, row = element / p.states, group = row % p.groups;
+  const int64_t step = row / p.groups % p.length, batch = row / p.groups / p.length;
+  float dB = 0.0f, dC = 0.0f;
+  for (int block = 0; block < params.blocks; ++block) {
+    dB += params.dB[block * stride + element];
+    dC += params.dC[block * stride + element];
+  }
+  row_of<T>(p.dB, batch, step, group)[n * p.dB.inner] = device::from_float<T>(dB);
+  row_of<T>(p.dC, batch, step, group)[n * p.dC.inner] = device::from_float<T>(dC);
+}
+
+// A warp per head and weight: dA, ddt_bias, D's weights.
+__global__ void __launch_bounds__(kThreads) sum_heads_kernel(const __grid_constant__ BackwardParams params) {
+  const SsdChunkScanParams& p = params.p;
+  const int64_t warp = int64_t{blockIdx.x} * (kThreads / device::kWarpSize) + device::warp_id();
+  const int weights = 2 + (p.dD == nullptr ? 0 : p.D_wide ? p.head_dim : 1);
+  const int64_t head = warp / weights;
+  const int which = int(warp % weights);
+  if (head >= p.heads) return;
+  const float* source = which == 0 ? params.dA : which == 1 ? params.ddt_bias : params.dD;
+  const int width = which < 2 ? 1 : p.head_dim;
+  const int first = which < 2 || !p.D_wide ? 0 : which - 2;
+  const int last = which < 2 || p.D_wide ? first + 1 : p.head_dim;
+  const int64_t chunks = ssd_chunk_count(p);
+  float total = 0.0f;
+  for (int64_t number = device::lane_id(); number < chunks; number += device::kWarpSize) {
+    if (ssd_chunk(p, number).length == 0) continue;
+    for (int d = first; d < last; ++d) total += source[(number * p.heads + head) * width + d];
+  }
+  total = sum_warp(total);
+  void* const target = which == 0 ? p.dA : which == 1 ? p.ddt_bias : p.dD;
+  const int64_t place = which < 2 || !p.D_wide ? head : head * p.head_dim + which - 2;
+  if (device::lane_id() == 0 && target != nullptr) static_cast<float*>(target)[place] = total;
+}
+
+// Lays the workspace out; returns its size in bytes.
+int64_t lay_out(BackwardParams& params) {
+  const SsdChunkScanParams& p = params.p;
+  params.blocks = ssd_head_blocks(p);
+  const int64_t parts = ssd_chunk_count(p) * p.heads;
+  const int64_t sums = params.blocks * p.batch * p.length * p.groups * p.states;
+  float* base = static_cast<float*>(p.workspace);
+  int64_t used = 0;
+  const auto take = [&](float*& piece, int64_t count) {
+    piece = base == nullptr ? nullptr : base + used;
+    used += (count + 31) / 32 * 32;
+  };
+  take(params.G, parts * p.states * p.head_dim);
+  for (float** piece : {&params.decay, &params.dA, &params.ddt_bias}) take(*piece, parts);
+  take(params.dD, parts * p.head_dim);
+  for (float** piece : {&params.dB, &params.dC}) take(*piece, sums);
+  return used * int64_t(sizeof(float));
+}
+
+}  // namespace
+
+int64_t ssd_chunk_scan_workspace_cuda(const SsdChunkScanParams& p, bool backward) {
+  if (!backward) return ssd_chunk_count(p) * p.heads * int64_t(sizeof(float));
+  BackwardParams params{};
+  params.p = p;
+  return lay_out(params);
+}
+
+void ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, int device, Stream stream) {
+  const device::DeviceGuard guard(device);
+  BackwardParams params{};
+  params.p = p;
+  lay_out(params);
+  using Kernel = device::Kernel<BackwardParams>;
+  const auto pick = [&](Kernel float32, Kernel half, Kernel brain) {
+    const Kernel kernel = by_dtype<BackwardParams>(p.dtype, float32, half, brain);
+    device::preload(kernel);
+    return kernel;
+  };
+  const Kernel chunk_gradients =
+      pick(chunk_gradients_kernel<float>, chunk_gradients_kernel<fp16>, chunk_gradients_kernel<bf16>);
+  const Kernel differentiate =
+      pick(differentiate_kernel<float>, differentiate_kernel<fp16>, differentiate_kernel<bf16>);
+  const Kernel sum_states = pick(sum_states_kernel<float>, sum_states_kernel<fp16>, sum_states_kernel<bf16>);
+  for (const Kernel kernel : {Kernel{pass_gradients_kernel}, Kernel{sum_heads_kernel}}) device::preload(kernel);
+
+  const auto blocks_for = [](int64_t elements, int64_t each) { return (elements + each - 1) / each; };
+  const int64_t chunks = ssd_chunk_count(p), numel = int64_t{p.states} * p.head_dim;
+  const int64_t state_tiles = blocks_for(p.head_dim, kTile) * blocks_for(p.states, kTile);
+  const int64_t weights = 2 + (p.dD == nullptr ? 0 : p.D_wide ? p.head_dim : 1);
+  launch_over(chunk_gradients, chunks * p.heads * state_tiles, sizeof(Smem), stream, params);
+  launch_over(Kernel{pass_gradients_kernel}, blocks_for(p.sequences * p.heads * numel, kThreads), 0, stream, params);
+  launch_over(differentiate, chunks * p.groups * params.blocks, sizeof(Smem), stream, params);
+  launch_over(sum_states, blocks_for(p.batch * p.length * p.groups * p.states, kThreads), 0, stream, params);
+  launch_over(Kernel{sum_heads_kernel}, blocks_for(p.heads * weights, kThreads / device::kWarpSize), 0, stream,
+              params);
+}
+
+}  // namespace tilewright::scan

@@ -1,0 +1,196 @@
+// The SSD scan forward on the GPU, in the dual form (the formulas are in ssd_chunk_scan_fwd_cpu.cpp):
+//
+//   1. chunk_states_kernel   a block per chunk, head and 64 x 64 tile of the state: what the chunk adds to it
+//   2. pass_states_kernel    a thread per element of a state, through the chunks: the state before each
+//   3. outputs_kernel        a block per chunk, head and 64 of head_dim: the results
+//
+// Products run on the FMA units in fp32. Roofline: a step of a head costs 2 * (2 P N + Q N + Q P) FLOPs, Q =
+// kSsdChunk, at P 64, N 128 57 kFLOP, against 4 P bytes of x and out in 16 bits and 12 P N / Q of states: it is
+// bound by the FMA units.
+#include "scan/ssd_chunk_cuda.h"
+
+namespace tilewright::scan {
+namespace {
+
+// The state's decay over each chunk and head, in the workspace; negative where the state is dropped.
+constexpr float kDropped = -1.0f;
+
+struct Smem {
+  Matrix left, right, products;
+  Pieces pieces;
+  Steps steps;
+};
+
+struct Place {
+  SsdChunk chunk;
+  int64_t number, head;
+  int group, tile;
+};
+
+// Blocks count tiles fastest, then heads, then chunks.
+__device__ __forceinline__ Place place_of(const SsdChunkScanParams& p, int tiles_each) {
+  const int64_t block = blockIdx.x, task = block / tiles_each;
+  const int64_t number = task / p.heads, head = task % p.heads;
+  return {ssd_chunk(p, number), number, head, int(head / (p.heads / p.groups)), int(block % tiles_each)};
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) chunk_states_kernel(const __grid_constant__ SsdChunkScanParams p) {
+  Smem& smem = device::shared_memory<Smem>();
+  const int across = tiles(p.head_dim);
+  const Place place = place_of(p, across * tiles(p.states));
+  const SsdChunk& chunk = place.chunk;
+  if (chunk.length == 0) return;
+  const int n0 = place.tile / across * kTile, d0 = place.tile % across * kTile;
+  if (device::warp_id() == 0) {
+    find_pieces(p, chunk, smem.pieces);
+    device::sync_warp();
+    prepare_steps(p, chunk, place.head, smem.pieces, smem.steps);
+  }
+  device::sync_block();
+  RowsOf<T> B(p.B, chunk, place.group, p.states), x(p.x, chunk, place.head, p.head_dim);
+  B.from = x.from = smem.pieces.tail;
+  fill<false>(smem.left, [&](int j, int n) { return B(j, n0 + n); });
+  fill<false>(smem.right, [&](int j, int d) {
+    return x.has(j, d0 + d) ? x(j, d0 + d) * (smem.steps.to_end[j] * smem.steps.dt[j]) : 0.0f;
+  });
+  device::sync_block();
+  Own own;
+  clear(own);
+  multiply(own, smem.left, smem.right, chunk.length);
+  float* state = static_cast<float*>(p.chunk_states) + state_offset(p, place.number, place.head);
+  each_own([&](int r, int c) {
+    const int n = n0 + own_row() + r, d = d0 + own_column() + c;
+    if (n < p.states && d < p.head_dim) state[int64_t{n} * p.head_dim + d] = own[r][c];
+  });
+  if (place.tile == 0 && threadIdx.x == 0) {
+    static_cast<float*>(p.workspace)[place.number * p.heads + place.head] =
+        runs_through(chunk, smem.pieces) ? smem.steps.from_start[chunk.length - 1] : kDropped;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) pass_states_kernel(const __grid_constant__ SsdChunkScanParams p) {
+  const int64_t numel = int64_t{p.states} * p.head_dim;
+  const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (element >= p.sequences * p.heads * numel) return;
+  const int64_t sequence = element / (p.heads * numel), head = element / numel % p.heads;
+  const int64_t n = element % numel / p.head_dim, d = element % p.head_dim;
+  const int64_t outside = (sequence * p.heads + head) * numel + d * p.states + n;
+  float state = p.initial_state == nullptr ? 0.0f : static_cast<const float*>(p.initial_state)[outside];
+  const int64_t base = ssd_chunk_base(p, sequence);
+  const int64_t steps = ssd_sequence_end(p, sequence) - ssd_sequence_start(p, sequence);
+  for (int64_t c = 0; c * kSsdChunk < steps; ++c) {
+    float* kept = static_cast<float*>(p.chunk_states) + state_offset(p, base + c, head) + n * p.head_dim + d;
+    const float decay = static_cast<const float*>(p.workspace)[(base + c) * p.heads + head], added = *kept;
+    *kept = state;
+    state = decay < 0.0f ? added : device::fma_rn(decay, state, added);
+  }
+  if (p.final_state != nullptr) static_cast<float*>(p.final_state)[outside] = state;
+}
+
+// left = C transposed, right = the state before the chunk: what it gives to each step.
+template <class T>
+__device__ __forceinline__ void add_state(Own& own, const SsdChunkScanParams& p, Smem& smem, const Place& place,
+                                          int d0) {
+  const float* state = static_cast<const float*>(p.chunk_states) + state_offset(p, place.number, place.head);
+  for (int n0 = 0; n0 < p.states; n0 += kTile) {
+    device::sync_block();
+    fill_states<T>(smem.left, p, p.C, place.chunk, place.group, n0);
+    fill<false>(smem.right, StateTile{state, p.states, p.head_dim, n0, d0});
+    device::sync_block();
+    multiply(own, smem.left, smem.right, p.states - n0 < kTile ? p.states - n0 : kTile);
+  }
+  each_own([&](int r, int c) {
+    const int i = own_row() + r;
+    own[r][c] = i < smem.pieces.head_end ? own[r][c] * smem.steps.from_start[i] : 0.0f;
+  });
+}
+
+// products.at[j][i] = (C[i] B[j]) exp(cum[i] - cum[j]) dt[j] for j <= i of one piece.
+template <class T>
+__device__ __forceinline__ void decay_products(const SsdChunkScanParams& p, Smem& smem, const Place& place) {
+  Own own;
+  clear(own);
+  for (int n0 = 0; n0 < p.states; n0 += kTile) {
+    device::sync_block();
+    fill_states<T>(smem.left, p, p.B, place.chunk, place.group, n0);
+    fill_states<T>(smem.right, p, p.C, place.chunk, place.group, n0);
+    device::sync_block();
+    multiply(own, smem.left, smem.right, p.states - n0 < kTile ? p.states - n0 : kTile);
+  }
+  each_own([&](int r, int c) {
+    const int j = own_row() + r, i = own_column() + c;
+    const bool reached = j <= i && smem.pieces.begin[i] <= j;
+    own[r][c] = reached ? own[r][c] * (smem.steps.decay(i, j) * smem.steps.dt[j]) : 0.0f;
+  });
+  store_own(smem.products, own);
+}
+
+template <class T>
+__device__ __forceinline__ void finish_outputs(const SsdChunkScanParams& p, const Own& own, const Place& place,
+                                               int d0) {
+  const SsdChunk& chunk = place.chunk;
+  each_own([&](int r, int c) {
+    const int i = own_row() + r, d = d0 + own_column() + c;
+    if (i >= chunk.length || d >= p.head_dim) return;
+    const auto at = [&](const SsdTensor& t) {
+      return row_of<T>(t, chunk.batch, chunk.start + i, place.head) + d * t.inner;
+    };
+    float y = own[r][c];
+    if (p.D != nullptr) {
+      const float D = static_cast<const float*>(p.D)[p.D_wide ? place.head * p.head_dim + d : place.head];
+      y = device::fma_rn(D, device::to_float(*at(p.x)), y);
+    }
+    if (p.y.data != nullptr) *at(p.y) = device::from_float<T>(y);
+    if (p.z.data != nullptr) {
+      const float z = device::to_float(*at(p.z));
+      y *= z * sigmoid(z);
+    }
+    *at(p.out) = device::from_float<T>(y);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) outputs_kernel(const __grid_constant__ SsdChunkScanParams p) {
+  Smem& smem = device::shared_memory<Smem>();
+  const Place place = place_of(p, tiles(p.head_dim));
+  if (place.chunk.length == 0) return;
+  const int d0 = place.tile * kTile;
+  if (device::warp_id() == 0) {
+    find_pieces(p, place.chunk, smem.pieces);
+    device::sync_warp();
+    prepare_steps(p, place.chunk, place.head, smem.pieces, smem.steps);
+  }
+  device::sync_block();
+  decay_products<T>(p, smem, place);
+  Own own;
+  clear(own);
+  if (smem.pieces.head_end > 0) add_state<T>(own, p, smem, place, d0);
+  device::sync_block();
+  const RowsOf<T> x(p.x, place.chunk, place.head, p.head_dim);
+  fill<false>(smem.right, [&](int j, int d) { return x(j, d0 + d); });
+  device::sync_block();
+  multiply_triangle<false>(own, smem.products, smem.right, smem.pieces.begin);
+  finish_outputs<T>(p, own, place, d0);
+}
+
+}  // namespace
+
+void ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, int device, Stream stream) {
+  using device::Kernel;
+  const device::DeviceGuard guard(device);
+  const auto states = by_dtype<SsdChunkScanParams>(p.dtype, chunk_states_kernel<float>, chunk_states_kernel<fp16>,
+                                                   chunk_states_kernel<bf16>);
+  const auto outputs =
+      by_dtype<SsdChunkScanParams>(p.dtype, outputs_kernel<float>, outputs_kernel<fp16>, outputs_kernel<bf16>);
+  for (const auto kernel : {states, outputs}) device::preload(kernel);
+  device::preload<SsdChunkScanParams>(pass_states_kernel);
+  const int64_t tasks = ssd_chunk_count(p) * p.heads;
+  const int64_t across = (p.head_dim + kTile - 1) / kTile, down = (p.states + kTile - 1) / kTile;
+  const int64_t elements = p.sequences * p.heads * p.states * p.head_dim;
+  launch_over(states, tasks * across * down, sizeof(Smem), stream, p);
+  launch_over<SsdChunkScanParams>(pass_states_kernel, (elements + kThreads - 1) / kThreads, 0, stream, p);
+  launch_over(outputs, tasks * across, sizeof(Smem), stream, p);
+}
+
+}  // namespace tilewright::scan
