@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-FAMILY ?= optim
+FAMILY ?=
 STAGES ?= build,test,bench
 OUT ?= bench/results/h200
 PYTEST_FLAGS ?=
@@ -30,7 +30,7 @@ bench: $(VENV)/.bench
 	$(bin)/tilewright bench $(FAMILY)
 
 gpu:
-	$(PYTHON) scripts/gpu.py --family $(FAMILY) --stages $(STAGES) --out $(OUT)
+	$(PYTHON) scripts/gpu.py --family $(or $(FAMILY),optim) --stages $(STAGES) --out $(OUT)
 
 # AddressSanitizer must be loaded before python is; what python itself never frees is not ours to report.
 sanitize: $(VENV)/.test

@@ -19,18 +19,12 @@ from typing import Any
 
 from rich.console import Console
 
+from tilewright import _families
 from tilewright.bench import report
-from tilewright.demo import optim as demo
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- result: (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HOW_TO_MEASURE = {
-    "cpu/optim-cpu.json": "tilewright bench --device cpu --out bench/results/cpu",
-    "h200/optim-cuda.json": "make gpu FAMILY=optim",
-    "cpu/demo/optim.json": "tilewright demo --out bench/results/cpu/demo",
-    "cpu/demo-seeds/optim.json": "tilewright demo --seeds 5 --out bench/results/cpu/demo-seeds",
-}
 
 
 def rendered(name: str, what: str) -> str:
@@ -40,10 +34,20 @@ def rendered(name: str, what: str) -> str:
         if name.startswith("h200/"):
             return "Not yet measured on a GPU.\n"
         return (
-            f"TODO(lead): not measured yet: `{HOW_TO_MEASURE[name]}`, then `python bench/update_docs.py`.\n"
+            f"TODO(lead): not measured yet: `{how_to_measure(path)}`, then `python bench/update_docs.py`.\n"
         )
     record = json.loads(path.read_text(encoding="utf-8"))
     return VIEWS[what](record)
+
+
+def how_to_measure(path: Path) -> str:
+    """The command that writes a result file made on a CPU."""
+    family, _, device = path.stem.partition("-")
+    out = path.parent.relative_to(ROOT)
+    if device:
+        return f"tilewright bench {family} --device {device} --out {out}"
+    seeds = " --seeds 5" if path.parent.name == "demo-seeds" else ""
+    return f"tilewright demo {family}{seeds} --out {out}"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -55,17 +59,15 @@ def output(record: dict[str, Any]) -> str:
     """What the demo printed at its end."""
     console = Console(width=100, color_system=None)
     with console.capture() as captured:
-        demo.print_table(record, console)
+        _families.load("demo", record["demo"]).print_table(record, console)
     text = "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
     return f"```text\n{text}\n```\n\n{measured_on(record)}\n"
 
 
 def spread(record: dict[str, Any]) -> str:
     """Final validation losses, a row a seed, and what they say."""
-    lines = [
-        "| seed | torch AdamW, 32-bit | tilewright AdamW8bit | difference |",
-        "| --: | --: | --: | --: |",
-    ]
+    demo = _families.load("demo", record["demo"])
+    lines = [f"| seed | {demo.THEIRS} | {demo.OURS} | difference |", "| --: | --: | --: | --: |"]
     for run in record["runs"]:
         theirs, ours = (run[name]["validation_loss"] for name in (demo.THEIRS, demo.OURS))
         lines.append(f"| {run['seed']} | {theirs:.4f} | {ours:.4f} | {ours - theirs:+.4f} |")

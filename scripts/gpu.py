@@ -118,6 +118,8 @@ def main() -> int:
     parser.add_argument("--stages", default="build,test,bench", help="comma-separated (default: all)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "h200")
     options = parser.parse_args()
+    if not (ROOT / "csrc" / options.family).is_dir():
+        parser.error(f"unknown family {options.family}: there is no csrc/{options.family}")
     stages = options.stages.split(",")
     if unknown := set(stages) - set(STAGES):
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tilewright import _families
 from tilewright.cli import main
 
 
@@ -39,6 +40,7 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
             "no case matches nothing-like-it; there are: adamw8bit-fp32",
         ),
         (["bench", "--peers", "apex"], "unknown peer apex; there are: torch, bitsandbytes, torchao"),
+        (["bench", "optim", "--device", "cpu", "--cases", "scan"], "no case matches scan"),
         (["bench", "compare", "missing.json", "missing.json"], "missing.json"),
     ],
 )
@@ -56,6 +58,41 @@ def test_info_check_passes_on_this_machine(capsys: pytest.CaptureFixture[str]) -
     assert [check["name"] for check in report["checks"] if not check["passed"]] == []
     assert {check["name"] for check in report["checks"]} >= {"quantize_blockwise", "AdamW8bit", "SGD8bit"}
     assert status == 0
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_every_family_that_is_there_is_a_target(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for family in _families.present(command):
+        assert f"{family} " in said
+    assert {"all", "optim"} <= set(said.split())
+
+
+def test_bench_without_a_name_lists_the_cases_of_all_families(capsys: pytest.CaptureFixture[str]) -> None:
+    def names(*arguments: str) -> list[str]:
+        assert main(["bench", *arguments, "--list", "--device", "cpu"]) == 0
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+
+    apart = [name for family in _families.present("bench") for name in names(family)]
+    assert names() == apart
+    assert len(set(apart)) == len(apart)
+
+
+def test_demo_without_a_name_runs_all_and_reports_the_worst(monkeypatch, tmp_path: Path) -> None:
+    calls = []
+
+    class Demo:
+        def run(self, *arguments: object) -> int:
+            calls.append(arguments)
+            return len(calls) - 1
+
+    monkeypatch.setattr(_families, "present", lambda package: ["optim", "scan"])
+    monkeypatch.setattr(_families, "load", lambda package, family: Demo())
+    assert main(["demo", "--quick", "--seed", "3", "--out", str(tmp_path)]) == 1
+    assert calls == [(None, range(3, 4), tmp_path, True)] * 2
 
 
 def test_compare_refuses_other_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,12 @@
 
 #include <cstdint>
 
+#include "core/half.h"
+#include "core/tensor.h"
+
 namespace tilewright::optim {
+
+constexpr int kMaxBlock = 4096;  // elements
 
 constexpr uint32_t kFirstBucket = 0x3400;  // 2^-23, below every midpoint of either map
 constexpr uint32_t kLastBucket = 0x3f80;   // 1.0, and one ulp of rounding above it
@@ -45,5 +50,41 @@ struct Codebook {
 
 extern const Codebook kSignedCodebook;
 extern const Codebook kUnsignedCodebook;
+
+// The code of `scaled`, a block's value x / absmax, in any other ascending map: the nearest entry by
+// bisection, of two equally near ones the smaller in magnitude. NaN counts as 0. (constexpr: for CPU and
+// GPU.)
+template <SmallValues kSmall>
+static constexpr uint32_t foreign_code(const float* map, float x, float scaled) {
+  if (!(scaled == scaled)) scaled = 0.0f;
+  int code = 0, high = 255;
+  while (code < high) {
+    const int middle = (code + high) / 2;
+    if (map[middle] < scaled) {
+      code = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  if (code > 0 && map[code] >= scaled) {
+    const double below = double(scaled) - map[code - 1], above = double(map[code]) - scaled;
+    code -= below < above || (below == above && double(map[code - 1]) + map[code] > 0.0);
+  }
+  const bool rounded_to_zero = x > 0.0f && map[code] <= 0.0f && code < 255;
+  return uint32_t(code + (kSmall == SmallValues::kPositive && rounded_to_zero));
+}
+
+// Calls body(T()) with the type of a parameter: float, bf16 or fp16.
+template <class Body>
+static constexpr auto with_float_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float());
+    case DType::kBFloat16:
+      return body(bf16());
+    default:
+      return body(fp16());
+  }
+}
 
 }  // namespace tilewright::optim

@@ -54,6 +54,18 @@ __device__ __forceinline__ void load_tables(CodecTables& tables, const Codebook&
   copy_table(tables.buckets, book.buckets, kPaddedBuckets);
 }
 
+// What a lane works on in a chunk of 256 elements.
+struct Lane {
+  int64_t offset;
+  int count;  // 0 to 8
+};
+
+__device__ __forceinline__ Lane lane_of(int64_t chunk, int64_t end) {
+  const int64_t offset = chunk + device::lane_id() * kLaneElements;
+  const int64_t left = end - offset;
+  return {offset, left <= 0 ? 0 : left < kLaneElements ? int(left) : kLaneElements};
+}
+
 // Eight elements of a lane. kWhole: all exist and the address allows 16-byte access; else `count` of them
 // exist, and the others read as zero.
 template <bool kWhole, class T>
@@ -89,6 +101,17 @@ __device__ __forceinline__ void store_lane(T* address, const T (&values)[kLaneEl
     for (int i = 0; i < kLaneElements; ++i) {
       if (i < count) address[i] = values[i];
     }
+  }
+}
+
+// `whole`: the address allows 16-byte access.
+template <class T>
+__device__ __forceinline__ void load_lane(float (&out)[kLaneElements], const T* address, int count,
+                                          bool whole) {
+  if (whole && count == kLaneElements) {
+    load_lane<true>(out, address, count);
+  } else {
+    load_lane<false>(out, address, count);
   }
 }
 
@@ -191,22 +214,14 @@ __device__ inline void decode_lane_foreign(float (&out)[kLaneElements], LaneCode
   for (int i = 0; i < kLaneElements; ++i) out[i] = map[codes.word[i / 4] >> (8 * (i % 4)) & 0xffu] * scale;
 }
 
-// The nearest entry by bisection; of two equally near ones the smaller in magnitude.
-__device__ inline uint32_t nearest_entry(const float* map, float x) {
-  if (!(x == x)) x = 0.0f;
-  int low = 0, high = 255;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (map[middle] < x) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
+// A map of any kind, null being the built-in one of these tables.
+__device__ __forceinline__ void decode_lane_any(float (&out)[kLaneElements], LaneCodes codes,
+                                                const CodecTables& tables, const float* map, float scale) {
+  if (map != nullptr) {
+    decode_lane_foreign(out, codes, map, scale);
+  } else {
+    decode_lane(out, codes, tables, scale);
   }
-  if (low == 0 || map[low] < x) return uint32_t(low);
-  const double below = double(x) - map[low - 1], above = double(map[low]) - x;
-  const bool smaller_below = fabsf(map[low - 1]) < fabsf(map[low]);
-  return uint32_t(below < above || (below == above && smaller_below) ? low - 1 : low);
 }
 
 template <SmallValues kSmall = SmallValues::kNearest>
@@ -216,12 +231,17 @@ __device__ inline LaneCodes encode_lane_foreign(const float (&x)[kLaneElements],
   const float reciprocal = absmax == 0.0f ? 0.0f : device::div_rn(1.0f, absmax * prescale);
   LaneCodes codes{};
   for (int i = 0; i < kLaneElements; ++i) {
-    uint32_t code = nearest_entry(map, x[i] * prescale * reciprocal);
-    const bool rounded_to_zero = x[i] > 0.0f && map[code] <= 0.0f && code < 255;
-    if (kSmall == SmallValues::kPositive && rounded_to_zero) ++code;
+    const uint32_t code = foreign_code<kSmall>(map, x[i], x[i] * prescale * reciprocal);
     codes.word[i / 4] |= code << (8 * (i % 4));
   }
   return codes;
+}
+
+template <bool kSigned, SmallValues kSmall = SmallValues::kNearest>
+__device__ __forceinline__ LaneCodes encode_lane_any(float (&x)[kLaneElements], float absmax,
+                                                     const CodecTables& tables, const float* map) {
+  return map != nullptr ? encode_lane_foreign<kSmall>(x, absmax, map)
+                        : encode_lane<kSigned, kSmall>(x, absmax, tables);
 }
 
 __device__ __forceinline__ bool is_aligned(const void* address, uintptr_t bytes) {

@@ -8,8 +8,10 @@ namespace tilewright::TW_ISA::optim {
 
 using namespace ::tilewright::optim;
 
-// Lengths here are multiples of kStep; callers pad the last, partial block of a tensor.
+// Elements that the vector code takes at once; lengths are multiples of it but where something else is said.
 constexpr int kStep = 64;
+
+static inline int64_t padded_to_step(int64_t count) { return (count + kStep - 1) / kStep * kStep; }
 
 constexpr float kLargestFloat = 0x1.fffffep127f;
 
@@ -235,38 +237,37 @@ static inline void encode_block(const float* x, float absmax, uint8_t* codes, in
   }
 }
 
-// Any other ascending map: the nearest entry by bisection, the smaller in magnitude of two equally near.
-static inline uint8_t nearest_entry(const float* map, float x) {
-  if (!(x == x)) x = 0.0f;
-  int low = 0, high = 255;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (map[middle] < x) {
-      low = middle + 1;
-    } else {
-      high = middle;
+// Up to kMaxBlock elements and a map of any kind, null being the built-in one. `x` holds whole steps: zeros
+// beyond `count`, which encode_any needs and decode_any leaves there.
+template <bool kSigned, SmallValues kSmall = SmallValues::kNearest>
+static inline void encode_any(const float* x, float absmax, const float* map, uint8_t* codes, int64_t count) {
+  if (map != nullptr) {
+    const BlockScale scale = block_scale(absmax);
+    for (int64_t i = 0; i < count; ++i)
+      codes[i] = uint8_t(foreign_code<kSmall>(map, x[i], x[i] * scale.prescale * scale.reciprocal));
+    return;
+  }
+  alignas(64) uint8_t copy[kMaxBlock];
+  uint8_t* target = count % kStep == 0 ? codes : copy;
+  encode_block<kSigned, kSmall>(x, absmax, target, padded_to_step(count));
+  if (target == copy) std::memcpy(codes, copy, size_t(count));
+}
+
+template <bool kSigned>
+static inline void decode_any(const uint8_t* codes, float absmax, const float* map, float* x, int64_t count) {
+  const int64_t padded = padded_to_step(count);
+  if (map != nullptr) {
+    for (int64_t i = 0; i < count; ++i) x[i] = map[codes[i]] * absmax;
+  } else {
+    alignas(64) uint8_t copy[kMaxBlock];
+    if (padded != count) {
+      std::memset(copy + padded - kStep, 0, kStep);
+      std::memcpy(copy, codes, size_t(count));
+      codes = copy;
     }
+    decode_block(codes, kSigned ? kSignedCodebook : kUnsignedCodebook, absmax, x, padded);
   }
-  if (low == 0 || map[low] < x) return uint8_t(low);
-  const double below = double(x) - map[low - 1], above = double(map[low]) - x;
-  const bool smaller_below = std::fabs(map[low - 1]) < std::fabs(map[low]);
-  return uint8_t(below < above || (below == above && smaller_below) ? low - 1 : low);
-}
-
-template <SmallValues kSmall = SmallValues::kNearest>
-static inline void encode_block_foreign(const float* x, float absmax, const float* map, uint8_t* codes,
-                                        int64_t count) {
-  const BlockScale scale = block_scale(absmax);
-  for (int64_t i = 0; i < count; ++i) {
-    codes[i] = nearest_entry(map, x[i] * scale.prescale * scale.reciprocal);
-    const bool rounded_to_zero = x[i] > 0.0f && map[codes[i]] <= 0.0f && codes[i] < 255;
-    if (kSmall == SmallValues::kPositive && rounded_to_zero) ++codes[i];
-  }
-}
-
-static inline void decode_block_foreign(const uint8_t* codes, const float* map, float absmax, float* out,
-                                        int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = map[codes[i]] * absmax;
+  for (int64_t i = count; i < padded; ++i) x[i] = 0.0f;
 }
 
 }  // namespace tilewright::TW_ISA::optim

@@ -10,73 +10,50 @@ namespace tilewright::TW_ISA {
 namespace {
 
 using namespace ::tilewright::optim;
+namespace codec = ::tilewright::TW_ISA::optim;
 
 constexpr int64_t kChunkElements = 1 << 15;
 constexpr int64_t kSerialElements = 1 << 14;  // below this, waking a second thread costs more than it saves
 constexpr int64_t kStreamBytes = 8 << 20;     // results larger than the caches are written around them
-constexpr int kMaxBlock = 4096;
 
-void encode_any(const QuantizeParams& p, const float* x, float absmax, uint8_t* codes, int64_t padded) {
-  if (p.map != nullptr) {
-    TW_ISA::optim::encode_block_foreign(x, absmax, p.map, codes, padded);
-  } else if (p.is_signed) {
-    TW_ISA::optim::encode_block<true>(x, absmax, codes, padded);
-  } else {
-    TW_ISA::optim::encode_block<false>(x, absmax, codes, padded);
-  }
-}
-
-void decode_any(const QuantizeParams& p, const uint8_t* codes, float absmax, float* out, int64_t padded) {
-  if (p.map != nullptr) {
-    TW_ISA::optim::decode_block_foreign(codes, p.map, absmax, out, padded);
-  } else {
-    TW_ISA::optim::decode_block(codes, p.is_signed ? kSignedCodebook : kUnsignedCodebook, absmax, out,
-                                padded);
-  }
-}
-
-int64_t padded_to_step(int64_t count) {
-  return (count + TW_ISA::optim::kStep - 1) / TW_ISA::optim::kStep * TW_ISA::optim::kStep;
+int64_t count_of(const QuantizeParams& p, int64_t begin) {
+  return p.numel - begin < p.block_size ? p.numel - begin : p.block_size;
 }
 
 template <class T>
 void quantize_block(const QuantizeParams& p, int64_t block) {
-  const int64_t begin = block * p.block_size;
-  const int64_t count = p.numel - begin < p.block_size ? p.numel - begin : p.block_size;
+  const int64_t begin = block * p.block_size, count = count_of(p, begin);
+  const int64_t padded = codec::padded_to_step(count);
   const T* values = static_cast<const T*>(p.values) + begin;
-  const bool whole = count % TW_ISA::optim::kStep == 0;
-  if (whole && sizeof(T) == sizeof(float)) {
-    const float* x = reinterpret_cast<const float*>(values);
-    p.absmax[block] = TW_ISA::optim::absmax_of(x, count);
-    encode_any(p, x, p.absmax[block], p.codes + begin, count);
-    return;
+  alignas(64) float copy[kMaxBlock];
+  const float* x = copy;
+  if (std::is_same_v<T, float> && padded == count) {
+    x = reinterpret_cast<const float*>(values);
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(copy + i, load(values + i));
+    if (i < count) store(copy + i, load_some(values + i, count - i));
+    for (i += i < count ? kLanes : 0; i < padded; i += kLanes) store(copy + i, splat(0.0f));
   }
-  alignas(64) float x[kMaxBlock];
-  alignas(64) uint8_t codes[kMaxBlock];
-  const int64_t padded = padded_to_step(count);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(x + i, load(values + i));
-  if (i < count) store(x + i, load_some(values + i, count - i));
-  for (i += i < count ? kLanes : 0; i < padded; i += kLanes) store(x + i, splat(0.0f));
-  p.absmax[block] = TW_ISA::optim::absmax_of(x, padded);
-  encode_any(p, x, p.absmax[block], whole ? p.codes + begin : codes, padded);
-  if (!whole) std::memcpy(p.codes + begin, codes, size_t(count));
+  const float absmax = p.absmax[block] = codec::absmax_of(x, padded);
+  if (p.is_signed) {
+    codec::encode_any<true>(x, absmax, p.map, p.codes + begin, count);
+  } else {
+    codec::encode_any<false>(x, absmax, p.map, p.codes + begin, count);
+  }
 }
 
 template <class T>
 void dequantize_block(const QuantizeParams& p, int64_t block, bool around_caches) {
-  const int64_t begin = block * p.block_size;
-  const int64_t count = p.numel - begin < p.block_size ? p.numel - begin : p.block_size;
+  const int64_t begin = block * p.block_size, count = count_of(p, begin);
   T* values = static_cast<T*>(p.values) + begin;
   alignas(64) float x[kMaxBlock];
-  if (count % TW_ISA::optim::kStep == 0) {
-    decode_any(p, p.codes + begin, p.absmax[block], x, count);
+  if (p.is_signed) {
+    codec::decode_any<true>(p.codes + begin, p.absmax[block], p.map, x, count);
   } else {
-    alignas(64) uint8_t codes[kMaxBlock] = {};
-    std::memcpy(codes, p.codes + begin, size_t(count));
-    decode_any(p, codes, p.absmax[block], x, padded_to_step(count));
+    codec::decode_any<false>(p.codes + begin, p.absmax[block], p.map, x, count);
   }
-  if (sizeof(T) == sizeof(float) && around_caches && count % kLanes == 0) {
+  if (std::is_same_v<T, float> && around_caches && count % kLanes == 0) {
     for (int64_t i = 0; i < count; i += kLanes) stream(reinterpret_cast<float*>(values) + i, load(x + i));
     return;
   }
@@ -101,13 +78,7 @@ void for_each_block(const QuantizeParams& p, int threads, const Body& body) {
 
 void quantize_cpu(const QuantizeParams& p, int threads) {
   for_each_block(p, threads, [&](int64_t block) {
-    if (p.dtype == DType::kFloat32) {
-      quantize_block<float>(p, block);
-    } else if (p.dtype == DType::kBFloat16) {
-      quantize_block<bf16>(p, block);
-    } else {
-      quantize_block<fp16>(p, block);
-    }
+    with_float_type(p.dtype, [&](auto zero) { quantize_block<decltype(zero)>(p, block); });
   });
 }
 
@@ -115,13 +86,7 @@ void dequantize_cpu(const QuantizeParams& p, int threads) {
   const bool around_caches =
       p.numel * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(p.values) % sizeof(Float) == 0;
   for_each_block(p, threads, [&](int64_t block) {
-    if (p.dtype == DType::kFloat32) {
-      dequantize_block<float>(p, block, around_caches);
-    } else if (p.dtype == DType::kBFloat16) {
-      dequantize_block<bf16>(p, block, around_caches);
-    } else {
-      dequantize_block<fp16>(p, block, around_caches);
-    }
+    with_float_type(p.dtype, [&](auto zero) { dequantize_block<decltype(zero)>(p, block, around_caches); });
   });
 }
 

@@ -13,28 +13,6 @@ struct Smem {
   CodecTables tables;
 };
 
-// A lane's first element in a chunk of 256 that starts at `chunk`, and how many it has there, 0 to 8.
-__device__ __forceinline__ int64_t lane_offset(int64_t chunk) {
-  return chunk + device::lane_id() * kLaneElements;
-}
-
-__device__ __forceinline__ int lane_count(int64_t offset, int64_t end) {
-  const int64_t left = end - offset;
-  return left <= 0 ? 0 : left < kLaneElements ? int(left) : kLaneElements;
-}
-
-template <class T>
-__device__ __forceinline__ void load_values(float (&x)[kLaneElements], const QuantizeParams& p,
-                                            int64_t offset, int64_t end, bool aligned) {
-  const T* address = static_cast<const T*>(p.values) + offset;
-  const int count = lane_count(offset, end);
-  if (aligned && count == kLaneElements) {
-    load_lane<true>(x, address, count);
-  } else {
-    load_lane<false>(x, address, count);
-  }
-}
-
 // The largest of `value` among the lanes that share a block.
 __device__ __forceinline__ uint32_t reduce_block_lanes(uint32_t value, int lanes_per_block) {
   if (lanes_per_block == 32) return device::reduce_max(value);
@@ -55,7 +33,8 @@ __device__ __forceinline__ uint32_t largest_bits(const float (&x)[kLaneElements]
 
 template <class T>
 __device__ void quantize_chunks(const QuantizeParams& p, const CodecTables& tables) {
-  const bool aligned = is_aligned(p.values, 16) && is_aligned(p.codes, 8);
+  const T* values = static_cast<const T*>(p.values);
+  const bool aligned = is_aligned(values, 16) && is_aligned(p.codes, 8);
   // A warp's portion: one block, or as many small ones as fill a chunk.
   const int64_t portion = p.block_size > kWarpElements ? p.block_size : kWarpElements;
   const int lanes_per_block = p.block_size < kWarpElements ? p.block_size / kLaneElements : 32;
@@ -65,7 +44,8 @@ __device__ void quantize_chunks(const QuantizeParams& p, const CodecTables& tabl
     uint32_t largest = 0;
     float x[kLaneElements];
     for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
-      load_values<T>(x, p, lane_offset(chunk), end, aligned);
+      const Lane lane = lane_of(chunk, end);
+      load_lane(x, values + lane.offset, lane.count, aligned);
       largest = device::max(largest, largest_bits(x));
     }
     largest = reduce_block_lanes(largest, lanes_per_block);
@@ -73,17 +53,16 @@ __device__ void quantize_chunks(const QuantizeParams& p, const CodecTables& tabl
     // Codes of a block with infinity or NaN do not matter: it decodes to NaN throughout.
     const bool finite = largest < kInfinityBits;
     for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
-      const int64_t offset = lane_offset(chunk);
-      const int count = lane_count(offset, end);
-      if (p.block_size > kWarpElements) load_values<T>(x, p, offset, end, aligned);
+      const Lane lane = lane_of(chunk, end);
+      if (p.block_size > kWarpElements) load_lane(x, values + lane.offset, lane.count, aligned);
       for (int i = 0; i < kLaneElements; ++i) x[i] = finite ? x[i] : 0.0f;
-      const LaneCodes codes = p.map != nullptr ? encode_lane_foreign(x, finite ? absmax : 0.0f, p.map)
-                              : p.is_signed    ? encode_lane<true>(x, finite ? absmax : 0.0f, tables)
-                                               : encode_lane<false>(x, finite ? absmax : 0.0f, tables);
-      if (aligned && count == kLaneElements) {
-        store_codes<true>(p.codes + offset, codes, count);
+      const float scale = finite ? absmax : 0.0f;
+      const LaneCodes codes = p.is_signed ? encode_lane_any<true>(x, scale, tables, p.map)
+                                          : encode_lane_any<false>(x, scale, tables, p.map);
+      if (aligned && lane.count == kLaneElements) {
+        store_codes<true>(p.codes + lane.offset, codes, lane.count);
       } else {
-        store_codes<false>(p.codes + offset, codes, count);
+        store_codes<false>(p.codes + lane.offset, codes, lane.count);
       }
     }
     const int64_t first =
@@ -97,11 +76,7 @@ __device__ __forceinline__ void dequantize_lane(T* values, const uint8_t* codes,
                                                 const float* map, float absmax, int count) {
   float x[kLaneElements];
   T rounded[kLaneElements];
-  if (map != nullptr) {
-    decode_lane_foreign(x, load_codes<kWhole>(codes, count), map, absmax);
-  } else {
-    decode_lane(x, load_codes<kWhole>(codes, count), tables, absmax);
-  }
+  decode_lane_any(x, load_codes<kWhole>(codes, count), tables, map, absmax);
   round_lane(rounded, x);
   store_lane<kWhole>(values, rounded, count);
 }
@@ -111,8 +86,7 @@ __device__ void dequantize_chunks(const QuantizeParams& p, const CodecTables& ta
   const bool aligned = is_aligned(p.values, 16) && is_aligned(p.codes, 8);
   const int64_t warps = int64_t{gridDim.x} * kWarps, warp = int64_t{blockIdx.x} * kWarps + device::warp_id();
   for (int64_t begin = warp * kWarpElements; begin < p.numel; begin += warps * kWarpElements) {
-    const int64_t offset = lane_offset(begin);
-    const int count = lane_count(offset, p.numel);
+    const auto [offset, count] = lane_of(begin, p.numel);
     if (count == 0) continue;
     const float absmax = p.absmax[offset / p.block_size];
     T* values = static_cast<T*>(p.values) + offset;
@@ -124,32 +98,19 @@ __device__ void dequantize_chunks(const QuantizeParams& p, const CodecTables& ta
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 4) quantize_kernel(const __grid_constant__ QuantizeParams p) {
+template <bool kEncode>
+__global__ void __launch_bounds__(kThreads, kEncode ? 4 : 1)
+    codec_kernel(const __grid_constant__ QuantizeParams p) {
   Smem& smem = device::shared_memory<Smem>();
   load_tables(smem.tables, p.is_signed ? kDeviceSigned : kDeviceUnsigned);
   device::sync_block();
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return quantize_chunks<float>(p, smem.tables);
-    case DType::kBFloat16:
-      return quantize_chunks<bf16>(p, smem.tables);
-    default:
-      return quantize_chunks<fp16>(p, smem.tables);
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ QuantizeParams p) {
-  Smem& smem = device::shared_memory<Smem>();
-  load_tables(smem.tables, p.is_signed ? kDeviceSigned : kDeviceUnsigned);
-  device::sync_block();
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return dequantize_chunks<float>(p, smem.tables);
-    case DType::kBFloat16:
-      return dequantize_chunks<bf16>(p, smem.tables);
-    default:
-      return dequantize_chunks<fp16>(p, smem.tables);
-  }
+  with_float_type(p.dtype, [&](auto zero) {
+    if constexpr (kEncode) {
+      quantize_chunks<decltype(zero)>(p, smem.tables);
+    } else {
+      dequantize_chunks<decltype(zero)>(p, smem.tables);
+    }
+  });
 }
 
 void launch_over_blocks(device::Kernel<QuantizeParams> kernel, const QuantizeParams& p, int device,
@@ -167,11 +128,11 @@ void launch_over_blocks(device::Kernel<QuantizeParams> kernel, const QuantizePar
 }  // namespace
 
 void quantize_cuda(const QuantizeParams& p, int device, Stream stream) {
-  launch_over_blocks(quantize_kernel, p, device, stream);
+  launch_over_blocks(codec_kernel<true>, p, device, stream);
 }
 
 void dequantize_cuda(const QuantizeParams& p, int device, Stream stream) {
-  launch_over_blocks(dequantize_kernel, p, device, stream);
+  launch_over_blocks(codec_kernel<false>, p, device, stream);
 }
 
 }  // namespace tilewright::optim

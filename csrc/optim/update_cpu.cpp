@@ -14,7 +14,6 @@ namespace {
 using namespace ::tilewright::optim;
 namespace codec = ::tilewright::TW_ISA::optim;
 
-constexpr int64_t kMaxTile = 4096;
 constexpr int64_t kSerialTiles = 64;  // fewer than this are done before a second thread wakes up
 
 struct Vectors {
@@ -150,7 +149,7 @@ struct CodedState {
   float* absmax;     // where the scale is kept
   const float* map;  // null: the built-in one
   float new_absmax;
-  alignas(64) float values[kMaxTile];
+  alignas(64) float values[kMaxBlock];
   char padding[1024];
 };
 
@@ -160,29 +159,13 @@ struct Pending {
   int64_t count = 0;  // elements waiting to be encoded
 };
 
-int64_t padded_to_step(int64_t count) { return (count + codec::kStep - 1) / codec::kStep * codec::kStep; }
-
 template <bool kSigned>
 float* decode_state(CodedState& state, void* codes_of_row, float* absmax_of_row, const float* map,
                     const Row& row, int64_t tile, int64_t count) {
   state.codes = static_cast<uint8_t*>(codes_of_row) + tile * row.block_size;
   state.absmax = absmax_of_row + tile;
   state.map = map;
-  const int64_t padded = padded_to_step(count);
-  alignas(64) uint8_t copy[kMaxTile];
-  const uint8_t* codes = state.codes;
-  if (padded != count) {
-    std::memset(copy + padded - codec::kStep, 0, codec::kStep);
-    std::memcpy(copy, codes, size_t(count));
-    codes = copy;
-  }
-  if (state.map != nullptr) {
-    codec::decode_block_foreign(codes, state.map, *state.absmax, state.values, padded);
-  } else {
-    codec::decode_block(codes, kSigned ? kSignedCodebook : kUnsignedCodebook, *state.absmax, state.values,
-                        padded);
-  }
-  for (int64_t i = count; i < padded; ++i) state.values[i] = 0.0f;
+  codec::decode_any<kSigned>(state.codes, *state.absmax, map, state.values, count);
   return state.values;
 }
 
@@ -201,17 +184,8 @@ void drop_nonfinite(float* state1, float* state2, int64_t count) {
 template <bool kSigned>
 void encode_state(CodedState& state, int64_t count) {
   constexpr SmallValues kSmall = kSigned ? SmallValues::kNearest : SmallValues::kPositive;
-  const float absmax = state.new_absmax;
-  const int64_t padded = padded_to_step(count);
-  alignas(64) uint8_t copy[kMaxTile];
-  uint8_t* codes = padded == count ? state.codes : copy;
-  if (state.map != nullptr) {
-    codec::encode_block_foreign<kSmall>(state.values, absmax, state.map, codes, padded);
-  } else {
-    codec::encode_block<kSigned, kSmall>(state.values, absmax, codes, padded);
-  }
-  if (padded != count) std::memcpy(state.codes, copy, size_t(count));
-  *state.absmax = absmax;
+  codec::encode_any<kSigned, kSmall>(state.values, state.new_absmax, state.map, state.codes, count);
+  *state.absmax = state.new_absmax;
 }
 
 template <bool kTwo>
@@ -220,7 +194,7 @@ void find_absmax(Pending& tile, const Largest& largest) {
   state1.new_absmax = codec::absmax_from(largest.state1);
   state2.new_absmax = kTwo ? codec::absmax_from(largest.state2) : 0.0f;
   if (__builtin_expect(is_finite(state1.new_absmax) && is_finite(state2.new_absmax), 1)) return;
-  const int64_t padded = padded_to_step(tile.count);
+  const int64_t padded = codec::padded_to_step(tile.count);
   drop_nonfinite(state1.values, kTwo ? state2.values : state1.values, padded);
   state1.new_absmax = codec::absmax_of(state1.values, padded);
   if (kTwo) state2.new_absmax = codec::absmax_of(state2.values, padded);
@@ -259,7 +233,7 @@ void update_tile(const Row& row, const void* grads, const Coefficients& c, int64
   prefetch_next(row, static_cast<const T*>(grads), begin + row.block_size);
   const int64_t count = row.numel - begin < row.block_size ? row.numel - begin : row.block_size;
   const bool stochastic = c.stochastic && sizeof(T) == 2;
-  alignas(64) PhiloxWords random[kMaxTile / 8];
+  alignas(64) PhiloxWords random[kMaxBlock / 8];
   if (stochastic) {
     for (int64_t i = 0; i * 8 < count; ++i) random[i] = random_octet(c, row.id, begin / 8 + i);
   }
@@ -278,18 +252,6 @@ void update_tile(const Row& row, const void* grads, const Coefficients& c, int64
   const Largest largest = stochastic ? update_span<kAlgorithm, true>(c, span, count)
                                      : update_span<kAlgorithm, false>(c, span, count);
   if (coded) find_absmax<kTwo>(pending, largest);
-}
-
-template <Algorithm kAlgorithm>
-void update_tile_of(const Row& row, const void* grads, const Coefficients& c, int64_t tile,
-                    Pending& pending) {
-  if (row.dtype == DType::kFloat32) {
-    update_tile<kAlgorithm, float>(row, grads, c, tile, pending);
-  } else if (row.dtype == DType::kBFloat16) {
-    update_tile<kAlgorithm, bf16>(row, grads, c, tile, pending);
-  } else {
-    update_tile<kAlgorithm, fp16>(row, grads, c, tile, pending);
-  }
 }
 
 // The last row that starts at or before the tile.
@@ -325,7 +287,10 @@ void update_all(const UpdateParams& p, int threads) {
     Pending pending[2];
     int current = 0;
     for_tiles(p, begin, end, [&](int64_t row, int64_t tile) {
-      update_tile_of<kAlgorithm>(p.rows[row], p.grads[row], p.coefficients[row], tile, pending[current]);
+      with_float_type(p.rows[row].dtype, [&](auto zero) {
+        update_tile<kAlgorithm, decltype(zero)>(p.rows[row], p.grads[row], p.coefficients[row], tile,
+                                                pending[current]);
+      });
       current ^= 1;
       encode_pending<kAlgorithm == Algorithm::kAdam>(pending[current]);
     });
@@ -366,13 +331,9 @@ double squared_norm_cpu(const UpdateParams& p, int64_t chunk) {
     const Row& row = p.rows[index];
     const int64_t offset = tile * row.block_size;
     const int64_t count = row.numel - offset < row.block_size ? row.numel - offset : row.block_size;
-    if (row.dtype == DType::kFloat32) {
-      total += squared_sum(static_cast<const float*>(p.grads[index]) + offset, count);
-    } else if (row.dtype == DType::kBFloat16) {
-      total += squared_sum(static_cast<const bf16*>(p.grads[index]) + offset, count);
-    } else {
-      total += squared_sum(static_cast<const fp16*>(p.grads[index]) + offset, count);
-    }
+    total += with_float_type(row.dtype, [&](auto zero) {
+      return squared_sum(static_cast<const decltype(zero)*>(p.grads[index]) + offset, count);
+    });
   });
   return total;
 }

@@ -133,18 +133,6 @@ __device__ __forceinline__ float stochastic_fp16(float x, uint32_t random) {
   return device::bits_float(device::float_bits(steps) | (b & 0x80000000u));
 }
 
-// What a lane works on in one chunk of 256 elements.
-struct Lane {
-  int64_t offset;
-  int count;
-};
-
-__device__ __forceinline__ Lane lane_of(int64_t chunk, int64_t end) {
-  const int64_t offset = chunk + device::lane_id() * kLaneElements;
-  const int64_t left = end - offset;
-  return {offset, left <= 0 ? 0 : left < kLaneElements ? int(left) : kLaneElements};
-}
-
 template <bool kWhole, class T>
 __device__ __forceinline__ void store_params(T* param, float (&p)[kLaneElements], const Coefficients& c,
                                              int32_t id, const Lane& lane) {
@@ -249,15 +237,6 @@ __device__ __forceinline__ void update_usual_tile(const Smem& smem, const Row& r
   }
 }
 
-__device__ __forceinline__ void decode_any(float (&out)[kLaneElements], LaneCodes codes,
-                                           const CodecTables& tables, const float* map, float scale) {
-  if (map != nullptr) {
-    decode_lane_foreign(out, codes, map, scale);
-  } else {
-    decode_lane(out, codes, tables, scale);
-  }
-}
-
 // A block of any size, maps of any kind: in chunks, swept once for the scales and once to write. Nothing is
 // written in the first sweep, so the second computes the same values again.
 template <Algorithm kAlgorithm, class T>
@@ -276,10 +255,11 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
   bool drop = false;
   const auto compute = [&](int64_t chunk) {
     const Lane lane = lane_of(chunk, end);
-    decode_any(s1, load_codes<false>(codes1 + lane.offset, lane.count), smem.signed_tables, row.map1, scale1);
+    decode_lane_any(s1, load_codes<false>(codes1 + lane.offset, lane.count), smem.signed_tables, row.map1,
+                    scale1);
     if (kTwo)
-      decode_any(s2, load_codes<false>(codes2 + lane.offset, lane.count), smem.unsigned_tables, row.map2,
-                 scale2);
+      decode_lane_any(s2, load_codes<false>(codes2 + lane.offset, lane.count), smem.unsigned_tables, row.map2,
+                      scale2);
     clear_absent(s1, lane);
     clear_absent(s2, lane);
     update_lane<kAlgorithm, false>(c, grad, param, lane, p, s1, s2);
@@ -301,13 +281,11 @@ __device__ __forceinline__ void update_general_tile(const Smem& smem, const Row&
 
   for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
     const Lane lane = compute(chunk);
-    const LaneCodes new1 = row.map1 != nullptr ? encode_lane_foreign(s1, absmax1, row.map1)
-                                               : encode_lane<true>(s1, absmax1, smem.signed_tables);
+    const LaneCodes new1 = encode_lane_any<true>(s1, absmax1, smem.signed_tables, row.map1);
     store_codes<false>(codes1 + lane.offset, new1, lane.count);
     if (kTwo) {
       const LaneCodes new2 =
-          row.map2 != nullptr ? encode_lane_foreign<SmallValues::kPositive>(s2, absmax2, row.map2)
-                              : encode_lane<false, SmallValues::kPositive>(s2, absmax2, smem.unsigned_tables);
+          encode_lane_any<false, SmallValues::kPositive>(s2, absmax2, smem.unsigned_tables, row.map2);
       store_codes<false>(codes2 + lane.offset, new2, lane.count);
     }
     store_params<false>(param, p, c, row.id, lane);
@@ -383,14 +361,9 @@ __global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3)
     const Row& row = slice.rows[index];
     const Coefficients c = load_struct(slice.coefficients + index);
     if (c.skip || bool(row.general) != kGeneral) return;
-    switch (row.dtype) {
-      case DType::kFloat32:
-        return update_tile<kAlgorithm, kGeneral, float>(smem, row, c, slice.grads[index], tile);
-      case DType::kBFloat16:
-        return update_tile<kAlgorithm, kGeneral, bf16>(smem, row, c, slice.grads[index], tile);
-      default:
-        return update_tile<kAlgorithm, kGeneral, fp16>(smem, row, c, slice.grads[index], tile);
-    }
+    with_float_type(row.dtype, [&](auto zero) {
+      update_tile<kAlgorithm, kGeneral, decltype(zero)>(smem, row, c, slice.grads[index], tile);
+    });
   });
 }
 
@@ -413,11 +386,7 @@ __device__ __forceinline__ double squared_sum(const Row& row, const void* grad, 
   for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
     const Lane lane = lane_of(chunk, end);
     float x[kLaneElements], sum = 0;
-    if (chunk + kWarpElements <= end && is_aligned(values, 16)) {
-      load_lane<true>(x, values + lane.offset, lane.count);
-    } else {
-      load_lane<false>(x, values + lane.offset, lane.count);
-    }
+    load_lane(x, values + lane.offset, lane.count, is_aligned(values, 16));
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) sum = device::fma_rn(x[i], x[i], sum);
     total += sum;
@@ -432,10 +401,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
   double total = 0;
   for_tiles(slice, [&](int index, int64_t tile) {
     const Row& row = slice.rows[index];
-    const void* grad = slice.grads[index];
-    total += row.dtype == DType::kFloat32    ? squared_sum<float>(row, grad, tile)
-             : row.dtype == DType::kBFloat16 ? squared_sum<bf16>(row, grad, tile)
-                                             : squared_sum<fp16>(row, grad, tile);
+    total += with_float_type(
+        row.dtype, [&](auto zero) { return squared_sum<decltype(zero)>(row, slice.grads[index], tile); });
   });
   total = sum_over_block(smem, total);
   if (threadIdx.x == 0) slice.partials[blockIdx.x] = total;

@@ -12,11 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_FAMILIES = ("optim",)
+from tilewright import _families
+
+_ALL = "all"
 _EPILOG = """\
 examples:
   tilewright info --check          what is installed, built and working here
-  tilewright demo                  train a small language model with 32-bit and with 8-bit AdamW
+  tilewright demo                  train real models on real text, with and without tilewright
   tilewright bench --quick         time the ops beside the libraries that are installed
 """
 
@@ -46,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_default_target(arguments: list[str]) -> list[str]:
-    """`tilewright demo --quick` means `tilewright demo optim --quick`."""
+    """`tilewright demo --quick` means `tilewright demo all --quick`."""
     if arguments[:1] in (["demo"], ["bench"]) and (len(arguments) == 1 or _is_option(arguments[1])):
-        return [arguments[0], _FAMILIES[0], *arguments[1:]]
+        return [arguments[0], _ALL, *arguments[1:]]
     return arguments
 
 
@@ -84,61 +86,71 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     demo = commands.add_parser(
         "demo",
         help="train a real model on real text, with and without tilewright",
-        epilog="Without a name: optim. Its options: tilewright demo optim --help",
+        epilog="Without a name: all of them. Options: tilewright demo NAME --help",
     )
-    targets = demo.add_subparsers(dest="target", required=True)
-    parser = targets.add_parser(
-        "optim",
-        help="8-bit AdamW beside torch's fused 32-bit AdamW (under 3 minutes on 2 cores)",
-        description="Trains a small byte-level language model on the text of Python's documentation twice, "
-        "with torch.optim.AdamW(fused=True) and with tilewright.optim.AdamW8bit: same weights, same batches, "
-        "turn by turn in one process.",
-    )
-    parser.add_argument(
-        "--steps", type=_positive, help="training steps per optimizer (default 800; --quick: 60)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default 0)")
-    parser.add_argument(
-        "--seeds",
-        type=_positive,
-        default=1,
-        metavar="K",
-        help="repeat for K seeds and report the spread of the loss",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a few seconds: shows that it runs, not how well it trains"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("tilewright-demo"), help="folder for the plot and the results"
-    )
-    parser.set_defaults(run=_run_demo)
+    for parser in _add_targets(demo.add_subparsers(dest="target", required=True), "demo"):
+        parser.add_argument(
+            "--steps", type=_positive, help="training steps (default: the demo's own; fewer with --quick)"
+        )
+        parser.add_argument(
+            "--seed", type=int, default=0, help="seed of the weights and the batches (default 0)"
+        )
+        parser.add_argument(
+            "--seeds",
+            type=_positive,
+            default=1,
+            metavar="K",
+            help="repeat for K seeds and report the spread of the loss",
+        )
+        parser.add_argument(
+            "--quick", action="store_true", help="a few seconds: shows that it runs, not how well it trains"
+        )
+        parser.add_argument(
+            "--out", type=Path, default=Path("tilewright-demo"), help="folder for the plot and the results"
+        )
+        parser.set_defaults(run=_run_demo)
+
+
+def _add_targets(
+    targets: argparse._SubParsersAction[argparse.ArgumentParser], package: str
+) -> list[argparse.ArgumentParser]:
+    """A parser for each family that the package knows, and one for all of them."""
+    families = _families.present(package)
+    words = {
+        _ALL: f"one after the other: {', '.join(families)}",
+        **{f: _families.FAMILIES[f] for f in families},
+    }
+    parsers = []
+    for name, text in words.items():
+        parsers.append(targets.add_parser(name, help=text, description=text))
+        parsers[-1].set_defaults(families=families if name == _ALL else [name])
+    return parsers
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser(
         "bench",
         help="time the ops beside the peers that are installed",
-        epilog="Without a name: optim. Its options: tilewright bench optim --help",
+        epilog="Without a name: all families. Options: tilewright bench NAME --help",
     )
     targets = bench.add_subparsers(dest="target", required=True)
-    parser = targets.add_parser("optim", help="8-bit optimizers and blockwise quantization")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it works, else cpu")
-    parser.add_argument("--quick", action="store_true", help="smaller tensors, about a minute")
-    parser.add_argument(
-        "--peers",
-        type=_names,
-        metavar="A,B",
-        help="only these, of torch, bitsandbytes, torchao ('none' for ours alone)",
-    )
-    parser.add_argument(
-        "--cases", type=_names, metavar="A,B", help="only cases whose name contains one of these"
-    )
-    parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
-    parser.add_argument("--list", action="store_true", help="list the cases and stop")
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench-out"), help="folder for the JSON and the plot"
-    )
-    parser.set_defaults(run=_run_bench)
+    for parser in _add_targets(targets, "bench"):
+        parser.add_argument(
+            "--device", choices=("cpu", "cuda"), help="default: cuda where it works, else cpu"
+        )
+        parser.add_argument("--quick", action="store_true", help="smaller tensors, about a minute a family")
+        parser.add_argument(
+            "--peers", type=_names, metavar="A,B", help="only these peers ('none' for ours alone)"
+        )
+        parser.add_argument(
+            "--cases", type=_names, metavar="A,B", help="only cases whose name contains one of these"
+        )
+        parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+        parser.add_argument("--list", action="store_true", help="list the cases and stop")
+        parser.add_argument(
+            "--out", type=Path, default=Path("bench-out"), help="folder for the JSON and the plot"
+        )
+        parser.set_defaults(run=_run_bench)
     compare = targets.add_parser("compare", help="ratios between two result files")
     compare.add_argument("before", type=Path, metavar="A.json")
     compare.add_argument("after", type=Path, metavar="B.json")
@@ -162,6 +174,8 @@ def _run_info(options: argparse.Namespace) -> int:
 def _run_checks(quiet: bool) -> list[dict[str, object]]:
     try:
         from tilewright import _selfcheck
+
+        probes = _selfcheck.probes()
     except ImportError as error:
         if not quiet:
             print(f"\nchecks\n  not run: {error}")
@@ -169,7 +183,7 @@ def _run_checks(quiet: bool) -> list[dict[str, object]]:
     results = []
     if not quiet:
         print("\nchecks")
-    for check in _selfcheck.run_checks(_selfcheck.usable_devices()):
+    for check in _selfcheck.run_checks(probes, _selfcheck.usable_devices()):
         results.append(vars(check))
         if not quiet:
             word = "ok" if check.passed else "FAILED"
@@ -178,19 +192,16 @@ def _run_checks(quiet: bool) -> list[dict[str, object]]:
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    from tilewright.demo import optim
-
-    return optim.run(
-        steps=options.steps or (60 if options.quick else 800),
-        seeds=range(options.seed, options.seed + options.seeds),
-        out=options.out,
-    )
+    seeds = range(options.seed, options.seed + options.seeds)
+    demos = [_families.load("demo", family) for family in options.families]
+    return max([int(demo.run(options.steps, seeds, options.out, options.quick)) for demo in demos])
 
 
 def _run_bench(options: argparse.Namespace) -> int:
     from tilewright.bench import runner
 
     return runner.run(
+        options.families,
         device=options.device,
         quick=options.quick,
         peers=options.peers,

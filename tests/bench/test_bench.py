@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tilewright import _families
 from tilewright.bench import compare, environment, optim, report, runner, timing
 from tilewright.bench.case import OURS, Case, Contender, Unavailable
 
@@ -92,18 +93,35 @@ def test_bytes_by_formula(case: str, contender: str, bytes_per_parameter: float)
     assert moved == pytest.approx(count * bytes_per_parameter, rel=1e-6)
 
 
-def test_ours_comes_first_in_every_case() -> None:
-    for device in ("cpu", "cuda"):
-        for case in optim.cases(torch.device(device), quick=True):
-            assert case.contenders[0].name == OURS
+@pytest.mark.parametrize("family", _families.present("bench"))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ours_comes_first_in_every_case_and_the_others_are_peers(family: str, device: str) -> None:
+    module = _families.load("bench", family)
+    for case in module.cases(torch.device(device), quick=True):
+        assert case.contenders[0].name == OURS
+        for contender in case.contenders[1:]:
+            assert contender.name.startswith(OURS) or contender.name.partition(",")[0] in module.PEERS
+
+
+def test_clipping_is_timed_on_a_gpu() -> None:
     names = [case.name for case in optim.cases(torch.device("cuda"), quick=False)]
     assert "adamw8bit-bf16-clip" in names
+
+
+def test_cases_are_chosen_over_all_families() -> None:
+    a, b, c = (Case(name, name, []) for name in ("adam", "scan-1", "scan-2"))
+    assert runner.select({"optim": [a], "scan": [b, c]}, None) == {"optim": [a], "scan": [b, c]}
+    assert runner.select({"optim": [a], "scan": [b, c]}, ["2"]) == {"scan": [c]}
+    with pytest.raises(ValueError, match="no case matches x; there are: adam, scan-1"):
+        runner.select({"optim": [a], "scan": [b]}, ["x"])
 
 
 def test_a_run_leaves_a_result_that_can_be_compared_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = runner.run("cpu", quick=True, peers=["torch"], only=["small-tensors", "call"], out=tmp_path)
+    status = runner.run(
+        ["optim"], "cpu", quick=True, peers=["torch"], only=["small-tensors", "call"], out=tmp_path
+    )
     assert status == 0
     record = compare.load(tmp_path / "optim-cpu.json")
     assert record["complete"]

@@ -19,6 +19,11 @@ def _set_grads(params: list[torch.nn.Parameter], seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator).to(p.device)
 
 
+def _assert_close(ours: list[torch.nn.Parameter], theirs: list[torch.nn.Parameter]) -> None:
+    left, right = (torch.cat([p.detach().cpu() for p in params]) for params in (ours, theirs))
+    torch.testing.assert_close(left, right, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_more_tensors_than_one_launch_takes(backend, max_grad_norm) -> None:
     ours, theirs = _tensors(3900, backend.device), _tensors(3900, "cpu")
@@ -31,12 +36,7 @@ def test_more_tensors_than_one_launch_takes(backend, max_grad_norm) -> None:
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm)
         exact.step()
-    torch.testing.assert_close(
-        torch.cat([p.detach().cpu() for p in ours]),
-        torch.cat([p.detach() for p in theirs]),
-        rtol=0,
-        atol=2e-6,
-    )
+    _assert_close(ours, theirs)
 
 
 def test_more_groups_than_one_launch_takes(backend) -> None:
@@ -49,9 +49,4 @@ def test_more_groups_than_one_launch_takes(backend) -> None:
         _set_grads(theirs, seed)
         optimizer.step()
         exact.step()
-    torch.testing.assert_close(
-        torch.cat([p.detach().cpu() for p in ours]),
-        torch.cat([p.detach() for p in theirs]),
-        rtol=0,
-        atol=2e-6,
-    )
+    _assert_close(ours, theirs)

@@ -28,6 +28,15 @@ CPU = torch.device("cpu")
 SHAPES = [300, 5000, (30, 8, 5, 5)]
 
 
+def stepped(
+    name: str = "AdamW8bit", sizes=(5000,), steps: int = 1, device: torch.device = CPU
+) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    params = parameters(sizes, torch.float32, device)
+    optimizer = OPTIMIZERS[name](params)
+    run(optimizer, steps)
+    return params, optimizer
+
+
 def through_file(state_dict: dict) -> dict:
     buffer = io.BytesIO()
     torch.save(state_dict, buffer)
@@ -75,9 +84,7 @@ def test_flat_keys_load_as_nested_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_layout_is_bitsandbytes(name: str) -> None:
-    params = parameters([300, 5000], torch.float32, CPU)
-    optimizer = OPTIMIZERS[name](params)
-    run(optimizer, 3)
+    _, optimizer = stepped(name, [300, 5000], 3)
     saved = optimizer.state_dict()
     states = ["state1"] if name in ("Lion8bit", "SGD8bit") else ["state1", "state2"]
     assert set(saved["state"][0]) == {"step", NESTED_KEY}
@@ -97,9 +104,7 @@ def test_the_layout_is_bitsandbytes(name: str) -> None:
 
 def test_loading_copies(backend) -> None:
     """torch.optim shares tensors with the dict it loads; going on must not change the dict's owner."""
-    params = parameters([5000], torch.float32, backend.device)
-    optimizer = tw.optim.AdamW8bit(params)
-    run(optimizer, 1)
+    _, optimizer = stepped(device=backend.device)
     other = tw.optim.AdamW8bit(parameters([5000], torch.float32, backend.device))
     other.load_state_dict(optimizer.state_dict())
     before = snapshot(optimizer)
@@ -108,9 +113,7 @@ def test_loading_copies(backend) -> None:
 
 
 def test_the_built_in_map_is_shared_after_loading() -> None:
-    params = parameters([5000, 5000], torch.float32, CPU)
-    optimizer = tw.optim.AdamW8bit(params)
-    run(optimizer, 1)
+    _, optimizer = stepped(sizes=[5000, 5000])
     optimizer.load_state_dict(through_file(optimizer.state_dict()))
     for state in optimizer.state.values():
         assert state["qmap1"] is shared_map(CPU, True)
@@ -149,9 +152,7 @@ def test_a_map_of_its_own_is_honoured_and_kept(backend, name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_blocks_of_2048(name: str) -> None:
     """As bitsandbytes wrote them until 0.44."""
-    params = parameters([5000], torch.float32, CPU)
-    optimizer = OPTIMIZERS[name](params)
-    run(optimizer, 1)
+    params, optimizer = stepped(name)
     saved = through_file(optimizer.state_dict())
     nested = saved["state"][0][NESTED_KEY]
     expected = {}
@@ -193,9 +194,7 @@ def test_states_of_other_bits_are_converted(name: str, stored: int, wanted: int)
 
 
 def test_overrides_decide_the_bits_of_what_is_loaded() -> None:
-    params = parameters([5000], torch.float32, CPU)
-    optimizer = tw.optim.AdamW8bit(params)
-    run(optimizer, 1)
+    params, optimizer = stepped()
     GlobalOptimManager.get_instance().override_config(params[0], "optim_bits", 32)
     try:
         optimizer.load_state_dict(optimizer.state_dict())
@@ -367,9 +366,7 @@ CORRUPTIONS = {
 def test_what_does_not_fit_is_refused_before_anything_changes(case: str) -> None:
     """bitsandbytes loads any absmax; its CUDA kernel would read past the end of a short one."""
     corrupt, message = CORRUPTIONS[case]
-    params = parameters([300, 5000], torch.float32, CPU)
-    optimizer = tw.optim.AdamW8bit(params)
-    run(optimizer, 2)
+    _, optimizer = stepped(sizes=[300, 5000], steps=2)
     saved = through_file(optimizer.state_dict())
     corrupt(saved)
     run(optimizer, 1)
@@ -393,9 +390,7 @@ def test_states_without_a_word_on_their_block_order_are_refused() -> None:
 
 
 def test_leftovers_of_old_versions_are_ignored() -> None:
-    params = parameters([5000], torch.float32, CPU)
-    optimizer = tw.optim.AdamW8bit(params)
-    run(optimizer, 1)
+    params, optimizer = stepped()
     saved = flattened(optimizer.state_dict())
     saved["state"][0].update(gnorm_vec=torch.zeros(100), unorm_vec=torch.zeros(1), max1=torch.zeros(1))
     optimizer.load_state_dict(saved)
@@ -403,9 +398,7 @@ def test_leftovers_of_old_versions_are_ignored() -> None:
 
 
 def test_old_states_without_blocks_are_refused() -> None:
-    params = parameters([5000], torch.float32, CPU)
-    optimizer = tw.optim.AdamW8bit(params)
-    run(optimizer, 1)
+    _, optimizer = stepped()
     saved = flattened(optimizer.state_dict())
     for suffix in "12":
         del saved["state"][0]["absmax" + suffix]
@@ -415,9 +408,7 @@ def test_old_states_without_blocks_are_refused() -> None:
 
 
 def test_hooks_see_what_is_written_and_read() -> None:
-    params = parameters([5000], torch.float32, CPU)
-    optimizer = tw.optim.AdamW8bit(params)
-    run(optimizer, 1)
+    _, optimizer = stepped()
     calls = []
     optimizer.register_state_dict_pre_hook(lambda o: calls.append("state_dict pre"))
     optimizer.register_state_dict_post_hook(lambda o, d: {**d, "extra": NESTED_KEY in d["state"][0]})

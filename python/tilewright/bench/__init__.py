@@ -1,7 +1,7 @@
 """Microbenchmarks beside the peers that are installed, all contenders of a case in one process, alternating.
 
     case.py         what is measured: a Case and its contenders
-    optim.py        the cases of a family (later families: one file each)
+    optim.py        a family: PEERS, and cases(device, quick)
     timing.py       how: warm-up, alternation, medians; CUDA events and wall clock
     environment.py  on what: device, versions, commit
     runner.py       `tilewright bench`: the loop, the progress bar, the JSON

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,16 @@ import torch
 
 from tilewright import __version__, _info
 
-_PEERS = ("torch", "bitsandbytes", "torchao", "numpy")
 
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """Device, versions, threads, commit and date, as plain data."""
+def describe(device: torch.device, peers: Iterable[str] = ()) -> dict[str, Any]:
+    """Device, versions (of torch, numpy and the peers), threads, commit and date, as plain data."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": _gpu(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
         "versions": {
             "tilewright": __version__,
-            **{name: _info.distribution_version(name) for name in _PEERS},
+            **{name: _info.distribution_version(name) for name in ("torch", *peers, "numpy")},
         },
         "python": _info.versions()["python"],
         "commit": commit(),
@@ -51,8 +50,9 @@ def same_conditions(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     for key in ("device", "threads"):
         if before.get(key) != after.get(key):
             differences.append(f"{key} differs: {_short(before.get(key))} and {_short(after.get(key))}")
-    for name in ("torch", "bitsandbytes", "torchao"):
-        versions = [record.get("versions", {}).get(name) for record in (before, after)]
+    found = [record.get("versions", {}) for record in (before, after)]
+    for name in sorted(set().union(*found) - {"tilewright", "numpy"}):
+        versions = [each.get(name) for each in found]
         if versions[0] != versions[1]:
             differences.append(f"{name} differs: {versions[0]} and {versions[1]}")
     return differences

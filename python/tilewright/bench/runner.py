@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import environment, optim, report
+from tilewright import _families, _info
+
+from . import environment, report
 from .case import OURS, Case, Contender, Unavailable
 from .timing import Timing, copy_call, measure, summary
 
@@ -24,14 +26,15 @@ _COPY = "copy"
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how thoroughly the cases run, and beside which peers."""
+    """Where and how thoroughly the cases run, and beside which peers (None: all)."""
 
     device: torch.device
     quick: bool = False
-    peers: tuple[str, ...] = optim.PEERS
+    peers: tuple[str, ...] | None = None
 
 
 def run(
+    families: Sequence[str],
     device: str | None = None,
     quick: bool = False,
     peers: list[str] | None = None,
@@ -40,9 +43,10 @@ def run(
     list_only: bool = False,
     out: Path = Path("bench-out"),
 ) -> int:
-    """Runs the optimizer family's cases and writes `optim-<device>.json` and `.png` into `out`.
+    """Runs the families' cases; writes `<family>-<device>.json` and `.png` into `out` for each.
 
     Args:
+        families: names of modules here that have `PEERS` and `cases`.
         device: "cpu", "cuda", or None for CUDA where it works.
         quick: smaller tensors and fewer samples.
         peers: contenders to keep besides ours (None: all; `["none"]`: ours alone).
@@ -55,28 +59,27 @@ def run(
         0, or 1 if something of ours failed or the run was interrupted.
     """
     console = Console()
-    setting = Setting(_device(device), quick, _known_peers(peers))
+    modules = {family: _families.load("bench", family) for family in families}
+    known = dict.fromkeys(peer for module in modules.values() for peer in module.PEERS)
+    setting = Setting(_device(device), quick, _known_peers(peers, tuple(known)))
     if threads is not None:
         torch.set_num_threads(threads)
-    cases = select(optim.cases(setting.device, quick), only)
+    cases = {family: module.cases(setting.device, quick) for family, module in modules.items()}
+    chosen = select(cases, only)
     if list_only:
-        for case in cases:
+        for case in (case for found in chosen.values() for case in found):
             console.print(f"{case.name:<36}{case.title}", highlight=False, soft_wrap=True)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"optim-{setting.device.type}.json"
-    record = {"schema": SCHEMA, "family": "optim", "quick": quick, "complete": False, "cases": []}
-    record.update(environment.describe(setting.device))
-    try:
-        _run_cases(cases, setting, record, path, console)
-        record["complete"] = True
-    except KeyboardInterrupt:
-        console.print("interrupted: these are the cases that were finished")
-    _write(path, record)
-    report.print_table(record, console)
-    picture = report.plot(record, path.with_suffix(".png"))
-    console.print(f"results  {path}\n{picture}", highlight=False, soft_wrap=True)
-    return int(not record["complete"] or _ours_failed(record))
+    failed = False
+    for family, found in chosen.items():
+        record = {"schema": SCHEMA, "family": family, "quick": quick, "complete": False, "cases": []}
+        record.update(environment.describe(setting.device, modules[family].PEERS))
+        _run_family(found, setting, record, out / f"{family}-{setting.device.type}.json", console)
+        failed |= not record["complete"] or _ours_failed(record)
+        if not record["complete"]:
+            break
+    return int(failed)
 
 
 def run_case(
@@ -107,18 +110,34 @@ def run_case(
     return {**facts, "copy_gb_per_s": copied and round(copied, 2), "contenders": rows}
 
 
-def select(cases: list[Case], only: list[str] | None) -> list[Case]:
-    """The cases whose name contains one of `only`.
+def select(cases: dict[str, list[Case]], only: list[str] | None) -> dict[str, list[Case]]:
+    """The cases whose name contains one of `only`, and the families that have such.
 
     Raises:
-        ValueError: if none does.
+        ValueError: if there is none.
     """
-    chosen = [case for case in cases if only is None or any(part in case.name for part in only)]
-    if not chosen:
-        raise ValueError(
-            f"no case matches {', '.join(only or [])}; there are: {', '.join(c.name for c in cases)}"
-        )
-    return chosen
+    chosen = {
+        family: [case for case in found if only is None or any(part in case.name for part in only)]
+        for family, found in cases.items()
+    }
+    if not any(chosen.values()):
+        names = ", ".join(case.name for found in cases.values() for case in found)
+        raise ValueError(f"no case matches {', '.join(only or [])}; there are: {names}")
+    return {family: found for family, found in chosen.items() if found}
+
+
+def _run_family(
+    cases: list[Case], setting: Setting, record: dict[str, Any], path: Path, console: Console
+) -> None:
+    try:
+        _run_cases(cases, setting, record, path, console)
+        record["complete"] = True
+    except KeyboardInterrupt:
+        console.print("interrupted: these are the cases that were finished")
+    _write(path, record)
+    report.print_table(record, console)
+    picture = report.plot(record, path.with_suffix(".png"))
+    console.print(f"results  {path}\n{picture}", highlight=False, soft_wrap=True)
 
 
 def _run_cases(
@@ -191,24 +210,20 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.5g}") for name, value in values.items()}
 
 
-def _wanted(contender: Contender, peers: tuple[str, ...]) -> bool:
-    return contender.name.startswith(OURS) or contender.name.partition(",")[0] in peers
+def _wanted(contender: Contender, peers: tuple[str, ...] | None) -> bool:
+    return peers is None or contender.name.startswith(OURS) or contender.name.partition(",")[0] in peers
 
 
-def _known_peers(peers: list[str] | None) -> tuple[str, ...]:
+def _known_peers(peers: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...] | None:
     if peers is None:
-        return optim.PEERS
-    unknown = set(peers) - set(optim.PEERS) - {"none", OURS}
+        return None
+    unknown = set(peers) - set(known) - {"none", OURS}
     if unknown:
-        raise ValueError(
-            f"unknown peer {', '.join(sorted(unknown))}; there are: {', '.join(optim.PEERS)}, none"
-        )
+        raise ValueError(f"unknown peer {', '.join(sorted(unknown))}; there are: {', '.join(known)}, none")
     return tuple(peers)
 
 
 def _device(name: str | None) -> torch.device:
-    from tilewright import _info
-
     if name == "cpu":
         return torch.device("cpu")
     facts = _info.info()

@@ -84,17 +84,19 @@ class Training:
         }
 
 
-def run(steps: int, seeds: Sequence[int], out: Path) -> int:
+def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False) -> int:
     """Trains for each seed with both optimizers; prints a table, writes `optim.json` and `.png` into `out`.
 
     Args:
-        steps: training steps per optimizer and seed.
+        steps: training steps per optimizer and seed; None: 800, or 60 if `quick`.
         seeds: of the initial weights and the batches; with several, the spread of the final loss is reported.
         out: folder for the results, made if missing.
+        quick: a few seconds, which show that it runs.
 
     Returns:
         0, or 1 if a training diverged.
     """
+    steps = steps or (60 if quick else 800)
     console = Console()
     started = time.perf_counter()
     train, held_out = load_text()

@@ -26,6 +26,7 @@ class _AdamBase(BlockwiseOptimizer):
     _kind = "adam"
     _moments = (Moment("1", True, "exp_avg"), Moment("2", False, "exp_avg_sq"))
     _decoupled: bool
+    _always_8bit = False
 
     def __init__(
         self,
@@ -37,8 +38,12 @@ class _AdamBase(BlockwiseOptimizer):
         maximize: bool,
         param_precision: str,
         seed: int | None,
+        optim_bits: int,
         **own: Any,
     ) -> None:
+        if self._always_8bit:
+            _check_always_8bit(self, optim_bits)
+            optim_bits = 8
         defaults = {
             "lr": lr,
             "betas": parse_betas(betas),
@@ -48,7 +53,7 @@ class _AdamBase(BlockwiseOptimizer):
             "param_precision": param_precision,
             "seed": seed,
         }
-        super().__init__(params, defaults, **own)
+        super().__init__(params, defaults, optim_bits=optim_bits, **own)
 
     def _kernel_options(self, group: Mapping[str, Any], lr: float | Tensor) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
@@ -183,7 +188,7 @@ class Adam(_AdamBase):
         )
 
 
-class AdamW8bit(_AdamBase):
+class AdamW8bit(AdamW):
     """AdamW with both moments in 8 bits: 2 bytes of state a parameter instead of 8.
 
     Semantics are those of torch.optim.AdamW (decay first, bias correction in float32). An element whose
@@ -215,88 +220,16 @@ class AdamW8bit(_AdamBase):
         ValueError, TypeError, NotImplementedError: an argument out of its range, or one without an effect.
     """
 
-    _decoupled = True
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        *,
-        maximize: bool = False,
-        param_precision: str = "nearest",
-        max_grad_norm: float | None = None,
-        seed: int | None = None,
-    ) -> None:
-        _check_always_8bit(self, optim_bits)
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            maximize,
-            param_precision,
-            seed,
-            amsgrad=amsgrad,
-            optim_bits=8,
-            args=args,
-            min_8bit_size=min_8bit_size,
-            is_paged=is_paged,
-            max_grad_norm=max_grad_norm,
-        )
+    _always_8bit = True
 
 
-class Adam8bit(_AdamBase):
+class Adam8bit(Adam):
     """Adam with both moments in 8 bits; weight decay is an L2 term of the gradient, as in torch.optim.Adam.
 
     (In bitsandbytes, Adam8bit with weight_decay is AdamW.) The arguments are those of AdamW8bit.
     """
 
-    _decoupled = False
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        *,
-        maximize: bool = False,
-        param_precision: str = "nearest",
-        max_grad_norm: float | None = None,
-        seed: int | None = None,
-    ) -> None:
-        _check_always_8bit(self, optim_bits)
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            maximize,
-            param_precision,
-            seed,
-            amsgrad=amsgrad,
-            optim_bits=8,
-            args=args,
-            min_8bit_size=min_8bit_size,
-            is_paged=is_paged,
-            max_grad_norm=max_grad_norm,
-        )
+    _always_8bit = True
 
 
 def _check_always_8bit(optimizer: BlockwiseOptimizer, optim_bits: int) -> None:

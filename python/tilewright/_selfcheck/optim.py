@@ -1,10 +1,8 @@
-"""`tilewright info --check`: every op once, on small data, against a few lines of plain torch."""
+"""The optimizers and blockwise quantization, each against a few lines of plain torch."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,44 +10,12 @@ from torch import Tensor
 
 from tilewright import optim
 
-# Returns the error found and the bound it must keep.
-Probe = Callable[[torch.device], tuple[float, float]]
+from . import Probe
+
 Make = Callable[[list[Tensor]], Any]
 
 _COUNT = 5000
 _STEPS = 5
-
-
-@dataclass(frozen=True)
-class Check:
-    """One op on one device: `detail` holds the error found and the bound, or why it failed to run."""
-
-    name: str
-    device: str
-    passed: bool
-    detail: str
-    seconds: float
-
-
-def run_checks(devices: list[str]) -> Iterator[Check]:
-    """Yields one result per op and device; an op that raises is a failed check, not an exception."""
-    for device in devices:
-        for name, check in _CHECKS.items():
-            start = time.perf_counter()
-            try:
-                error, bound = check(torch.device(device))
-                passed, detail = error <= bound, f"error {error:.1e}, allowed {bound:.1e}"
-            except Exception as problem:
-                passed, detail = False, f"{type(problem).__name__}: {problem}"
-            yield Check(name, device, passed, detail, time.perf_counter() - start)
-
-
-def usable_devices() -> list[str]:
-    """The CPU, and the current GPU where both torch and the extension can use one."""
-    from tilewright import _info
-
-    usable = _info.info()["verdict"]["cuda"].startswith("ok")
-    return ["cpu", "cuda"] if usable else ["cpu"]
 
 
 def _sample(device: torch.device, seed: int) -> Tensor:
@@ -122,7 +88,7 @@ def _plain(name: str, params: list[Tensor], options: dict[str, Any]) -> Any:
 
 _ADAM = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
 _SGD = {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
-_CHECKS: dict[str, Probe] = {
+PROBES: dict[str, Probe] = {
     "quantize_blockwise": _check_quantize,
     "AdamW, 32-bit": _check_32bit("AdamW", "AdamW", **_ADAM),
     "Lion, 32-bit": _check_32bit("Lion", "Lion", **_ADAM),

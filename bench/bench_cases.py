@@ -1,4 +1,4 @@
-"""The cases of `tilewright bench optim` under pytest-benchmark, at their quick sizes.
+"""The cases of `tilewright bench` under pytest-benchmark, at their quick sizes.
 
 pytest bench --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 """
@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.bench import optim
+from tilewright import _families
 from tilewright.bench.case import Case, Contender, Unavailable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = {case.name: case for case in optim.cases(DEVICE, quick=True)}
-PAIRS = [(case, contender) for case in CASES.values() for contender in case.contenders]
+MODULES = [_families.load("bench", family) for family in _families.present("bench")]
+CASES = [case for module in MODULES for case in module.cases(DEVICE, quick=True)]
+PAIRS = [(case, contender) for case in CASES for contender in case.contenders]
 
 
 @pytest.mark.parametrize(("case", "contender"), PAIRS, ids=[f"{a.name}-{b.name}" for a, b in PAIRS])
-def test_optim(benchmark: Any, case: Case, contender: Contender) -> None:
+def test_case(benchmark: Any, case: Case, contender: Contender) -> None:
     benchmark.group = case.title
     try:
         call = contender.setup()
