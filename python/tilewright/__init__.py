@@ -6,6 +6,8 @@
     Selective scans (Mamba), linear scans, causal convolutions: forward, backward and decode steps.
 ``tilewright.nn``
     Drop-in modules.
+``tilewright.swap(model)``, ``tilewright.unswap(model)``
+    These kernels in a model that exists already, and out of it again.
 ``tilewright.info()``
     What was built, what this machine offers, and whether they fit.
 
@@ -15,20 +17,22 @@ On the command line: ``tilewright info``, ``tilewright demo``, ``tilewright benc
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tilewright._info import info
 
 if TYPE_CHECKING:
-    from tilewright import nn, optim, scan
+    from tilewright import compat, nn, optim, scan
+    from tilewright.swapping import SwapReport, swap, unswap
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "info", "nn", "optim", "scan"]
+__all__ = ["SwapReport", "__version__", "compat", "info", "nn", "optim", "scan", "swap", "unswap"]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     # Families load when first used, so that `tilewright info` can report on a broken torch or extension.
-    if name in ("nn", "optim", "scan"):
+    if name in ("compat", "nn", "optim", "scan"):
         return import_module(f"tilewright.{name}")
+    if name in ("SwapReport", "swap", "unswap"):
+        return getattr(import_module("tilewright.swapping"), name)
     raise AttributeError(f"module 'tilewright' has no attribute {name!r}")

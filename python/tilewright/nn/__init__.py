@@ -1,5 +1,7 @@
 """Modules that stand in for those people have."""
 
+from .mamba import Mamba
+from .mamba2 import Mamba2
 from .stable_embedding import StableEmbedding
 
-__all__ = ["StableEmbedding"]
+__all__ = ["Mamba", "Mamba2", "StableEmbedding"]

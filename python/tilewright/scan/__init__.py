@@ -1,6 +1,7 @@
 """Recurrences along a sequence: selective scans, linear scans, causal convolutions, their decode steps."""
 
 from .conv import causal_conv1d
+from .inner import mamba_inner
 from .linear import linear_scan
 from .selective import selective_scan
 from .ssd import mamba_split_conv1d_scan_combined, ssd_chunk_scan
@@ -9,6 +10,7 @@ from .update import causal_conv1d_update, selective_state_update
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "mamba_inner",
     "linear_scan",
     "mamba_split_conv1d_scan_combined",
     "selective_scan",

@@ -1,0 +1,200 @@
+"""Mamba: the selective state space block."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import scan
+from .inference import keep_last, states_of
+
+
+class Mamba(nn.Module):
+    """Mamba's block: project, convolve, scan, gate, project; a stand-in for ``mamba_ssm.Mamba``.
+
+    Parameters have mamba_ssm's names and shapes, so that its checkpoints load.
+
+    Args:
+        d_model: features of input and output.
+        d_state: states of every channel, up to 256.
+        d_conv: width of the convolution, up to 8.
+        expand: channels inside, as a multiple of `d_model`.
+        dt_rank: rank of the step size's projection; "auto": ``ceil(d_model / 16)``.
+        dt_min, dt_max: the step size starts log-uniform between these, and not below `dt_init_floor`.
+        dt_init: weights of its projection: "random" (uniform) or "constant".
+        dt_scale: of these weights.
+        dt_init_floor: see `dt_min`.
+        conv_bias, bias: whether the convolution, and the outer projections, have biases.
+        use_fast_path: whether a training step computes intermediate results again instead of keeping them.
+        layer_idx: the layer's number in a model; needed with `inference_params`.
+        device, dtype: of the parameters; A_log and D are float32 all the same.
+
+    Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f'dt_init must be "random" or "constant", got {dt_init!r}')
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.use_fast_path, self.layer_idx, self.activation = use_fast_path, layer_idx, "silu"
+
+        of: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **of)
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **of
+        )
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **of)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **of)
+        scale = dt_scale * self.dt_rank**-0.5
+        with torch.no_grad():
+            self.dt_proj.weight.uniform_(-scale, scale) if dt_init == "random" else self.dt_proj.weight.fill_(scale)
+            self.dt_proj.bias.copy_(initial_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor, device))
+        self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+        rates = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).log()
+        self.A_log = nn.Parameter(rates.repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner, dtype=torch.float32, device=device))
+        for parameter in (self.A_log, self.D):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **of)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_params: Any = None,
+        *,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Maps ``(batch, length, d_model)`` to the same shape.
+
+        Args:
+            hidden_states: the input.
+            inference_params: keeps the states between calls: an object with ``seqlen_offset`` (tokens seen so far) and
+                ``key_value_memory_dict``, as mamba_ssm's InferenceParams. With an offset the input goes on where the
+                last one ended, whatever its length.
+            seq_idx: ``(1, length)``: the sequence that each token of packed ones belongs to.
+            cu_seqlens: ``(sequences + 1,)``: where packed sequences start and end. One of the two is enough.
+        """
+        batch, length, _ = hidden_states.shape
+        if seq_idx is not None or cu_seqlens is not None:
+            if inference_params is not None:
+                raise NotImplementedError("packed sequences do not go with inference_params")
+            seq_idx, cu_seqlens = packing(seq_idx, cu_seqlens, hidden_states)
+        conv_state = ssm_state = None
+        if inference_params is not None:
+            conv_state, ssm_state = self._get_states_from_cache(inference_params, batch)
+            if length == 1 and inference_params.seqlen_offset > 0 and not torch.is_grad_enabled():
+                return self.step(hidden_states, conv_state, ssm_state)[0]
+        xz = self.in_proj(hidden_states).transpose(1, 2)
+        A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj.bias)
+        if self.use_fast_path and torch.is_grad_enabled() and conv_state is None and seq_idx is None:
+            return scan.mamba_inner(
+                xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+                self.out_proj.weight, self.out_proj.bias, A, D=D, delta_bias=bias, delta_softplus=True,
+            )  # fmt: skip
+        x, z = xz.chunk(2, dim=1)
+        before = initial = None
+        if conv_state is not None and ssm_state is not None and inference_params.seqlen_offset > 0:
+            # Copies: both are overwritten below, and a backward pass needs them as they were.
+            before, initial = conv_state[..., 1:].clone(), ssm_state.clone()
+        weight = self.conv1d.weight.squeeze(1)
+        u = scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, before, activation="silu")
+        dt, B, C = self._projected(u.transpose(1, 2))
+        arguments = (u, dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), D, z, bias, True)
+        if conv_state is None or ssm_state is None:
+            y = scan.selective_scan(*arguments, cu_seqlens=cu_seqlens)
+        else:
+            y, last = scan.selective_scan(*arguments, True, initial_state=initial)
+            keep_last(conv_state, x, go_on=inference_params.seqlen_offset > 0)
+            ssm_state.copy_(last)
+        return self.out_proj(y.transpose(1, 2))  # type: ignore[no-any-return]
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, ``(batch, 1, d_model)``; both states are updated in place and returned."""
+        if hidden_states.shape[1] != 1:
+            raise ValueError(f"step takes one token, got {hidden_states.shape[1]}: forward takes more")
+        x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
+        weight = self.conv1d.weight.squeeze(1)
+        u = scan.causal_conv1d_update(x, conv_state, weight, self.conv1d.bias, activation="silu")
+        dt, B, C = self._projected(u)
+        A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj.bias)
+        y = scan.selective_state_update(ssm_state, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True)
+        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Zeroed states: conv ``(batch, d_inner, d_conv)``, ssm ``(batch, d_inner, d_state)``.
+
+        `max_seqlen` is taken for the sake of attention layers: these states do not grow.
+        """
+        conv, weight = self.conv1d.weight, self.dt_proj.weight
+        return (
+            torch.zeros(batch_size, self.d_inner, self.d_conv, device=conv.device, dtype=dtype or conv.dtype),
+            torch.zeros(batch_size, self.d_inner, self.d_state, device=weight.device, dtype=dtype or weight.dtype),
+        )
+
+    def _projected(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Step size, B and C of every token, the features last."""
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return F.linear(dt, self.dt_proj.weight), B, C
+
+    def _get_states_from_cache(
+        self, inference_params: Any, batch_size: int, initialize_states: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return states_of(self, inference_params, batch_size, initialize_states)
+
+
+def initial_dt_bias(
+    count: int, low: float, high: float, floor: float, device: torch.device | str | None
+) -> Tensor:
+    """What softplus maps to step sizes that are log-uniform between `low` and `high`."""
+    dt = torch.empty(count, dtype=torch.float32, device=device).uniform_(math.log(low), math.log(high)).exp()
+    dt = dt.clamp(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def wide(weight: Tensor) -> Tensor:
+    """Weights of the recurrence are float32 at least."""
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def packing(seq_idx: Tensor | None, cu_seqlens: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Both ways to say where packed sequences lie, from either."""
+    batch, length, _ = hidden_states.shape
+    if batch != 1:
+        raise NotImplementedError(f"packed sequences need a batch of 1, got {batch}")
+    if seq_idx is None and cu_seqlens is not None:
+        steps = torch.arange(length, device=hidden_states.device)
+        seq_idx = (torch.searchsorted(cu_seqlens, steps, right=True) - 1).unsqueeze(0)
+    elif cu_seqlens is None and seq_idx is not None:
+        starts = torch.nonzero(seq_idx[0, 1:] != seq_idx[0, :-1]).flatten() + 1
+        cu_seqlens = F.pad(F.pad(starts, (1, 0)), (0, 1), value=length)
+    assert seq_idx is not None
+    assert cu_seqlens is not None
+    return seq_idx.to(torch.int32), cu_seqlens

@@ -1,0 +1,287 @@
+"""Mamba-2: the block around the structured state space dual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import scan
+from .inference import keep_last, states_of
+from .mamba import initial_dt_bias, packing, wide
+
+
+class RMSNormGated(nn.Module):
+    """RMS norm over groups of features, with a gate before or after it.
+
+    Args:
+        hidden_size: features.
+        eps: added to the mean square.
+        group_size: features that share a scale; None: all.
+        norm_before_gate: whether ``norm(x) * silu(z)`` instead of ``norm(x * silu(z))``.
+        device, dtype: of the weight.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size or hidden_size, norm_before_gate
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Normalizes x ``(..., hidden_size)``, gated by z of the same shape; computes in float32."""
+        y = wide(x)
+        if z is not None and not self.norm_before_gate:
+            y = y * F.silu(wide(z))
+        grouped = y.unflatten(-1, (-1, self.group_size))
+        grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+        y = grouped.flatten(-2) * self.weight
+        if z is not None and self.norm_before_gate:
+            y = y * F.silu(wide(z))
+        return y.to(x.dtype)
+
+
+class Mamba2(nn.Module):
+    """Mamba-2's block: one projection, convolution, chunked scan, gated norm, projection; as ``mamba_ssm.Mamba2``.
+
+    Parameters have mamba_ssm's names and shapes, so that its checkpoints load.
+
+    Args:
+        d_model: features of input and output.
+        d_state: states of every channel.
+        d_conv: width of the convolution, up to 8.
+        conv_init: its weights start uniform between minus and plus this; None: as torch.nn.Conv1d.
+        expand: channels inside, as a multiple of `d_model`.
+        headdim: channels of a head.
+        d_ssm: channels that the state space model gets, the others being a gated MLP; None: all.
+        ngroups: groups of heads that share B and C.
+        A_init_range: A starts uniform between these, negated.
+        D_has_hdim: whether D has a weight a channel, not a head.
+        rmsnorm, norm_before_gate: whether there is a norm before the last projection, and where its gate is.
+        dt_min, dt_max, dt_init_floor: the step size starts log-uniform between the first two, not below the third.
+        dt_limit: the step size is clamped to this.
+        bias, conv_bias: whether the projections, and the convolution, have biases.
+        chunk_size: tokens that the scan takes at once.
+        use_mem_eff_path: whether a training step computes intermediate results again instead of keeping them.
+        layer_idx: the layer's number in a model; needed with `inference_params`.
+        process_group, sequence_parallel: leave them as they are: this module is not distributed.
+        device, dtype: of the parameters.
+
+    Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        conv_init: float | None = None,
+        expand: int = 2,
+        headdim: int = 64,
+        d_ssm: int | None = None,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1, 16),
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 256,
+        use_mem_eff_path: bool = True,
+        layer_idx: int | None = None,
+        process_group: Any = None,
+        sequence_parallel: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if process_group is not None or sequence_parallel is not True:
+            raise NotImplementedError("process_group must be None and sequence_parallel True: nothing is distributed")
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = int(expand * d_model)
+        self.headdim, self.ngroups = headdim, ngroups
+        self.d_ssm = self.d_inner if d_ssm is None else d_ssm
+        if self.d_ssm % headdim or self.d_ssm > self.d_inner:
+            raise ValueError(
+                f"d_ssm must be a multiple of headdim = {headdim}, up to {self.d_inner}, got {self.d_ssm}"
+            )
+        self.nheads = self.d_ssm // headdim
+        if self.nheads % ngroups:
+            raise ValueError(f"ngroups must divide the {self.nheads} heads, got {ngroups}")
+        if not 0 < A_init_range[0] <= A_init_range[1]:
+            raise ValueError(f"A_init_range must be positive and increasing, got {A_init_range}")
+        self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
+        self.dt_limit, self.chunk_size, self.activation = tuple(dt_limit), chunk_size, "silu"
+        self.use_mem_eff_path, self.layer_idx = use_mem_eff_path, layer_idx
+
+        of: dict[str, Any] = {"device": device, "dtype": dtype}
+        conv_dim = self.d_ssm + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner + 2 * ngroups * d_state + self.nheads, bias=bias, **of)
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv - 1, bias=conv_bias, **of)
+        if conv_init is not None:
+            nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
+        dtype_of_weights = self.in_proj.weight.dtype
+        dt_bias = initial_dt_bias(self.nheads, dt_min, dt_max, dt_init_floor, device)
+        A = torch.empty(self.nheads, dtype=torch.float32, device=device).uniform_(*A_init_range)
+        self.dt_bias = nn.Parameter(dt_bias.to(dtype_of_weights))
+        self.A_log = nn.Parameter(A.log().to(dtype_of_weights))
+        self.D = nn.Parameter(torch.ones(self.d_ssm if D_has_hdim else self.nheads, device=device))
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        if rmsnorm:
+            self.norm = RMSNormGated(self.d_ssm, 1e-5, self.d_ssm // ngroups, norm_before_gate, **of)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **of)
+
+    def forward(
+        self,
+        u: Tensor,
+        seqlen: int | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        inference_params: Any = None,
+    ) -> Tensor:
+        """Maps ``(batch, length, d_model)``, or with `seqlen` ``(batch * seqlen, d_model)``, to the same shape.
+
+        Args:
+            u: the input.
+            seqlen: the length, where batch and length are one axis.
+            seq_idx: ``(batch, length)``: the sequence that each token of packed ones belongs to.
+            cu_seqlens: ``(sequences + 1,)``: the same for one row, as where they start and end.
+            inference_params: keeps the states between calls: an object with ``seqlen_offset`` (tokens seen so far) and
+                ``key_value_memory_dict``, as mamba_ssm's InferenceParams. With an offset the input goes on where the
+                last one ended, whatever its length.
+        """
+        rows = u if seqlen is None else u.unflatten(0, (-1, seqlen))
+        if (seq_idx is not None or cu_seqlens is not None) and inference_params is not None:
+            raise NotImplementedError("packed sequences do not go with inference_params")
+        if seq_idx is None and cu_seqlens is not None:
+            seq_idx = packing(None, cu_seqlens, rows)[0]
+        if inference_params is not None:
+            out = self._cached(rows, inference_params)
+        else:
+            out = self._whole(self.in_proj(rows), seq_idx)
+        return out if seqlen is None else out.flatten(0, 1)
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, ``(batch, 1, d_model)``; both states are updated in place and returned."""
+        if hidden_states.shape[1] != 1:
+            raise ValueError(f"step takes one token, got {hidden_states.shape[1]}: forward takes more")
+        mlp, z, xbc, dt = self._parts(self.in_proj(hidden_states[:, 0]))
+        weight = self.conv1d.weight.squeeze(1)
+        xbc = scan.causal_conv1d_update(xbc, conv_state, weight, self.conv1d.bias, activation="silu")
+        x, B, C = self._heads(xbc)
+        bias: Tensor | None = self.dt_bias
+        if self.dt_limit != (0.0, float("inf")):
+            dt, bias = F.softplus(wide(dt) + wide(self.dt_bias)).clamp(*self.dt_limit), None
+        y = scan.selective_state_update(
+            ssm_state, x, dt.unsqueeze(-1).expand(-1, -1, self.headdim),
+            (-torch.exp(wide(self.A_log)))[:, None, None].expand(-1, self.headdim, self.d_state), B, C,
+            self._skip() if self.D_has_hdim else self.D[:, None].expand(-1, self.headdim),
+            z=None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)),
+            dt_bias=None if bias is None else bias[:, None].expand(-1, self.headdim), dt_softplus=bias is not None,
+        )  # fmt: skip
+        return self._projected(y.flatten(1), z, mlp).unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Zeroed states: conv ``(batch, channels, d_conv)``, ssm ``(batch, nheads, headdim, d_state)``.
+
+        `max_seqlen` is taken for the sake of attention layers: these states do not grow.
+        """
+        conv, weight = self.conv1d.weight, self.in_proj.weight
+        conv_state = torch.zeros(
+            batch_size, self.d_conv, conv.shape[0], device=conv.device, dtype=dtype or conv.dtype
+        ).transpose(1, 2)
+        ssm_state = torch.zeros(
+            (batch_size, self.nheads, self.headdim, self.d_state), device=weight.device, dtype=dtype or weight.dtype
+        )
+        return conv_state, ssm_state
+
+    def _whole(self, zxbcdt: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """An input without a cache."""
+        if self.use_mem_eff_path and torch.is_grad_enabled():
+            out: Tensor = scan.mamba_split_conv1d_scan_combined(
+                zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, -torch.exp(wide(self.A_log)),
+                self._skip(), self.chunk_size, seq_idx=seq_idx, dt_limit=self.dt_limit, activation="silu",
+                rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
+                rmsnorm_eps=self.norm.eps if self.rmsnorm else 1e-6, outproj_weight=self.out_proj.weight,
+                outproj_bias=self.out_proj.bias, headdim=self.headdim, ngroups=self.ngroups,
+                norm_before_gate=self.norm_before_gate,
+            )  # fmt: skip
+            return out
+        mlp, z, xbc, dt = self._parts(zxbcdt)
+        y = self._scan(self._convolved(xbc, seq_idx, None), dt, z, seq_idx=seq_idx)
+        return self._projected(y.flatten(2), z, mlp)
+
+    def _cached(self, rows: Tensor, inference_params: Any) -> Tensor:
+        """An input that starts or goes on with the states kept."""
+        batch, length, _ = rows.shape
+        go_on = inference_params.seqlen_offset > 0
+        conv_state, ssm_state = self._get_states_from_cache(inference_params, batch)
+        if length == 1 and go_on and not torch.is_grad_enabled():
+            return self.step(rows, conv_state, ssm_state)[0]
+        mlp, z, xbc, dt = self._parts(self.in_proj(rows))
+        # Copies: both are overwritten below, and a backward pass needs them as they were.
+        before, initial = (conv_state[..., 1:].clone(), ssm_state.clone()) if go_on else (None, None)
+        convolved = self._convolved(xbc, None, before)
+        y, last = self._scan(convolved, dt, z, initial_states=initial, return_final_states=True)
+        keep_last(conv_state, xbc.transpose(1, 2), go_on=go_on)
+        ssm_state.copy_(last)
+        return self._projected(y.flatten(2), z, mlp)
+
+    def _parts(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first projection's output: the MLP's gate and value, the gate, what is convolved, the step size."""
+        mlp = self.d_inner - self.d_ssm
+        sizes = [2 * mlp, self.d_ssm, self.d_ssm + 2 * self.ngroups * self.d_state, self.nheads]
+        return zxbcdt.split(sizes, dim=-1)  # type: ignore[no-any-return]
+
+    def _convolved(self, xbc: Tensor, seq_idx: Tensor | None, before: Tensor | None) -> Tensor:
+        weight = self.conv1d.weight.squeeze(1)
+        out = scan.causal_conv1d(xbc.transpose(1, 2), weight, self.conv1d.bias, seq_idx, before, activation="silu")
+        return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+    def _heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., heads, headdim), B and C (..., groups, states), as views."""
+        states, groups = self.ngroups * self.d_state, (self.ngroups, self.d_state)
+        x, B, C = xbc.split([self.d_ssm, states, states], dim=-1)
+        return x.unflatten(-1, (self.nheads, self.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _scan(self, xbc: Tensor, dt: Tensor, z: Tensor, **options: Any) -> Any:
+        x, B, C = self._heads(xbc)
+        return scan.ssd_chunk_scan(
+            x, dt, -torch.exp(wide(self.A_log)), B, C, self.chunk_size, D=self._skip(),
+            z=None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)), dt_bias=self.dt_bias,
+            dt_softplus=True, dt_limit=self.dt_limit, **options,
+        )  # fmt: skip
+
+    def _skip(self) -> Tensor:
+        return self.D.unflatten(0, (self.nheads, self.headdim)) if self.D_has_hdim else self.D
+
+    def _projected(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
+        """Norm, the MLP's part beside it, and the last projection."""
+        if self.rmsnorm:
+            y = self.norm(y, z)
+        if mlp.shape[-1]:
+            gate, value = mlp.chunk(2, dim=-1)
+            y = torch.cat([F.silu(gate) * value, y], dim=-1)
+        return self.out_proj(y)  # type: ignore[no-any-return]
+
+    def _get_states_from_cache(
+        self, inference_params: Any, batch_size: int, initialize_states: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return states_of(self, inference_params, batch_size, initialize_states)

@@ -1,0 +1,343 @@
+"""The Mamba layers of Hugging Face transformers 5.
+
+Their own forward runs a Python loop over the tokens where mamba_ssm is not installed, copies channel-last views
+into the layout its kernels want where it is, and, in a Mamba-1 layer with a cache, starts from a zero state when
+more than one token comes. The forwards here read the views as they lie and go on from the cached state.
+
+The cache stays transformers' own: its conv state keeps the last `conv_kernel` inputs, its recurrent state is
+float32. A decode step writes both in place, so that their addresses last; where gradients are wanted it goes the
+way of longer inputs instead, which has them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import scan
+from .instances import Layer
+
+_MAX_STATES = 256
+_MAX_CONV_WIDTH = 8
+_ARGUMENTS = ["self", "hidden_states", "cache_params", "attention_mask"]
+
+
+def layer_of(cls: type) -> Layer | None:
+    """How to swap this class; None for classes that are not known."""
+    package, _, name = cls.__module__.rpartition(".")
+    parent, _, family = package.rpartition(".")
+    if parent != "transformers.models" or name != f"modeling_{family}":
+        return None
+    forward = _FORWARDS.get((family, cls.__name__))
+    if forward is None:
+        return None
+    op = "ssd_chunk_scan" if forward is _mamba2_forward else "selective_scan"
+    return Layer(op, {"forward": _with_offloading_hooks(forward)}, _obstacle)
+
+
+def _obstacle(module: Any) -> str | None:
+    """What about this mixer, or the transformers it comes from, our forward does not cover."""
+    if list(inspect.signature(type(module).forward).parameters)[: len(_ARGUMENTS)] != _ARGUMENTS:
+        return f"its forward is not the one of transformers 5 (arguments {', '.join(_ARGUMENTS[1:])})"
+    if module.activation not in ("silu", "swish"):
+        return f"its activation is {module.activation!r}; the convolution kernels have 'silu'"
+    if module.conv_kernel_size > _MAX_CONV_WIDTH:
+        return f"its convolution is {module.conv_kernel_size} wide; the kernels have up to {_MAX_CONV_WIDTH}"
+    if module.ssm_state_size > _MAX_STATES:
+        return f"it has {module.ssm_state_size} states a channel; the kernels have up to {_MAX_STATES}"
+    return None
+
+
+def _with_offloading_hooks(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Weights that are used without a call of their module are fetched by accelerate's hooks all the same."""
+    if forward not in _hooked:
+        try:
+            from transformers.integrations.accelerate import force_accelerate_hooks
+        except ImportError:
+            return forward
+        children = ["conv1d"] if forward is not _mamba_forward else ["conv1d", "dt_proj"]
+        _hooked[forward] = force_accelerate_hooks(children)(forward)
+    return _hooked[forward]
+
+
+_hooked: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _mamba_forward(
+    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """Mamba, FalconMamba and Jamba: projection, convolution, selective scan, gate, projection."""
+    length = hidden_states.shape[1]
+    mask = _padding(attention_mask, length)
+    xz = self.in_proj(_masked(hidden_states, mask))
+    packing = _Packing.of(kwargs, hidden_states)
+    if cache_params is None and mask is None and packing is None and _can_fuse(self, self.x_proj, self.dt_proj):
+        return _fused_mamba(self, xz)
+
+    x, z = xz.transpose(1, 2).chunk(2, dim=1)
+    weights = (-torch.exp(_wide(self.A_log)), _wide(self.D), _wide(self.dt_proj.bias))
+    conv_state, state = _cached(self, cache_params, length)
+    if conv_state is not None and state is not None:
+        u = _conv_step(self, x[..., 0], conv_state)
+        u = u if mask is None else u * mask
+        dt, B, C = _projected(self, u)
+        A, D, bias = weights
+        y = scan.selective_state_update(state, u, dt, A, B, C, D, z=z[..., 0], dt_bias=bias, dt_softplus=True)
+        return self.out_proj(y.unsqueeze(1))  # type: ignore[no-any-return]
+
+    u = _masked(_conv(self, x, cache_params, packing).transpose(1, 2), mask)
+    dt, B, C = _projected(self, u)
+    y = _scan(
+        self, cache_params, state, packing,
+        u.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z, *weights,
+    )  # fmt: skip
+    return self.out_proj(y.transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def _fused_mamba(self: Any, xz: Tensor) -> Tensor:
+    """Training without cache and padding: intermediate results are computed again in the backward pass."""
+    norms: dict[str, Any] = {}
+    if hasattr(self, "b_layernorm"):
+        b, c, dt = self.b_layernorm.weight, self.c_layernorm.weight, self.dt_layernorm.weight
+        if dt.shape[0] != self.time_step_rank:  # FalconMamba's norms have no weights, and dummies of any size
+            dt = b.new_ones(self.time_step_rank)
+        eps = getattr(self.b_layernorm, "variance_epsilon", None) or self.b_layernorm.eps
+        norms = {"b_rms_weight": b, "c_rms_weight": c, "dt_rms_weight": dt, "b_c_dt_rms_eps": eps}
+    return scan.mamba_inner(
+        xz.transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+        self.out_proj.weight, self.out_proj.bias, -torch.exp(_wide(self.A_log)), D=_wide(self.D),
+        delta_bias=_wide(self.dt_proj.bias), delta_softplus=True, **norms,
+    )  # fmt: skip
+
+
+def _projected(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Time step, B and C of every token: u (..., channels) -> (..., channels), (..., states), (..., states)."""
+    dt, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+    if hasattr(self, "dt_layernorm"):
+        dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+    if type(self.dt_proj) is nn.Linear:
+        return F.linear(dt, self.dt_proj.weight), B, C
+    # A quantized or adapted layer has to be called; its bias comes inside the scan.
+    return self.dt_proj(dt) - self.dt_proj.bias, B, C
+
+
+def _zamba_forward(
+    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """Zamba: Mamba with a projection a head, which is one scan with a group of B and C a head."""
+    batch, length, _ = hidden_states.shape
+    heads, width = self.n_mamba_heads, self.mamba_head_dim
+    mask = _padding(attention_mask, length)
+    packing = _Packing.of(kwargs, hidden_states)
+    xz = self.in_proj(_masked(hidden_states, mask)).unflatten(-1, (self.intermediate_size, 2)).transpose(1, 2)
+    x, z = xz[..., 0], xz[..., 1]  # a channel and its gate lie side by side
+    A, D, bias = -torch.exp(_wide(self.A_log)), _wide(self.D), _wide(self.dt_proj_bias)
+    conv_state, state = _cached(self, cache_params, length)
+    if conv_state is not None and state is not None:
+        u = _conv_step(self, x[..., 0], conv_state)
+        u = u if mask is None else u * mask
+        dt, B, C = _projected_by_head(self, u.unsqueeze(1))
+        y = scan.selective_state_update(
+            state, u.unflatten(1, (heads, width)), dt.view(batch, heads, width), A, B[:, 0], C[:, 0], D,
+            z=z[..., 0].unflatten(1, (heads, width)), dt_bias=bias, dt_softplus=True,
+        )  # fmt: skip
+        return self.out_proj(y.flatten(1).unsqueeze(1))  # type: ignore[no-any-return]
+
+    u = _masked(_conv(self, x, cache_params, packing).transpose(1, 2), mask)
+    dt, B, C = _projected_by_head(self, u)
+    y = _scan(
+        self, cache_params, state, packing,
+        u.transpose(1, 2), dt.transpose(1, 2), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), z,
+        A.flatten(0, 1), D.flatten(), bias.flatten(),
+    )  # fmt: skip
+    return self.out_proj(y.transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def _projected_by_head(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u (batch, length, channels) -> dt (batch, length, channels), B and C (batch, length, heads, states)."""
+    heads = u.unflatten(-1, (self.n_mamba_heads, self.mamba_head_dim))
+    projected = torch.einsum("blhp,hrp->blhr", heads, self.x_proj_weight)
+    dt, B, C = projected.split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+    return torch.einsum("blhr,hpr->blhp", dt, self.dt_proj_weight).flatten(2), B, C
+
+
+def _mamba2_forward(
+    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """Mamba-2 and its kin: projection, convolution, chunked scan, gated norm, projection."""
+    batch, length, _ = hidden_states.shape
+    mask = _padding(attention_mask, length)
+    packing = _Packing.of(kwargs, hidden_states)
+    hidden_states = _masked(hidden_states, mask)
+    if hasattr(self, "ssm_in_multiplier"):  # FalconH1
+        zxbcdt = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
+    else:
+        zxbcdt = self.in_proj(hidden_states)
+    z, xbc, dt = zxbcdt.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+    conv_state, state = _cached(self, cache_params, length)
+    if conv_state is not None and state is not None:
+        y = _mamba2_step(self, conv_state, state, xbc[:, 0], dt[:, 0], z[:, 0], mask).unsqueeze(1)
+    else:
+        xbc = _masked(_conv(self, xbc.transpose(1, 2), cache_params, packing).transpose(1, 2), mask)
+        x, B, C = _split_mamba2(self, xbc)
+        y = scan.ssd_chunk_scan(
+            x, dt, -torch.exp(_wide(self.A_log)), B, C, self.chunk_size, D=self.D,
+            z=None if _has_norm(self) else z.unflatten(-1, (self.num_heads, self.head_dim)),
+            dt_bias=self.dt_bias, initial_states=state, seq_idx=None if packing is None else packing.seq_idx,
+            dt_softplus=True, dt_limit=self.time_step_limit, return_final_states=cache_params is not None,
+        )  # fmt: skip
+        if cache_params is not None:
+            y, state = y
+            cache_params.update_recurrent_state(state, self.layer_idx)
+        y = y.flatten(2)
+    return self.out_proj(self.norm(y, z).to(zxbcdt.dtype) if _has_norm(self) else y)  # type: ignore[no-any-return]
+
+
+def _mamba2_step(
+    self: Any, conv_state: Tensor, state: Tensor, xbc: Tensor, dt: Tensor, z: Tensor, mask: Tensor | None
+) -> Tensor:
+    """One token of every sequence; writes both states."""
+    heads, width = self.num_heads, self.head_dim
+    xbc = _conv_step(self, xbc, conv_state)
+    x, B, C = _split_mamba2(self, xbc if mask is None else xbc * mask)
+    bias: Tensor | None = self.dt_bias
+    low, high = self.time_step_limit
+    if low > 0 or high < float("inf"):  # as in a longer input, though transformers leaves this out
+        dt, bias = F.softplus(dt.float() + _wide(self.dt_bias)).clamp(low, high), None
+    y = scan.selective_state_update(
+        state, x, dt.unsqueeze(-1).expand(-1, -1, width),
+        (-torch.exp(_wide(self.A_log)))[:, None, None].expand(-1, width, self.ssm_state_size), B, C,
+        self.D[:, None].expand(-1, width), z=None if _has_norm(self) else z.unflatten(1, (heads, width)),
+        dt_bias=None if bias is None else bias[:, None].expand(-1, width), dt_softplus=bias is not None,
+    )  # fmt: skip
+    return y.flatten(1)
+
+
+def _split_mamba2(self: Any, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the convolution made: x (..., heads, head_dim), B and C (..., groups, states), all views."""
+    states = self.n_groups * self.ssm_state_size
+    x, B, C = xbc.split([self.intermediate_size, states, states], dim=-1)
+    groups = (self.n_groups, self.ssm_state_size)
+    return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+def _has_norm(self: Any) -> bool:
+    return bool(getattr(self, "mamba_rms_norm", True))  # FalconH1 can do without
+
+
+def _scan(
+    self: Any, cache_params: Any, state: Tensor | None, packing: _Packing | None,
+    u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, A: Tensor, D: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The scan of a whole input, on from the cached state, and back into the cache."""
+    if packing is not None:
+        if cache_params is not None:
+            raise NotImplementedError("seq_idx and cu_seqlens do not go with a cache, which keeps one state a row")
+        if packing.cu_seqlens is None:
+            raise NotImplementedError(f"seq_idx needs a batch of 1 in a Mamba-1 layer, got {u.shape[0]}")
+        y: Tensor = scan.selective_scan(u, dt, A, B, C, D, z, bias, True, cu_seqlens=packing.cu_seqlens)
+        return y
+    if cache_params is None:
+        y = scan.selective_scan(u, dt, A, B, C, D, z, bias, True)
+        return y
+    initial = None if state is None else state.reshape(-1, *A.shape)
+    y, last = scan.selective_scan(u, dt, A, B, C, D, z, bias, True, True, initial_state=initial)
+    if hasattr(self, "n_mamba_heads"):
+        last = last.unflatten(1, (self.n_mamba_heads, self.mamba_head_dim))
+    cache_params.update_recurrent_state(last, self.layer_idx)
+    return y
+
+
+def _conv(self: Any, x: Tensor, cache_params: Any, packing: _Packing | None) -> Tensor:
+    """The convolution of a whole input (batch, channels, length), with what the cache has before it."""
+    length = x.shape[-1]
+    if cache_params is not None:
+        x = cache_params.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+    seq_idx = None if packing is None else packing.seq_idx
+    weight = self.conv1d.weight.squeeze(1)
+    y: Tensor = scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, activation="silu")
+    return y if y.shape[-1] == length else y[..., -length:]
+
+
+def _conv_step(self: Any, x: Tensor, conv_state: Tensor) -> Tensor:
+    """The convolution of one token (batch, channels); writes its state."""
+    weight = self.conv1d.weight.squeeze(1)
+    return scan.causal_conv1d_update(x, conv_state, weight, self.conv1d.bias, activation="silu")
+
+
+def _cached(self: Any, cache_params: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Conv state, if a decode step may write it, and recurrent state."""
+    if cache_params is None:
+        return None, None
+    state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+    if state is not None and torch.is_grad_enabled():
+        return None, state.clone()  # backward needs it as it was, and the cache overwrites it
+    if length != 1 or state is None or cache_params.is_recording_past(self.layer_idx):
+        return None, state
+    return cache_params.get_conv_state(self.layer_idx, state_idx=0), state
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Several sequences one behind the other in one row."""
+
+    seq_idx: Tensor  # (batch, length) int32
+    cu_seqlens: Tensor | None  # (sequences + 1,) int32, for one row
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any], hidden_states: Tensor) -> _Packing | None:
+        """From a model's keyword arguments; None where each row is one sequence."""
+        seq_idx, cu_seqlens = kwargs.get("seq_idx"), kwargs.get("cu_seqlens")
+        if seq_idx is None and cu_seqlens is None:
+            return None
+        batch, length, _ = hidden_states.shape
+        if seq_idx is None:
+            steps = torch.arange(length, device=hidden_states.device)
+            seq_idx = (torch.searchsorted(cu_seqlens, steps, right=True, out_int32=True) - 1).unsqueeze(0)
+        elif cu_seqlens is None and batch == 1:
+            starts = torch.nonzero(seq_idx[0, 1:] != seq_idx[0, :-1]).flatten() + 1
+            cu_seqlens = F.pad(F.pad(starts, (1, 0), value=0), (0, 1), value=length)
+        return cls(seq_idx.to(torch.int32), cu_seqlens)
+
+
+def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask of the tokens at hand, of one that may cover those before them too."""
+    return None if attention_mask is None else attention_mask[:, -length:]
+
+
+def _masked(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros at padding, whose influence would otherwise last through the recurrence."""
+    return hidden_states if mask is None else hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)
+
+
+def _can_fuse(self: Any, *others: Any) -> bool:
+    """Whether projections may be computed from their weights: plain ones, that no adapter or hook listens to."""
+    return torch.is_grad_enabled() and all(
+        type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+        for linear in (self.out_proj, *others)
+    )
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """Weights of the recurrence are float32 at least."""
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+_FORWARDS = {
+    ("mamba", "MambaMixer"): _mamba_forward,
+    ("falcon_mamba", "FalconMambaMixer"): _mamba_forward,
+    ("jamba", "JambaMambaMixer"): _mamba_forward,
+    ("zamba", "ZambaMambaMixer"): _zamba_forward,
+    ("mamba2", "Mamba2Mixer"): _mamba2_forward,
+    ("bamba", "BambaMixer"): _mamba2_forward,
+    ("zamba2", "Zamba2MambaMixer"): _mamba2_forward,
+    ("falcon_h1", "FalconH1Mixer"): _mamba2_forward,
+    ("granitemoehybrid", "GraniteMoeHybridMambaLayer"): _mamba2_forward,
+    ("nemotron_h", "NemotronHMamba2Mixer"): _mamba2_forward,
+}

@@ -1,0 +1,228 @@
+"""tw.swap itself: reports, selection, dry runs, verification, what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tilewright as tw
+from tilewright import _C, nn as tw_nn, swapping
+from tiny_models import tiny, tokens
+
+pytest.importorskip("transformers", minversion="5.0")
+
+
+def mixers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ == "MambaMixer"]
+
+
+def swapped(model: nn.Module) -> list[bool]:
+    return [type(mixer).forward is not type(mixer).__mro__[-2].forward and len(type(mixer).__mro__) == 4 for mixer in mixers(model)]
+
+
+def test_report() -> None:
+    model = tiny("jamba")
+    report = tw.swap(model)
+    assert [entry.path for entry in report.swapped] == ["model.layers.0.mamba", "model.layers.2.mamba"]
+    entry = report.swapped[0]
+    assert (entry.layer, entry.op, entry.kernel) == ("JambaMambaMixer", "selective_scan", f"cpu-{_C.cpu_level()}")
+    lines = str(report).splitlines()
+    assert lines[0] == "2 layers swapped, 0 layers left as they were."
+    assert lines[4].split() == ["model.layers.0.mamba", "JambaMambaMixer", "selective_scan", entry.kernel]
+
+
+def test_again_finds_nothing_new() -> None:
+    model = tiny("mamba")
+    tw.swap(model)
+    classes = [type(mixer) for mixer in mixers(model)]
+    report = tw.swap(model)
+    assert not report.swapped
+    assert [entry.why for entry in report.skipped] == ["swapped already"] * 2
+    assert [type(mixer) for mixer in mixers(model)] == classes
+
+
+def test_dry_run_changes_nothing() -> None:
+    model = tiny("mamba")
+    classes = [type(mixer) for mixer in mixers(model)]
+    report = tw.swap(model, dry_run=True)
+    assert len(report.swapped) == 2
+    assert "2 layers would be swapped" in str(report)
+    assert [type(mixer) for mixer in mixers(model)] == classes
+
+
+@pytest.mark.parametrize(
+    ("include", "paths"),
+    [
+        ("*.1.mixer", ["backbone.layers.1.mixer"]),
+        (["*.1.mixer", "*.0.*"], ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]),
+        (lambda path, module: path.endswith("0.mixer"), ["backbone.layers.0.mixer"]),
+        ([], []),
+    ],
+)
+def test_include(include: Any, paths: list[str]) -> None:
+    report = tw.swap(tiny("mamba"), include=include)
+    assert [entry.path for entry in report.swapped] == paths
+    assert {entry.why for entry in report.skipped} <= {"not included"}
+    assert len(report.swapped) + len(report.skipped) == 2
+
+
+def test_scan_off_and_strangers() -> None:
+    assert not tw.swap(tiny("mamba"), scan=False).swapped
+    report = tw.swap(nn.Sequential(nn.Linear(2, 2)))
+    assert "no layer that tilewright knows" in str(report)
+
+
+def test_one_layer_alone() -> None:
+    mixer = mixers(tiny("mamba"))[0]
+    assert [entry.path for entry in tw.swap(mixer).swapped] == [""]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"hidden_act": "gelu"}, "its activation is 'gelu'"),
+        ({"conv_kernel": 9}, "its convolution is 9 wide"),
+        ({"state_size": 257}, "it has 257 states a channel"),
+    ],
+)
+def test_what_kernels_do_not_cover_is_left_alone(settings: dict[str, Any], why: str) -> None:
+    model = tiny("mamba", **settings)
+    report = tw.swap(model)
+    assert not report.swapped
+    assert all(why in entry.why for entry in report.skipped)
+    assert model(tokens()).logits.isfinite().all()
+
+
+def test_layers_that_differ_are_left_alone() -> None:
+    model = tiny("mamba")
+    first, second = mixers(model)
+
+    class Mine(type(first)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            return hidden_states
+
+    first.__class__ = Mine
+    second.forward = lambda *arguments, **options: arguments[0]  # type: ignore[method-assign]
+    whys = [entry.why for entry in tw.swap(model).skipped]
+    assert whys == ["its class overrides the forward of MambaMixer", "its forward was replaced on the instance"]
+
+
+def test_subclasses_that_do_not_override_are_swapped() -> None:
+    model = tiny("mamba")
+    first = mixers(model)[0]
+    first.__class__ = type("MyMixer", (type(first),), {"extra": 1})
+    assert len(tw.swap(model, verify=tokens()).swapped) == 2
+    assert first.extra == 1
+    assert tw.unswap(model) == 2
+    assert type(first).__name__ == "MyMixer"
+
+
+@pytest.mark.parametrize("inputs", [tokens(), (tokens(),), {"input_ids": tokens(), "use_cache": False}], ids=type)
+def test_verify(inputs: Any) -> None:
+    model = tiny("mamba").train()
+    assert len(tw.swap(model, verify=inputs).swapped) == 2
+    assert model.training
+    assert all(module.training for module in model.modules())
+
+
+def test_verify_undoes_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mamba")
+    before = model(tokens()).logits
+    scan = tw.scan.selective_scan
+    monkeypatch.setattr(tw.scan, "selective_scan", lambda *a, **k: tuple(1.2 * t for t in scan(*a, **k)))
+    with pytest.raises(RuntimeError, match=r"verify: output.logits differs by .* The swap was undone"):
+        tw.swap(model, verify=tokens())
+    assert tw.unswap(model) == 0
+    assert torch.equal(model(tokens()).logits, before)
+
+
+def test_an_error_while_verifying_undoes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mamba")
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise KeyError("broken")
+
+    monkeypatch.setattr(tw.scan, "selective_scan", broken)
+    with pytest.raises(KeyError, match="broken"):
+        tw.swap(model, verify=tokens())
+    assert tw.unswap(model) == 0
+
+
+def test_a_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mamba")
+    exchange, calls = swapping.exchange, []
+
+    def second_fails(module: nn.Module, methods: Any) -> None:
+        calls.append(module)
+        if len(calls) == 2:
+            raise TypeError("cannot be")
+        exchange(module, methods)
+
+    monkeypatch.setattr(swapping, "exchange", second_fails)
+    with pytest.raises(TypeError, match="cannot be"):
+        tw.swap(model)
+    assert tw.unswap(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: tw.swap("model"), TypeError, "model must be a torch.nn.Module, got str"),
+        (lambda: tw.unswap(3), TypeError, "model must be a torch.nn.Module, got int"),
+        (lambda: tw.swap(nn.Linear(1, 1), attention=object()), NotImplementedError, "attention must be None"),
+        (lambda: tw.swap(nn.Linear(1, 1), include=3), TypeError, "include must be a pattern"),
+        (lambda: tw.swap(tiny("mamba"), verify=3), TypeError, "verify must be a tensor, a tuple or a dict"),
+    ],
+)
+def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_other_devices_are_left_alone() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleList([tiny_meta_mixer()])
+    assert tw.swap(model).swapped[0].kernel == "by device"
+
+
+def tiny_meta_mixer() -> nn.Module:
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    return MambaMixer(tiny("mamba").config, layer_idx=0)  # type: ignore[no-any-return]
+
+
+def test_layers_of_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mamba_ssm needs a GPU to build: a class with its name and our parameters stands for it."""
+    for package in ("mamba_ssm", "mamba_ssm.modules", "mamba_ssm.modules.mamba_simple", "mamba_ssm.modules.mamba2"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    model = nn.ModuleList()
+    for name, module, base in (("Mamba", "mamba_simple", tw_nn.Mamba), ("Mamba2", "mamba2", tw_nn.Mamba2)):
+        theirs = type(name, (base,), {"__module__": f"mamba_ssm.modules.{module}", "process_group": None})
+        theirs.forward = lambda self, *arguments: 1 / 0
+        setattr(sys.modules[f"mamba_ssm.modules.{module}"], name, theirs)
+        torch.manual_seed(0)
+        model.append(theirs(16, d_state=8, **({"headdim": 8} if name == "Mamba2" else {})))
+    report = tw.swap(model)
+    assert [(entry.layer, entry.op) for entry in report.swapped] == [("Mamba", "selective_scan"), ("Mamba2", "ssd_chunk_scan")]
+    hidden = torch.randn(2, 5, 16)
+    for layer, base in zip(model, (tw_nn.Mamba, tw_nn.Mamba2), strict=True):
+        assert torch.equal(layer(hidden), base.forward(layer, hidden))
+    model[1].process_group = "a group"
+    tw.unswap(model)
+    assert tw.swap(model).skipped[0].why == "it is spread over a process group"
+
+
+def test_transformers_is_not_imported_for_others() -> None:
+    code = (
+        "import sys, torch, tilewright as tw\n"
+        "assert 'tilewright.swapping' not in sys.modules\n"
+        "tw.swap(torch.nn.Linear(1, 1))\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,293 @@
+"""Swapped models of transformers beside the stock ones: values, gradients, caches, generation."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tilewright as tw
+from tiny_models import CONFIGS, MAMBA1, tiny, tokens, twins
+
+pytest.importorskip("transformers", minversion="5.0")
+
+FAMILIES = list(CONFIGS)
+FEW = ["mamba", "falcon_mamba", "zamba", "mamba2"]
+
+
+def logits(model: nn.Module, ids: Tensor, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False, **inputs).logits  # type: ignore[no-any-return]
+
+
+def assert_rule(ours: Tensor, stock: Tensor, exact: Tensor, name: str = "") -> None:
+    """No more than twice the stock model's error, and a few units of rounding."""
+    error, allowed = (ours - exact).abs().max(), (stock - exact).abs().max()
+    slack = 64 * torch.finfo(ours.dtype).eps * exact.abs().max()
+    assert error <= 2 * allowed + slack, f"{name}: off by {error:.2e}, the stock model by {allowed:.2e}"
+
+
+def left_padding(ids: Tensor) -> Tensor:
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return mask
+
+
+def continued(model: nn.Module, parts: list[Tensor]) -> Tensor:
+    """Logits of a sequence that comes in parts."""
+    found, done, cache = [], 0, {}
+    with torch.no_grad():
+        for part in parts:
+            positions = torch.arange(done, done + part.shape[1]).expand(part.shape)
+            out = model(part, use_cache=True, position_ids=positions, **cache)
+            cache = {key: out[key] for key in ("cache_params", "past_key_values") if key in out}
+            found.append(out.logits)
+            done += part.shape[1]
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_loss_and_gradients(family: str) -> None:
+    exact, stock, ours = twins(family)
+    report = tw.swap(ours)
+    assert report.swapped
+    assert not report.skipped
+    ids = tokens()
+    assert_rule(*(logits(model, ids) for model in (ours, stock, exact)))
+    losses = []
+    for model in (ours, stock, exact):
+        model.train()
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+    assert_rule(*losses)
+    for (name, a), b, c in zip(ours.named_parameters(), stock.parameters(), exact.parameters(), strict=True):
+        if c.grad is None:
+            assert a.grad is None, name
+        else:
+            assert_rule(a.grad, b.grad, c.grad, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding(family: str) -> None:
+    exact, stock, ours = twins(family)
+    tw.swap(ours)
+    ids = tokens()
+    mask = left_padding(ids)
+    found = [logits(model, ids, attention_mask=mask)[mask.bool()] for model in (ours, stock, exact)]
+    assert_rule(*found)
+    for model in (ours, stock, exact):  # the way of a training step with padding
+        model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()].square().sum().backward()
+    for (name, a), b, c in zip(ours.named_parameters(), stock.parameters(), exact.parameters(), strict=True):
+        if c.grad is not None:
+            assert_rule(a.grad, b.grad, c.grad, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation(family: str) -> None:
+    _, stock, ours = twins(family)
+    tw.swap(ours)
+    ids = tokens()
+    options = {"attention_mask": left_padding(ids), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **options), stock.generate(ids, **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cuts", [[5, 4], [1, 1, 1, 6], [2, 1, 5, 1]], ids=str)
+def test_in_parts_as_in_one(family: str, cuts: list[int]) -> None:
+    """Prefill in chunks, and steps of one token: upstream's Mamba-1 layers forget the past at every chunk."""
+    exact, stock, ours = twins(family)
+    tw.swap(ours)
+    ids = tokens()
+    whole = [logits(model, ids) for model in (stock, exact)]
+    assert_rule(continued(ours, list(ids.split(cuts, dim=1))), *whole)
+
+
+@pytest.mark.parametrize("family", ["mamba", "zamba", "mamba2"])
+def test_steps_with_gradients_go_the_long_way(family: str) -> None:
+    model = tiny(family)
+    tw.swap(model)
+    ids = tokens()
+    cached = model(ids[:, :8], use_cache=True)
+    cache = {key: cached[key] for key in ("cache_params", "past_key_values") if key in cached}
+    out = model(ids[:, 8:], use_cache=True, **cache).logits
+    torch.testing.assert_close(out, logits(model, ids)[:, 8:], rtol=1e-4, atol=1e-5)
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    exact, stock, ours = twins(family, dtype)
+    tw.swap(ours)
+    ids = tokens(length=33)
+    found, plain, truth = (logits(model, ids) for model in (ours, stock, exact))
+    slack = 4 * torch.finfo(dtype).eps * truth.abs().max()
+    assert (found - truth).abs().max() <= 2 * (plain - truth).abs().max() + slack
+    with torch.no_grad():
+        parts = continued(ours, list(ids.split([20, 1, 12], dim=1)))
+    assert (parts - truth).abs().max() <= 2 * (plain - truth).abs().max() + slack
+    assert ours.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (2, 36)
+
+
+@pytest.mark.parametrize("family", [*FEW, "jamba", "falcon_h1_norm"])
+def test_autocast(family: str) -> None:
+    exact, _, ours = twins(family)
+    tw.swap(ours)
+    ids = tokens()
+    truth = logits(exact, ids)
+    ours.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(ids, labels=ids, use_cache=False)
+    out.loss.backward()
+    assert (out.logits - truth).abs().max() < 0.1 * truth.abs().max()
+    assert all(p.grad.dtype == torch.float32 for p in ours.parameters() if p.grad is not None)
+    ours.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = continued(ours, list(ids.split([5, 1, 3], dim=1)))
+    assert (parts - truth).abs().max() < 0.1 * truth.abs().max()
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_gradient_checkpointing(family: str) -> None:
+    plain, checkpointed = tiny(family), tiny(family)
+    for model in (plain, checkpointed):
+        tw.swap(model)
+        model.train()
+    checkpointed.gradient_checkpointing_enable()
+    ids = tokens()
+    for model in (plain, checkpointed):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba", "mamba2", "bamba"])
+def test_packed_sequences_do_not_see_each_other(family: str) -> None:
+    """seq_idx, where the model hands it on: three sequences in one row are as each alone."""
+    model = tiny(family)
+    tw.swap(model)
+    name = next(name for name, module in model.named_modules() if type(module).__name__.endswith(("Mixer",)))
+    mixer = model.get_submodule(name)
+    lengths = [4, 1, 7]
+    hidden = torch.randn(1, sum(lengths), 16, generator=torch.Generator().manual_seed(0))
+    seq_idx = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).to(torch.int32)[None]
+    ends = torch.tensor([0, 4, 5, 12], dtype=torch.int32)
+    alone = torch.cat([mixer(part) for part in hidden.split(lengths, dim=1)], dim=1)
+    for packing in ({"seq_idx": seq_idx}, {"cu_seqlens": ends}):
+        torch.testing.assert_close(mixer(hidden, **packing), alone, rtol=1e-4, atol=1e-5)
+    if family in MAMBA1:
+        with pytest.raises(NotImplementedError, match="seq_idx needs a batch of 1"):
+            mixer(hidden.expand(2, -1, -1), seq_idx=seq_idx.expand(2, -1))
+
+
+def test_masks_that_cover_the_past_too() -> None:
+    model = tiny("mamba")
+    tw.swap(model)
+    ids = tokens()
+    mask = left_padding(ids)
+    with torch.no_grad():
+        cache = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True).cache_params
+        found = model(ids[:, 5:], attention_mask=mask, cache_params=cache).logits
+    torch.testing.assert_close(found, logits(model, ids, attention_mask=mask)[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_and_hooks_on_projections_are_heard() -> None:
+    model = tiny("mamba").train()
+    tw.swap(model)
+    mixer = model.backbone.layers[0].mixer
+    calls: list[str] = []
+    mixer.x_proj.register_forward_hook(lambda *_: calls.append("x_proj"))
+
+    class Adapted(nn.Module):
+        """As an adapter library wraps a projection."""
+
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.extra = base, nn.Linear(base.in_features, base.out_features, bias=False)
+            self.bias = base.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.extra(x)  # type: ignore[no-any-return]
+
+    mixer.dt_proj = Adapted(mixer.dt_proj)
+    model(tokens(), use_cache=False).logits.sum().backward()
+    assert calls == ["x_proj"]
+    assert mixer.dt_proj.extra.weight.grad.abs().sum() > 0
+
+
+def test_only_this_model_changes() -> None:
+    stock, ours = tiny("mamba"), tiny("mamba")
+    cls = type(stock.backbone.layers[0].mixer)
+    before, state = cls.forward, copy.deepcopy(ours.state_dict())
+    tw.swap(ours)
+    assert cls.forward is before
+    assert type(stock.backbone.layers[0].mixer) is cls
+    assert isinstance(ours.backbone.layers[0].mixer, cls)
+    assert list(ours.state_dict()) == list(state)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), state.values(), strict=True))
+    assert repr(ours) == repr(stock)
+
+
+def test_unswap_restores() -> None:
+    model = tiny("mamba")
+    ids, cls = tokens(), type(model.backbone.layers[0].mixer)
+    before = logits(model, ids)
+    assert tw.unswap(model) == 0
+    tw.swap(model)
+    assert tw.unswap(model) == 2
+    assert type(model.backbone.layers[0].mixer) is cls
+    assert vars(model.backbone.layers[0].mixer).keys() == vars(tiny("mamba").backbone.layers[0].mixer).keys()
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_copies_and_pickles_stay_swapped(family: str) -> None:
+    model = tiny(family)
+    tw.swap(model)
+    ids = tokens()
+    expected = logits(model, ids)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(logits(other, ids), expected)
+        assert tw.unswap(other) == 2
+    assert tw.unswap(model) == 2, "copies are independent"
+
+
+def test_save_pretrained_is_as_before(tmp_path: Any) -> None:
+    stock, ours = tiny("mamba"), tiny("mamba")
+    tw.swap(ours)
+    ours.save_pretrained(tmp_path)
+    again = type(stock).from_pretrained(tmp_path).eval()
+    assert tw.unswap(again) == 0
+    assert torch.equal(logits(again, tokens()), logits(stock, tokens()))
+
+
+def test_accelerate_hooks_keep_working() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny("mamba")
+    ids, before = tokens(), logits(model, tokens())
+    mixer = model.backbone.layers[0].mixer
+    hooks.add_hook_to_module(mixer, hooks.ModelHook())
+    assert not tw.swap(model).skipped
+    torch.testing.assert_close(logits(model, ids), before)
+    assert "_mamba_forward" in mixer._old_forward.__func__.__wrapped__.__name__
+    tw.unswap(model)
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_compiles_without_a_break(family: str) -> None:
+    model = tiny(family).train()
+    tw.swap(model)
+    mixer = next(m for m in model.modules() if type(m).__name__.endswith("Mixer"))
+    hidden = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden), mixer(hidden))
