@@ -45,10 +45,11 @@ def mamba_inner(
     projected = F.linear(u.transpose(1, 2), x_proj_weight)
 
     dt = projected[..., :rank]
-    if dt_rms_weight is not None and dt_rms_weight.numel() == rank:
+    behind = dt_rms_weight is not None and dt_rms_weight.numel() == delta_proj_weight.shape[0]
+    if dt_rms_weight is not None and not behind:
         dt = rms_norm(dt, dt_rms_weight, b_c_dt_rms_eps)
     delta = F.linear(dt, delta_proj_weight)
-    if dt_rms_weight is not None and dt_rms_weight.numel() != rank:
+    if dt_rms_weight is not None and behind:
         delta = rms_norm(delta, dt_rms_weight, b_c_dt_rms_eps)
 
     def made(columns: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:

@@ -19,7 +19,14 @@ OPTIONAL = (
     "conv1d_bias", "out_proj_bias", "D", "delta_bias", "B_proj_bias", "C_proj_bias", "b_rms_weight", "c_rms_weight",
     "dt_rms_weight",
 )  # fmt: skip
-WEIGHTS = ("A", "D", "delta_bias", "b_rms_weight", "c_rms_weight", "dt_rms_weight")  # float32 in half precision
+WEIGHTS = (
+    "A",
+    "D",
+    "delta_bias",
+    "b_rms_weight",
+    "c_rms_weight",
+    "dt_rms_weight",
+)  # float32 in half precision
 
 
 def problem(
@@ -209,18 +216,16 @@ def test_autocast_casts_what_the_incumbents_cast() -> None:
         assert (value - exact[name]).abs().max() <= 0.1 * exact[name].abs().max(), name
 
 
-def test_repeats_bit_for_bit_with_any_number_of_threads() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_repeats_bit_for_bit(threads: int) -> None:
+    """For a number of threads: torch's matrix products may differ between numbers."""
     arguments, before = problem(dim=33, length=129), torch.get_num_threads()
     try:
-        found = []
-        for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
-            found.append(results(tw.scan.mamba_inner, arguments))
+        torch.set_num_threads(threads)
+        found = [results(tw.scan.mamba_inner, arguments) for _ in range(3)]
     finally:
         torch.set_num_threads(before)
-    own = ("dconv1d_weight", "dA", "dD", "ddelta_bias")  # torch's matrix products may differ from thread to thread
-    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in own)
-    assert all(torch.equal(found[0][name], found[3][name]) for name in found[0])
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
 
 
 def test_compiles() -> None:

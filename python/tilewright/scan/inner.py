@@ -63,7 +63,7 @@ def mamba_inner(
         checkpoint_lvl: 0 keeps u and delta for the backward pass, 1 computes them again there.
         b_rms_weight, c_rms_weight: ``(states,)``: B and C go through an RMS norm with these weights.
         dt_rms_weight: the same for the step size. ``(dim,)``: after delta_proj_weight, as mamba_ssm does.
-            ``(rank,)``: before it, as the FalconMamba and Jamba models were trained.
+            ``(rank,)``, if rank is not dim: before it, as the FalconMamba and Jamba models were trained.
         b_c_dt_rms_eps: of these norms.
 
     Returns:
@@ -82,7 +82,11 @@ def mamba_inner(
     device = xz.device.type
     if torch.is_autocast_enabled(device) and xz.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        xz, x_proj_weight, delta_proj_weight = xz.to(dtype), x_proj_weight.to(dtype), delta_proj_weight.to(dtype)
+        xz, x_proj_weight, delta_proj_weight = (
+            xz.to(dtype),
+            x_proj_weight.to(dtype),
+            delta_proj_weight.to(dtype),
+        )
         out_proj_weight = out_proj_weight.to(dtype)
         out_proj_bias = None if out_proj_bias is None else out_proj_bias.to(dtype)
     if out_proj_bias is not None:
@@ -129,6 +133,14 @@ class _Tensors(NamedTuple):
         """Columns of x_proj's output that one of B and C takes."""
         return self.A.shape[1] * (2 if self.A.is_complex() else 1)
 
+    def norm_before(self) -> Tensor | None:
+        """The weight of a norm of the step size before its projection."""
+        return None if self.dt_rms is None or self.dt_rms.shape[0] == self.dt_proj.shape[0] else self.dt_rms
+
+    def norm_after(self) -> Tensor | None:
+        """The weight of one behind it."""
+        return None if self.dt_rms is None or self.dt_rms.shape[0] != self.dt_proj.shape[0] else self.dt_rms
+
 
 class _MambaInner(torch.autograd.Function):
     @staticmethod
@@ -148,7 +160,16 @@ class _MambaInner(torch.autograd.Function):
         tensors = _Tensors(*arguments)
         with torch.autocast(dout.device.type, enabled=False):
             gradients = _backward(
-                tensors, dout, x_dbl, y, starts, u, delta, ctx.softplus, ctx.eps, list(ctx.needs_input_grad[3:])
+                tensors,
+                dout,
+                x_dbl,
+                y,
+                starts,
+                u,
+                delta,
+                ctx.softplus,
+                ctx.eps,
+                list(ctx.needs_input_grad[3:]),
             )
         return None, None, None, *gradients
 
@@ -194,13 +215,13 @@ def _backward(
 
     dafter = ddelta.transpose(1, 2)
     dbefore, ddt_rms = dafter, None
-    if t.dt_rms is not None and t.dt_rms.shape[0] == t.dt_proj.shape[0]:
-        dbefore, ddt_rms = _rms_gradient(before, t.dt_rms, eps, dafter)
+    if (weight := t.norm_after()) is not None:
+        dbefore, ddt_rms = _rms_gradient(before, weight, eps, dafter)
     ddt = dbefore @ t.dt_proj
     ddt_proj = _weight_gradient(dbefore, dt) if need.dt_proj else None
     rank, numbers = t.dt_proj.shape[1], t.numbers()
-    if t.dt_rms is not None and t.dt_rms.shape[0] == rank:
-        ddt, ddt_rms = _rms_gradient(x_dbl[..., :rank], t.dt_rms, eps, ddt)
+    if (weight := t.norm_before()) is not None:
+        ddt, ddt_rms = _rms_gradient(x_dbl[..., :rank], weight, eps, ddt)
 
     dx_dbl = torch.zeros_like(x_dbl) if t.B is not None or t.C is not None else torch.empty_like(x_dbl)
     dx_dbl[..., :rank] = ddt
@@ -226,11 +247,11 @@ def _backward(
 def _step_size(t: _Tensors, x_dbl: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Its low-rank form, and it before and after a norm behind the projection; all (batch, length, ...)."""
     dt = x_dbl[..., : t.dt_proj.shape[1]]
-    if t.dt_rms is not None and t.dt_rms.shape[0] == dt.shape[-1]:
-        dt = _rms(dt, t.dt_rms, eps)
+    if (weight := t.norm_before()) is not None:
+        dt = _rms(dt, weight, eps)
     before = F.linear(dt, t.dt_proj)
-    if t.dt_rms is not None and t.dt_rms.shape[0] == t.dt_proj.shape[0]:
-        return dt, before, _rms(before, t.dt_rms, eps)
+    if (weight := t.norm_after()) is not None:
+        return dt, before, _rms(before, weight, eps)
     return dt, before, before
 
 
@@ -329,7 +350,9 @@ def _check(t: _Tensors) -> None:
     if t.xz.dim() != 3 or t.xz.shape[1] % 2 or t.xz.shape[1] == 0:
         raise ValueError(f"xz must have shape (batch, 2 * dim, length), got {tuple(t.xz.shape)}")
     dim = t.xz.shape[1] // 2
-    weights = (torch.float64, torch.complex128) if t.xz.dtype == torch.float64 else (torch.float32, torch.complex64)
+    weights = (
+        (torch.float64, torch.complex128) if t.xz.dtype == torch.float64 else (torch.float32, torch.complex64)
+    )
     check_dtype("A", t.A, weights)
     for name, value in (("A", t.A), ("conv1d_weight", t.conv_weight), ("delta_proj_weight", t.dt_proj)):
         if value.dim() != 2 or value.shape[0] != dim:
@@ -346,7 +369,13 @@ def _check(t: _Tensors) -> None:
             f"x_proj_weight must have {wanted} rows ({rank} for the step size, {numbers} for each of B and C that is "
             f"not given), got {t.x_proj.shape[0]}"
         )
-    for index, length in ((2, dim), (6, t.out_proj.shape[0]), (10, dim), (11, dim), *((i, numbers) for i in range(12, 16))):
+    for index, length in (
+        (2, dim),
+        (6, t.out_proj.shape[0]),
+        (10, dim),
+        (11, dim),
+        *((i, numbers) for i in range(12, 16)),
+    ):
         if t[index] is not None:
             check_shape(names[index], t[index], (length,), f"({length},)")  # type: ignore[arg-type]
     if t.dt_rms is not None and tuple(t.dt_rms.shape) not in ((dim,), (rank,)):
@@ -361,7 +390,9 @@ def _check_given(t: _Tensors, dim: int) -> None:
         if value is None:
             continue
         if bias is not None or rms is not None:
-            raise ValueError(f"{name} is given, so {name}_proj_bias and {name.lower()}_rms_weight have no effect")
+            raise ValueError(
+                f"{name} is given, so {name}_proj_bias and {name.lower()}_rms_weight have no effect"
+            )
         shapes = [(dim, states), (batch, states, last)]
         if tuple(value.shape) not in shapes:
             raise ValueError(f"{name} must have shape {shapes[0]} or {shapes[1]}, got {tuple(value.shape)}")
