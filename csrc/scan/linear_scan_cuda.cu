@@ -178,17 +178,19 @@ __global__ void __launch_bounds__(kAcrossThreads) across_kernel(const __grid_con
 
 // ---- along: warps share a row ----
 
+constexpr int kTurns = 2;  // what one tile's warps still read, the next one's do not write
+
 template <class Scalar>
 struct Smem {
-  Map<Scalar> totals[2][kMaxWarps];  // of warps, for even and for odd tiles
-  Scalar state;                      // where states are computed again, on its way to the next warp
+  Map<Scalar> totals[kTurns][kMaxWarps];  // of warps, for even and for odd tiles
+  Scalar state;                           // where states are computed again, on its way to the next warp
 };
 
 template <bool kBackward, class T>
 struct Along {
   using Scalar = typename Numbers<T>::Scalar;
   static constexpr int kWidth = 16 / sizeof(T);
-  static constexpr int kAhead = 2;  // tiles on their way
+  static constexpr int kAhead = kBackward ? 1 : 2;  // tiles on their way; registers limit them
   using Cell = device::Vector<T, kWidth>;
   using Words = device::Vector<uint32_t, 4>;  // a cell on its way: 16-bit numbers would take a register each
   static_assert(sizeof(Cell) == sizeof(Words));
@@ -371,7 +373,7 @@ struct Along {
     if (kBackward && row.da.data != nullptr) write(row.da, piece.s, piece.count, da);
   }
 
-  // One tile: what is loaded is composed, and the tile after the next one is called for.
+  // One tile: what is loaded is composed, and the tile kAhead on is called for.
   static __device__ __forceinline__ void visit(const Params& q, const Row<T>& row, const Segment& segment,
                                                int warp, Smem<Scalar>& smem, int turn, Loaded& loaded,
                                                Map<Scalar>& carry) {
@@ -417,10 +419,10 @@ struct Along {
     Loaded loaded[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) loaded[i] = fetch(row, segment, first + i * tile, q.p.descending);
-    for (int64_t done = segment.begin; done < segment.end; done += kAhead * tile) {
+    for (int64_t done = segment.begin; done < segment.end; done += kTurns * tile) {
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (done + i * tile < segment.end) visit(q, row, segment, warp, smem, i, loaded[i], carry);
+      for (int i = 0; i < kTurns; ++i) {
+        if (done + i * tile < segment.end) visit(q, row, segment, warp, smem, i, loaded[i % kAhead], carry);
       }
     }
     if (warp == 0 && device::lane_id() == 0) leave(q, row, segment, slot, 0, 0, carry);
