@@ -15,8 +15,8 @@ POSITIONAL = {
     "selective_scan_fn": "u delta A B C D z delta_bias delta_softplus return_last_state",
     "mamba_inner_fn": (
         "xz conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight out_proj_bias A B C D "
-        "delta_bias B_proj_bias C_proj_bias delta_softplus checkpoint_lvl b_rms_weight c_rms_weight dt_rms_weight "
-        "b_c_dt_rms_eps"
+        "delta_bias B_proj_bias C_proj_bias delta_softplus checkpoint_lvl b_rms_weight c_rms_weight "
+        "dt_rms_weight b_c_dt_rms_eps"
     ),
     "selective_state_update": "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
     "mamba_chunk_scan_combined": (
@@ -24,9 +24,9 @@ POSITIONAL = {
         "return_final_states return_varlen_states state_dtype"
     ),
     "mamba_split_conv1d_scan_combined": (
-        "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size initial_states seq_idx dt_limit return_final_states "
-        "activation rmsnorm_weight rmsnorm_eps outproj_weight outproj_bias headdim ngroups norm_before_gate "
-        "state_dtype"
+        "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size initial_states seq_idx dt_limit "
+        "return_final_states activation rmsnorm_weight rmsnorm_eps outproj_weight outproj_bias headdim "
+        "ngroups norm_before_gate state_dtype"
     ),
     "causal_conv1d_fn": (
         "x weight bias seq_idx initial_states return_final_states final_states_out activation"
@@ -74,14 +74,16 @@ def test_imports_as_people_write_them(way: str) -> None:
         "from mamba_ssm.modules.mamba2 import Mamba2 as M2\n"
         "from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as fn\n"
         "from mamba_ssm.ops.triton.selective_state_update import selective_state_update\n"
-        "from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined\n"
+        "from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined\n"
+        "from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined\n"
         "from mamba_ssm.ops.triton.layernorm_gated import RMSNorm\n"
         "from mamba_ssm.utils.generation import InferenceParams\n"
         "from causal_conv1d import causal_conv1d_fn, causal_conv1d_update\n"
         "from causal_conv1d.causal_conv1d_interface import causal_conv1d_fn as conv\n"
         "import mamba_ssm.ops.triton.ssd_combined as module\n"
         "import tilewright as tw\n"
-        "assert Mamba is M1 is tw.nn.Mamba and Mamba2 is M2 and fn is selective_scan_fn is tw.scan.selective_scan\n"
+        "assert Mamba is M1 is tw.nn.Mamba and Mamba2 is M2\n"
+        "assert fn is selective_scan_fn is tw.scan.selective_scan\n"
         "assert conv is causal_conv1d_fn is tw.scan.causal_conv1d and module.mamba_chunk_scan_combined\n"
         "assert importlib.util.find_spec('mamba_ssm') is not None\n"
     ))  # fmt: skip
@@ -91,7 +93,8 @@ LOGITS = """
 import torch, transformers
 def logits(name, **settings):
     torch.manual_seed(0)
-    config = getattr(transformers, name + "Config")(vocab_size=31, hidden_size=16, num_hidden_layers=2, **settings)
+    settings |= {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2}
+    config = getattr(transformers, name + "Config")(**settings)
     model = getattr(transformers, name + "ForCausalLM")(config)
     ids = torch.arange(18).view(2, 9)
     train = model.train()(ids).logits
@@ -99,7 +102,8 @@ def logits(name, **settings):
         generated = model.eval().generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
         return torch.cat([train.flatten(), model(ids).logits.flatten(), generated.flatten()]).tolist()
 found = [
-    logits("Mamba", state_size=5), logits("Mamba2", state_size=6, num_heads=4, head_dim=8, n_groups=2, chunk_size=4)
+    logits("Mamba", state_size=5),
+    logits("Mamba2", state_size=6, num_heads=4, head_dim=8, n_groups=2, chunk_size=4),
 ]
 print(found)
 """
@@ -112,8 +116,8 @@ def test_transformers_finds_them() -> None:
     used = (
         "import tilewright.scan as scan\n"
         "calls = []\n"
-        "for name in ('mamba_inner', 'selective_scan', 'selective_state_update', 'causal_conv1d', 'ssd_chunk_scan',\n"
-        "             'causal_conv1d_update', 'mamba_split_conv1d_scan_combined'):\n"
+        "for name in ('mamba_inner', 'selective_scan', 'selective_state_update', 'causal_conv1d',\n"
+        "             'ssd_chunk_scan', 'causal_conv1d_update', 'mamba_split_conv1d_scan_combined'):\n"
         "    import functools\n"
         "    def counted(*a, _f=getattr(scan, name), _n=name, **k):\n"
         "        calls.append(_n)\n"
@@ -128,7 +132,9 @@ def test_transformers_finds_them() -> None:
 
 
 def test_install_says_what_is_in_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"names must be among \['causal_conv1d', 'mamba_ssm'\], got 'mamba'"):
+    with pytest.raises(
+        ValueError, match=r"names must be among \['causal_conv1d', 'mamba_ssm'\], got 'mamba'"
+    ):
         tw.compat.install("mamba")
     monkeypatch.setitem(sys.modules, "mamba_ssm", types.ModuleType("mamba_ssm"))
     with pytest.raises(RuntimeError, match="mamba_ssm is imported already"):

@@ -1,4 +1,4 @@
-"""tw.nn.Mamba and Mamba2 against plain torch of the same modules: values, gradients, caches, initial weights."""
+"""tw.nn.Mamba and Mamba2 against plain torch of the same: values, gradients, caches, initial weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def mamba(**options: Any) -> tw.nn.Mamba:
 
 def mamba2(**options: Any) -> tw.nn.Mamba2:
     torch.manual_seed(0)
-    return shaken(tw.nn.Mamba2(16, **{"d_state": 6, "headdim": 8, "chunk_size": 4, "layer_idx": 0, **options}))
+    return shaken(
+        tw.nn.Mamba2(16, **{"d_state": 6, "headdim": 8, "chunk_size": 4, "layer_idx": 0, **options})
+    )
 
 
 def shaken(module: Any) -> Any:
@@ -192,8 +194,9 @@ def test_mamba2_takes_rows_of_all_sequences() -> None:
 def test_names_and_shapes_are_those_of_mamba_ssm() -> None:
     shapes = {name: tuple(p.shape) for name, p in tw.nn.Mamba(48).named_parameters()}
     assert shapes == {
-        "A_log": (96, 16), "D": (96,), "in_proj.weight": (192, 48), "conv1d.weight": (96, 1, 4), "conv1d.bias": (96,),
-        "x_proj.weight": (35, 96), "dt_proj.weight": (96, 3), "dt_proj.bias": (96,), "out_proj.weight": (48, 96),
+        "A_log": (96, 16), "D": (96,), "in_proj.weight": (192, 48), "conv1d.weight": (96, 1, 4),
+        "conv1d.bias": (96,), "x_proj.weight": (35, 96), "dt_proj.weight": (96, 3), "dt_proj.bias": (96,),
+        "out_proj.weight": (48, 96),
     }  # fmt: skip
     shapes = {name: tuple(p.shape) for name, p in tw.nn.Mamba2(64).named_parameters()}
     assert shapes == {
@@ -219,7 +222,8 @@ def test_initial_weights() -> None:
     assert second.conv1d.weight.abs().max() <= 0.01
     assert second.A_log._no_weight_decay
     half = tw.nn.Mamba(32, dtype=torch.bfloat16)
-    assert (half.A_log.dtype, half.D.dtype, half.x_proj.weight.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    assert half.A_log.dtype == half.D.dtype == torch.float32
+    assert half.x_proj.weight.dtype == torch.bfloat16
     assert tw.nn.Mamba2(64, device="meta").A_log.is_meta
 
 
@@ -239,9 +243,18 @@ def test_gated_norm(norm_before_gate: bool) -> None:
         (lambda: tw.nn.Mamba(8, dt_init="zero"), ValueError, 'dt_init must be "random" or "constant"'),
         (lambda: tw.nn.Mamba2(8, headdim=5), ValueError, "d_ssm must be a multiple of headdim = 5"),
         (lambda: tw.nn.Mamba2(8, headdim=8, ngroups=3), ValueError, "ngroups must divide the 2 heads, got 3"),
-        (lambda: tw.nn.Mamba2(8, headdim=8, A_init_range=(0, 1)), ValueError, "A_init_range must be positive"),
-        (lambda: tw.nn.Mamba2(8, headdim=8, process_group="g"), NotImplementedError, "process_group must be None"),
-        (lambda: tw.nn.Mamba2(8, headdim=8, sequence_parallel=False), NotImplementedError, "sequence_parallel True"),
+        (
+            lambda: tw.nn.Mamba2(8, headdim=8, A_init_range=(0, 1)),
+            ValueError, "A_init_range must be positive",
+        ),
+        (
+            lambda: tw.nn.Mamba2(8, headdim=8, process_group="g"),
+            NotImplementedError, "process_group must be None",
+        ),
+        (
+            lambda: tw.nn.Mamba2(8, headdim=8, sequence_parallel=False),
+            NotImplementedError, "sequence_parallel True",
+        ),
         (
             lambda: mamba(layer_idx=None)(torch.zeros(1, 2, 12), inference_params=InferenceParams(2, 1)),
             ValueError, "needs a layer with layer_idx",

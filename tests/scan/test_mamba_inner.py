@@ -16,17 +16,11 @@ from reference.mamba_inner import mamba_inner as reference
 
 REQUIRED = ("xz", "conv1d_weight", "x_proj_weight", "delta_proj_weight", "out_proj_weight", "A")
 OPTIONAL = (
-    "conv1d_bias", "out_proj_bias", "D", "delta_bias", "B_proj_bias", "C_proj_bias", "b_rms_weight", "c_rms_weight",
-    "dt_rms_weight",
+    "conv1d_bias", "out_proj_bias", "D", "delta_bias", "B_proj_bias", "C_proj_bias", "b_rms_weight",
+    "c_rms_weight", "dt_rms_weight",
 )  # fmt: skip
-WEIGHTS = (
-    "A",
-    "D",
-    "delta_bias",
-    "b_rms_weight",
-    "c_rms_weight",
-    "dt_rms_weight",
-)  # float32 in half precision
+# float32 in half precision
+WEIGHTS = ("A", "D", "delta_bias", "b_rms_weight", "c_rms_weight", "dt_rms_weight")
 
 
 def problem(
@@ -142,8 +136,8 @@ def test_given_maps(given: tuple[str, ...], complex_A: bool) -> None:
 
 @given(
     batch=st.integers(1, 3), dim=st.integers(1, 9), length=st.integers(1, 20), states=st.integers(1, 5),
-    rank=st.integers(1, 4), optional=st.sets(st.sampled_from(OPTIONAL)), layout=st.sampled_from(["last", "first"]),
-    seed=st.integers(0, 99),
+    rank=st.integers(1, 4), optional=st.sets(st.sampled_from(OPTIONAL)),
+    layout=st.sampled_from(["last", "first"]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_shapes_options_layouts(
     batch: int, dim: int, length: int, states: int, rank: int, optional: set[str], layout: str, seed: int

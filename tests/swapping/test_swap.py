@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny, tokens
 from torch import nn
 
 import tilewright as tw
-from tilewright import _C, nn as tw_nn, swapping
-from tiny_models import tiny, tokens
+from tilewright import _C, swapping
+from tilewright import nn as tw_nn
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -23,7 +24,10 @@ def mixers(model: nn.Module) -> list[nn.Module]:
 
 
 def swapped(model: nn.Module) -> list[bool]:
-    return [type(mixer).forward is not type(mixer).__mro__[-2].forward and len(type(mixer).__mro__) == 4 for mixer in mixers(model)]
+    return [
+        type(mixer).forward is not type(mixer).__mro__[-2].forward and len(type(mixer).__mro__) == 4
+        for mixer in mixers(model)
+    ]
 
 
 def test_report() -> None:
@@ -31,7 +35,11 @@ def test_report() -> None:
     report = tw.swap(model)
     assert [entry.path for entry in report.swapped] == ["model.layers.0.mamba", "model.layers.2.mamba"]
     entry = report.swapped[0]
-    assert (entry.layer, entry.op, entry.kernel) == ("JambaMambaMixer", "selective_scan", f"cpu-{_C.cpu_level()}")
+    assert (entry.layer, entry.op, entry.kernel) == (
+        "JambaMambaMixer",
+        "selective_scan",
+        f"cpu-{_C.cpu_level()}",
+    )
     lines = str(report).splitlines()
     assert lines[0] == "2 layers swapped, 0 layers left as they were."
     assert lines[4].split() == ["model.layers.0.mamba", "JambaMambaMixer", "selective_scan", entry.kernel]
@@ -110,7 +118,10 @@ def test_layers_that_differ_are_left_alone() -> None:
     first.__class__ = Mine
     second.forward = lambda *arguments, **options: arguments[0]  # type: ignore[method-assign]
     whys = [entry.why for entry in tw.swap(model).skipped]
-    assert whys == ["its class overrides the forward of MambaMixer", "its forward was replaced on the instance"]
+    assert whys == [
+        "its class overrides the forward of MambaMixer",
+        "its forward was replaced on the instance",
+    ]
 
 
 def test_subclasses_that_do_not_override_are_swapped() -> None:
@@ -123,7 +134,9 @@ def test_subclasses_that_do_not_override_are_swapped() -> None:
     assert type(first).__name__ == "MyMixer"
 
 
-@pytest.mark.parametrize("inputs", [tokens(), (tokens(),), {"input_ids": tokens(), "use_cache": False}], ids=type)
+@pytest.mark.parametrize(
+    "inputs", [tokens(), (tokens(),), {"input_ids": tokens(), "use_cache": False}], ids=type
+)
 def test_verify(inputs: Any) -> None:
     model = tiny("mamba").train()
     assert len(tw.swap(model, verify=inputs).swapped) == 2
@@ -199,7 +212,12 @@ def tiny_meta_mixer() -> nn.Module:
 
 def test_layers_of_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
     """mamba_ssm needs a GPU to build: a class with its name and our parameters stands for it."""
-    for package in ("mamba_ssm", "mamba_ssm.modules", "mamba_ssm.modules.mamba_simple", "mamba_ssm.modules.mamba2"):
+    for package in (
+        "mamba_ssm",
+        "mamba_ssm.modules",
+        "mamba_ssm.modules.mamba_simple",
+        "mamba_ssm.modules.mamba2",
+    ):
         monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
     model = nn.ModuleList()
     for name, module, base in (("Mamba", "mamba_simple", tw_nn.Mamba), ("Mamba2", "mamba2", tw_nn.Mamba2)):
@@ -209,7 +227,10 @@ def test_layers_of_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         model.append(theirs(16, d_state=8, **({"headdim": 8} if name == "Mamba2" else {})))
     report = tw.swap(model)
-    assert [(entry.layer, entry.op) for entry in report.swapped] == [("Mamba", "selective_scan"), ("Mamba2", "ssd_chunk_scan")]
+    assert [(entry.layer, entry.op) for entry in report.swapped] == [
+        ("Mamba", "selective_scan"),
+        ("Mamba2", "ssd_chunk_scan"),
+    ]
     hidden = torch.randn(2, 5, 16)
     for layer, base in zip(model, (tw_nn.Mamba, tw_nn.Mamba2), strict=True):
         assert torch.equal(layer(hidden), base.forward(layer, hidden))

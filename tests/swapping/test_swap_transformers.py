@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import CONFIGS, MAMBA1, tiny, tokens, twins
 from torch import Tensor, nn
 
 import tilewright as tw
-from tiny_models import CONFIGS, MAMBA1, tiny, tokens, twins
 
 pytest.importorskip("transformers", minversion="5.0")
 

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 VOCABULARY = 31
-_COMMON = {"vocab_size": VOCABULARY, "hidden_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
 _MAMBA1 = {"mamba_d_state": 5, "mamba_dt_rank": 3}
 _MAMBA2 = {"mamba_d_state": 6, "mamba_chunk_size": 4}
@@ -17,42 +23,45 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", {"state_size": 5, "time_step_rank": 3, "num_hidden_layers": 2}),
     "falcon_mamba": ("FalconMamba", {"state_size": 5, "time_step_rank": 3, "num_hidden_layers": 2}),
     "mamba2": ("Mamba2", {
-        "state_size": 6, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4, "num_hidden_layers": 2,
+        "state_size": 6, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4,
+        "num_hidden_layers": 2,
     }),
     "jamba": ("Jamba", {
         **_ATTENTION, **_MAMBA1, "num_hidden_layers": 3, "num_experts": 2, "attn_layer_period": 3,
-        "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "experts_implementation": "eager",
+        "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "experts_implementation": "eager",
     }),
     "zamba": ("Zamba", {
         **_ATTENTION, **_MAMBA1, "num_hidden_layers": 5, "n_mamba_heads": 2, "attn_layer_period": 2,
         "attn_layer_offset": 1, "attention_head_dim": 16, "attention_hidden_size": 32,
     }),
     "bamba": ("Bamba", {
-        **_ATTENTION, **_MAMBA2, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 2,
-        "attn_layer_indices": [1],
+        **_ATTENTION, **_MAMBA2, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 8,
+        "mamba_n_groups": 2, "attn_layer_indices": [1],
     }),
     "zamba2": ("Zamba2", {
         **_ATTENTION, "mamba_d_state": 6, "chunk_size": 4, "num_hidden_layers": 3, "n_mamba_heads": 4,
         "mamba_headdim": 8, "mamba_ngroups": 2, "num_mem_blocks": 1, "hybrid_layer_ids": [1],
-        "layers_block_type": ["mamba", "hybrid", "mamba"], "attention_head_dim": 16, "attention_hidden_size": 32,
-        "adapter_rank": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba"], "attention_head_dim": 16,
+        "attention_hidden_size": 32, "adapter_rank": 4,
     }),
     "falcon_h1": ("FalconH1", {
-        **_ATTENTION, **_MAMBA2, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32,
-        "mamba_n_groups": 2, "mamba_rms_norm": False,
+        **_ATTENTION, **_MAMBA2, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 8,
+        "mamba_d_ssm": 32, "mamba_n_groups": 2, "mamba_rms_norm": False,
     }),
     "falcon_h1_norm": ("FalconH1", {
-        **_ATTENTION, **_MAMBA2, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32,
-        "mamba_n_groups": 2, "mamba_rms_norm": True,
+        **_ATTENTION, **_MAMBA2, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 8,
+        "mamba_d_ssm": 32, "mamba_n_groups": 2, "mamba_rms_norm": True,
     }),
     "granitemoehybrid": ("GraniteMoeHybrid", {
-        **_ATTENTION, **_MAMBA2, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 2,
-        "layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1,
+        **_ATTENTION, **_MAMBA2, "num_hidden_layers": 2, "mamba_n_heads": 4, "mamba_d_head": 8,
+        "mamba_n_groups": 2, "layer_types": ["mamba", "attention"], "num_local_experts": 2,
+        "num_experts_per_tok": 1,
         "shared_intermediate_size": 24, "experts_implementation": "eager",
     }),
     "nemotron_h": ("NemotronH", {
-        **_ATTENTION, "ssm_state_size": 6, "chunk_size": 4, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
-        "layers_block_type": ["mamba", "attention"], "head_dim": 8,
+        **_ATTENTION, "ssm_state_size": 6, "chunk_size": 4, "mamba_num_heads": 4, "mamba_head_dim": 8,
+        "n_groups": 2, "layers_block_type": ["mamba", "attention"], "head_dim": 8,
     }),
 }  # fmt: skip
 MAMBA1 = ("mamba", "falcon_mamba", "jamba", "zamba")
@@ -72,7 +81,9 @@ def tiny(family: str, **changes: Any) -> torch.nn.Module:
     return model.eval()
 
 
-def twins(family: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
+def twins(
+    family: str, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
     """The model in float64, the model in `dtype`, and that model again to be swapped; the same weights."""
     stock = tiny(family).to(dtype)
     return copy.deepcopy(stock).double(), stock, copy.deepcopy(stock)

@@ -24,8 +24,8 @@ __all__ = ["causal_conv1d", "install", "mamba_ssm"]
 def install(*names: str) -> None:
     """Makes ``import mamba_ssm`` and ``import causal_conv1d`` find the modules here, in this process.
 
-    Call it before what imports them: transformers looks for them when a model's module is imported, and a model that
-    is there already is better swapped with :func:`tilewright.swap`.
+    Call it before what imports them: transformers looks for them when a model's module is imported. A model
+    that is there already is better swapped with :func:`tilewright.swap`.
 
     Args:
         names: which of "mamba_ssm" and "causal_conv1d"; both if none is given.
@@ -43,8 +43,8 @@ def install(*names: str) -> None:
     late = [name for name in sys.modules if name.startswith("transformers.models.") and "mamba" in name]
     if any(".modeling_" in name for name in late):
         warnings.warn(
-            "transformers' Mamba models were imported before tilewright.compat.install() and keep the functions they "
-            "found; use tilewright.swap(model) for them",
+            "transformers' Mamba models were imported before tilewright.compat.install() and keep the "
+            "functions they found; use tilewright.swap(model) for them",
             stacklevel=2,
         )
     for name in names or own:

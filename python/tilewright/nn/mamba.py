@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,8 @@ class Mamba(nn.Module):
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **of)
         scale = dt_scale * self.dt_rank**-0.5
         with torch.no_grad():
-            self.dt_proj.weight.uniform_(-scale, scale) if dt_init == "random" else self.dt_proj.weight.fill_(scale)
+            weight = self.dt_proj.weight
+            weight.uniform_(-scale, scale) if dt_init == "random" else weight.fill_(scale)
             self.dt_proj.bias.copy_(initial_dt_bias(self.d_inner, dt_min, dt_max, dt_init_floor, device))
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
         rates = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).log()
@@ -94,9 +95,9 @@ class Mamba(nn.Module):
 
         Args:
             hidden_states: the input.
-            inference_params: keeps the states between calls: an object with ``seqlen_offset`` (tokens seen so far) and
-                ``key_value_memory_dict``, as mamba_ssm's InferenceParams. With an offset the input goes on where the
-                last one ended, whatever its length.
+            inference_params: keeps the states between calls: an object with ``seqlen_offset`` (tokens seen so
+                far) and ``key_value_memory_dict``, as mamba_ssm's InferenceParams. With an offset the input
+                goes on where the last one ended, whatever its length.
             seq_idx: ``(1, length)``: the sequence that each token of packed ones belongs to.
             cu_seqlens: ``(sequences + 1,)``: where packed sequences start and end. One of the two is enough.
         """
@@ -123,18 +124,20 @@ class Mamba(nn.Module):
             # Copies: both are overwritten below, and a backward pass needs them as they were.
             before, initial = conv_state[..., 1:].clone(), ssm_state.clone()
         weight = self.conv1d.weight.squeeze(1)
-        u = scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, before, activation="silu")
+        u = cast(Tensor, scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, before, activation="silu"))
         dt, B, C = self._projected(u.transpose(1, 2))
         arguments = (u, dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), D, z, bias, True)
         if conv_state is None or ssm_state is None:
-            y = scan.selective_scan(*arguments, cu_seqlens=cu_seqlens)
+            y = cast(Tensor, scan.selective_scan(*arguments, cu_seqlens=cu_seqlens))
         else:
             y, last = scan.selective_scan(*arguments, True, initial_state=initial)
             keep_last(conv_state, x, go_on=inference_params.seqlen_offset > 0)
             ssm_state.copy_(last)
         return self.out_proj(y.transpose(1, 2))  # type: ignore[no-any-return]
 
-    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One token, ``(batch, 1, d_model)``; both states are updated in place and returned."""
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token, got {hidden_states.shape[1]}: forward takes more")
@@ -154,9 +157,10 @@ class Mamba(nn.Module):
         `max_seqlen` is taken for the sake of attention layers: these states do not grow.
         """
         conv, weight = self.conv1d.weight, self.dt_proj.weight
+        rows = (batch_size, self.d_inner)
         return (
-            torch.zeros(batch_size, self.d_inner, self.d_conv, device=conv.device, dtype=dtype or conv.dtype),
-            torch.zeros(batch_size, self.d_inner, self.d_state, device=weight.device, dtype=dtype or weight.dtype),
+            torch.zeros(*rows, self.d_conv, device=conv.device, dtype=dtype or conv.dtype),
+            torch.zeros(*rows, self.d_state, device=weight.device, dtype=dtype or weight.dtype),
         )
 
     def _projected(self, u: Tensor) -> tuple[Tensor, ...]:
@@ -184,7 +188,9 @@ def wide(weight: Tensor) -> Tensor:
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
-def packing(seq_idx: Tensor | None, cu_seqlens: Tensor | None, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def packing(
+    seq_idx: Tensor | None, cu_seqlens: Tensor | None, hidden_states: Tensor
+) -> tuple[Tensor, Tensor]:
     """Both ways to say where packed sequences lie, from either."""
     batch, length, _ = hidden_states.shape
     if batch != 1:

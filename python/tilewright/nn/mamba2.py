@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class RMSNormGated(nn.Module):
         y = wide(x)
         if z is not None and not self.norm_before_gate:
             y = y * F.silu(wide(z))
-        grouped = y.unflatten(-1, (-1, self.group_size))
+        grouped = torch.unflatten(y, -1, (-1, self.group_size))
         grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
         y = grouped.flatten(-2) * self.weight
         if z is not None and self.norm_before_gate:
@@ -52,7 +52,7 @@ class RMSNormGated(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """Mamba-2's block: one projection, convolution, chunked scan, gated norm, projection; as ``mamba_ssm.Mamba2``.
+    """Mamba-2's block: project, convolve, scan in chunks, gate and norm, project; as ``mamba_ssm.Mamba2``.
 
     Parameters have mamba_ssm's names and shapes, so that its checkpoints load.
 
@@ -68,7 +68,8 @@ class Mamba2(nn.Module):
         A_init_range: A starts uniform between these, negated.
         D_has_hdim: whether D has a weight a channel, not a head.
         rmsnorm, norm_before_gate: whether there is a norm before the last projection, and where its gate is.
-        dt_min, dt_max, dt_init_floor: the step size starts log-uniform between the first two, not below the third.
+        dt_min, dt_max: the step size starts log-uniform between these, and not below `dt_init_floor`.
+        dt_init_floor: see `dt_min`.
         dt_limit: the step size is clamped to this.
         bias, conv_bias: whether the projections, and the convolution, have biases.
         chunk_size: tokens that the scan takes at once.
@@ -110,7 +111,9 @@ class Mamba2(nn.Module):
     ) -> None:
         super().__init__()
         if process_group is not None or sequence_parallel is not True:
-            raise NotImplementedError("process_group must be None and sequence_parallel True: nothing is distributed")
+            raise NotImplementedError(
+                "process_group must be None and sequence_parallel True: nothing is distributed"
+            )
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.headdim, self.ngroups = headdim, ngroups
@@ -125,13 +128,18 @@ class Mamba2(nn.Module):
         if not 0 < A_init_range[0] <= A_init_range[1]:
             raise ValueError(f"A_init_range must be positive and increasing, got {A_init_range}")
         self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
-        self.dt_limit, self.chunk_size, self.activation = tuple(dt_limit), chunk_size, "silu"
+        self.dt_limit = cast(tuple[float, float], tuple(dt_limit))
+        self.chunk_size, self.activation = chunk_size, "silu"
         self.use_mem_eff_path, self.layer_idx = use_mem_eff_path, layer_idx
 
         of: dict[str, Any] = {"device": device, "dtype": dtype}
         conv_dim = self.d_ssm + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner + 2 * ngroups * d_state + self.nheads, bias=bias, **of)
-        self.conv1d = nn.Conv1d(conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv - 1, bias=conv_bias, **of)
+        self.in_proj = nn.Linear(
+            d_model, 2 * self.d_inner + 2 * ngroups * d_state + self.nheads, bias=bias, **of
+        )
+        self.conv1d = nn.Conv1d(
+            conv_dim, conv_dim, d_conv, groups=conv_dim, padding=d_conv - 1, bias=conv_bias, **of
+        )
         if conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
         dtype_of_weights = self.in_proj.weight.dtype
@@ -154,18 +162,18 @@ class Mamba2(nn.Module):
         cu_seqlens: Tensor | None = None,
         inference_params: Any = None,
     ) -> Tensor:
-        """Maps ``(batch, length, d_model)``, or with `seqlen` ``(batch * seqlen, d_model)``, to the same shape.
+        """Maps ``(batch, length, d_model)``, with `seqlen` ``(batch * seqlen, d_model)``, to the same shape.
 
         Args:
             u: the input.
             seqlen: the length, where batch and length are one axis.
             seq_idx: ``(batch, length)``: the sequence that each token of packed ones belongs to.
             cu_seqlens: ``(sequences + 1,)``: the same for one row, as where they start and end.
-            inference_params: keeps the states between calls: an object with ``seqlen_offset`` (tokens seen so far) and
-                ``key_value_memory_dict``, as mamba_ssm's InferenceParams. With an offset the input goes on where the
-                last one ended, whatever its length.
+            inference_params: keeps the states between calls: an object with ``seqlen_offset`` (tokens seen so
+                far) and ``key_value_memory_dict``, as mamba_ssm's InferenceParams. With an offset the input
+                goes on where the last one ended, whatever its length.
         """
-        rows = u if seqlen is None else u.unflatten(0, (-1, seqlen))
+        rows = u if seqlen is None else torch.unflatten(u, 0, (-1, seqlen))
         if (seq_idx is not None or cu_seqlens is not None) and inference_params is not None:
             raise NotImplementedError("packed sequences do not go with inference_params")
         if seq_idx is None and cu_seqlens is not None:
@@ -176,7 +184,9 @@ class Mamba2(nn.Module):
             out = self._whole(self.in_proj(rows), seq_idx)
         return out if seqlen is None else out.flatten(0, 1)
 
-    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One token, ``(batch, 1, d_model)``; both states are updated in place and returned."""
         if hidden_states.shape[1] != 1:
             raise ValueError(f"step takes one token, got {hidden_states.shape[1]}: forward takes more")
@@ -191,8 +201,9 @@ class Mamba2(nn.Module):
             ssm_state, x, dt.unsqueeze(-1).expand(-1, -1, self.headdim),
             (-torch.exp(wide(self.A_log)))[:, None, None].expand(-1, self.headdim, self.d_state), B, C,
             self._skip() if self.D_has_hdim else self.D[:, None].expand(-1, self.headdim),
-            z=None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)),
-            dt_bias=None if bias is None else bias[:, None].expand(-1, self.headdim), dt_softplus=bias is not None,
+            z=None if self.rmsnorm else torch.unflatten(z, -1, (self.nheads, self.headdim)),
+            dt_bias=None if bias is None else bias[:, None].expand(-1, self.headdim),
+            dt_softplus=bias is not None,
         )  # fmt: skip
         return self._projected(y.flatten(1), z, mlp).unsqueeze(1), conv_state, ssm_state
 
@@ -208,22 +219,25 @@ class Mamba2(nn.Module):
             batch_size, self.d_conv, conv.shape[0], device=conv.device, dtype=dtype or conv.dtype
         ).transpose(1, 2)
         ssm_state = torch.zeros(
-            (batch_size, self.nheads, self.headdim, self.d_state), device=weight.device, dtype=dtype or weight.dtype
+            (batch_size, self.nheads, self.headdim, self.d_state),
+            device=weight.device,
+            dtype=dtype or weight.dtype,
         )
         return conv_state, ssm_state
 
     def _whole(self, zxbcdt: Tensor, seq_idx: Tensor | None) -> Tensor:
         """An input without a cache."""
         if self.use_mem_eff_path and torch.is_grad_enabled():
-            out: Tensor = scan.mamba_split_conv1d_scan_combined(
-                zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, -torch.exp(wide(self.A_log)),
-                self._skip(), self.chunk_size, seq_idx=seq_idx, dt_limit=self.dt_limit, activation="silu",
+            out = scan.mamba_split_conv1d_scan_combined(
+                zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
+                -torch.exp(wide(self.A_log)), self._skip(), self.chunk_size, seq_idx=seq_idx,
+                dt_limit=self.dt_limit, activation="silu",
                 rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
                 rmsnorm_eps=self.norm.eps if self.rmsnorm else 1e-6, outproj_weight=self.out_proj.weight,
                 outproj_bias=self.out_proj.bias, headdim=self.headdim, ngroups=self.ngroups,
                 norm_before_gate=self.norm_before_gate,
             )  # fmt: skip
-            return out
+            return cast(Tensor, out)
         mlp, z, xbc, dt = self._parts(zxbcdt)
         y = self._scan(self._convolved(xbc, seq_idx, None), dt, z, seq_idx=seq_idx)
         return self._projected(y.flatten(2), z, mlp)
@@ -245,32 +259,36 @@ class Mamba2(nn.Module):
         return self._projected(y.flatten(2), z, mlp)
 
     def _parts(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first projection's output: the MLP's gate and value, the gate, what is convolved, the step size."""
+        """The first projection's output: the MLP's gate and value, the gate, the convolution's input, dt."""
         mlp = self.d_inner - self.d_ssm
         sizes = [2 * mlp, self.d_ssm, self.d_ssm + 2 * self.ngroups * self.d_state, self.nheads]
-        return zxbcdt.split(sizes, dim=-1)  # type: ignore[no-any-return]
+        mlp_part, z, xbc, dt = torch.split(zxbcdt, sizes, dim=-1)
+        return mlp_part, z, xbc, dt
 
     def _convolved(self, xbc: Tensor, seq_idx: Tensor | None, before: Tensor | None) -> Tensor:
         weight = self.conv1d.weight.squeeze(1)
-        out = scan.causal_conv1d(xbc.transpose(1, 2), weight, self.conv1d.bias, seq_idx, before, activation="silu")
-        return out.transpose(1, 2)  # type: ignore[no-any-return]
+        out = scan.causal_conv1d(
+            xbc.transpose(1, 2), weight, self.conv1d.bias, seq_idx, before, activation="silu"
+        )
+        return cast(Tensor, out).transpose(1, 2)
 
     def _heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., heads, headdim), B and C (..., groups, states), as views."""
         states, groups = self.ngroups * self.d_state, (self.ngroups, self.d_state)
-        x, B, C = xbc.split([self.d_ssm, states, states], dim=-1)
-        return x.unflatten(-1, (self.nheads, self.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+        x, B, C = torch.split(xbc, [self.d_ssm, states, states], dim=-1)
+        x = torch.unflatten(x, -1, (self.nheads, self.headdim))
+        return x, torch.unflatten(B, -1, groups), torch.unflatten(C, -1, groups)
 
     def _scan(self, xbc: Tensor, dt: Tensor, z: Tensor, **options: Any) -> Any:
         x, B, C = self._heads(xbc)
         return scan.ssd_chunk_scan(
             x, dt, -torch.exp(wide(self.A_log)), B, C, self.chunk_size, D=self._skip(),
-            z=None if self.rmsnorm else z.unflatten(-1, (self.nheads, self.headdim)), dt_bias=self.dt_bias,
-            dt_softplus=True, dt_limit=self.dt_limit, **options,
+            z=None if self.rmsnorm else torch.unflatten(z, -1, (self.nheads, self.headdim)),
+            dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit, **options,
         )  # fmt: skip
 
     def _skip(self) -> Tensor:
-        return self.D.unflatten(0, (self.nheads, self.headdim)) if self.D_has_hdim else self.D
+        return torch.unflatten(self.D, 0, (self.nheads, self.headdim)) if self.D_has_hdim else self.D
 
     def _projected(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
         """Norm, the MLP's part beside it, and the last projection."""

@@ -10,8 +10,8 @@ from .update import causal_conv1d_update, selective_state_update
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
-    "mamba_inner",
     "linear_scan",
+    "mamba_inner",
     "mamba_split_conv1d_scan_combined",
     "selective_scan",
     "selective_state_update",

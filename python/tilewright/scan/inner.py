@@ -1,4 +1,4 @@
-"""What a Mamba block does between its two projections, as one differentiable step that keeps little for backward."""
+"""A Mamba block between its two projections, as one differentiable step that keeps little for backward."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ def mamba_inner(
         u = silu(causal_conv1d(x))
         dt, B, C = parts of x_proj_weight @ u
         delta = delta_proj_weight @ dt
-        out = out_proj_weight @ selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) + out_proj_bias
+        y = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        out = out_proj_weight @ y + out_proj_bias
 
     Args:
-        xz: ``(batch, 2 * dim, length)``, any strides; a transposed view of a projection's output is read as it is.
+        xz: ``(batch, 2 * dim, length)``, any strides; a projection's output, transposed, is read as it is.
         conv1d_weight: ``(dim, 1, width)`` or ``(dim, width)``, width 1 to 8.
         conv1d_bias: ``(dim,)``.
-        x_proj_weight: ``(rank + 2 * states, dim)``; for complex A states count twice, as real and imaginary parts.
+        x_proj_weight: ``(rank + 2 * states, dim)``; for complex A states count twice (real, imaginary).
         delta_proj_weight: ``(dim, rank)``.
         out_proj_weight: ``(features, dim)``.
         out_proj_bias: ``(features,)``.
@@ -73,7 +74,7 @@ def mamba_inner(
         TypeError, ValueError: an argument of another type, dtype, shape or device than these.
         NotImplementedError: the gradient of a gradient.
 
-    Under autocast xz and the projections are cast to its dtype; A, D, delta_bias and the recurrence stay float32.
+    Under autocast xz and the projections get its dtype; A, D, delta_bias and the recurrence stay float32.
     Gradients flow to all tensors, those of the norms' weights and through the norms included.
 
     Source: Gu and Dao (arXiv 2312.00752); arguments as mamba_ssm's mamba_inner_fn.
@@ -82,12 +83,8 @@ def mamba_inner(
     device = xz.device.type
     if torch.is_autocast_enabled(device) and xz.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        xz, x_proj_weight, delta_proj_weight = (
-            xz.to(dtype),
-            x_proj_weight.to(dtype),
-            delta_proj_weight.to(dtype),
-        )
-        out_proj_weight = out_proj_weight.to(dtype)
+        xz, out_proj_weight = xz.to(dtype), out_proj_weight.to(dtype)
+        x_proj_weight, delta_proj_weight = x_proj_weight.to(dtype), delta_proj_weight.to(dtype)
         out_proj_bias = None if out_proj_bias is None else out_proj_bias.to(dtype)
     if out_proj_bias is not None:
         out_proj_bias = out_proj_bias.to(xz.dtype)
@@ -157,20 +154,9 @@ class _MambaInner(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotImplementedError("mamba_inner cannot be differentiated twice")
         *arguments, x_dbl, y, starts, u, delta = ctx.saved_tensors
-        tensors = _Tensors(*arguments)
+        tensors, needed = _Tensors(*arguments), list(ctx.needs_input_grad[3:])
         with torch.autocast(dout.device.type, enabled=False):
-            gradients = _backward(
-                tensors,
-                dout,
-                x_dbl,
-                y,
-                starts,
-                u,
-                delta,
-                ctx.softplus,
-                ctx.eps,
-                list(ctx.needs_input_grad[3:]),
-            )
+            gradients = _backward(tensors, dout, x_dbl, y, starts, u, delta, ctx.softplus, ctx.eps, needed)
         return None, None, None, *gradients
 
 
@@ -188,8 +174,8 @@ def _forward(t: _Tensors, softplus: bool, eps: float, keep: bool) -> tuple[Tenso
 
 
 def _backward(
-    t: _Tensors, dout: Tensor, x_dbl: Tensor, y: Tensor, starts: Tensor, u: Tensor | None, delta: Tensor | None,
-    softplus: bool, eps: float, needed: list[bool],
+    t: _Tensors, dout: Tensor, x_dbl: Tensor, y: Tensor, starts: Tensor,
+    u: Tensor | None, delta: Tensor | None, softplus: bool, eps: float, needed: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     need = _Tensors(*needed)  # type: ignore[arg-type]
     x, z = t.xz.chunk(2, dim=1)
@@ -206,12 +192,14 @@ def _backward(
     # The scan's own inputs are u, delta, B, C, z; a given B or C has its gradient from here.
     optional = [t.D is not None, True, t.dt_bias is not None, False]
     found = _scan_bwd(
-        dy.transpose(1, 2), None, u, delta.transpose(1, 2), t.A, B, C, t.D, z, t.dt_bias, None, None, None, starts,
-        softplus, False, [True] * 5 + optional,
+        dy.transpose(1, 2), None, u, delta.transpose(1, 2), t.A, B, C, t.D, z, t.dt_bias, None, None, None,
+        starts, softplus, False, [True] * 5 + optional,
     )  # fmt: skip
     du, ddelta, dA, dB, dC = found[:5]
     rest = iter(found[5:])
-    dD, dz, dbias = (next(rest) if wanted else None for wanted in optional[:3])
+    dD = next(rest) if t.D is not None else None
+    dz = next(rest)
+    dbias = next(rest) if t.dt_bias is not None else None
 
     dafter = ddelta.transpose(1, 2)
     dbefore, ddt_rms = dafter, None
@@ -272,7 +260,7 @@ def _map(A: Tensor, columns: Tensor, bias: Tensor | None, rms: Tensor | None, ep
     if rms is not None:
         columns = _rms(columns, rms, eps)
     if A.is_complex():  # real and imaginary parts alternate along the last axis
-        return columns.unflatten(-1, (-1, 2)).transpose(1, 2).flatten(2)
+        return torch.unflatten(columns, -1, (-1, 2)).transpose(1, 2).flatten(2)
     return columns.transpose(1, 2)
 
 
@@ -281,7 +269,7 @@ def _map_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the columns, the bias and the norm's weight."""
     if A.is_complex():
-        gradient = gradient.unflatten(-1, (-1, 2)).transpose(1, 2).flatten(2)
+        gradient = torch.unflatten(gradient, -1, (-1, 2)).transpose(1, 2).flatten(2)
     else:
         gradient = gradient.transpose(1, 2)
     drms = None
@@ -350,9 +338,8 @@ def _check(t: _Tensors) -> None:
     if t.xz.dim() != 3 or t.xz.shape[1] % 2 or t.xz.shape[1] == 0:
         raise ValueError(f"xz must have shape (batch, 2 * dim, length), got {tuple(t.xz.shape)}")
     dim = t.xz.shape[1] // 2
-    weights = (
-        (torch.float64, torch.complex128) if t.xz.dtype == torch.float64 else (torch.float32, torch.complex64)
-    )
+    double = t.xz.dtype == torch.float64
+    weights = (torch.float64, torch.complex128) if double else (torch.float32, torch.complex64)
     check_dtype("A", t.A, weights)
     for name, value in (("A", t.A), ("conv1d_weight", t.conv_weight), ("delta_proj_weight", t.dt_proj)):
         if value.dim() != 2 or value.shape[0] != dim:
@@ -361,21 +348,16 @@ def _check(t: _Tensors) -> None:
         if value.dim() != 2 or value.shape[1] != dim:
             raise ValueError(f"{name} must have dim = {dim} columns, got shape {tuple(value.shape)}")
     for name, value in zip(names[3:6], t[3:6], strict=True):
-        check_dtype(name, value, (t.xz.dtype,))  # type: ignore[arg-type]
+        check_dtype(name, value, (t.xz.dtype,))
     rank, numbers = t.dt_proj.shape[1], t.numbers()
     wanted = rank + numbers * ((t.B is None) + (t.C is None))
     if t.x_proj.shape[0] < wanted:
         raise ValueError(
-            f"x_proj_weight must have {wanted} rows ({rank} for the step size, {numbers} for each of B and C that is "
-            f"not given), got {t.x_proj.shape[0]}"
+            f"x_proj_weight must have {wanted} rows ({rank} for the step size, {numbers} for each of B and C "
+            f"that is not given), got {t.x_proj.shape[0]}"
         )
-    for index, length in (
-        (2, dim),
-        (6, t.out_proj.shape[0]),
-        (10, dim),
-        (11, dim),
-        *((i, numbers) for i in range(12, 16)),
-    ):
+    lengths = {2: dim, 6: t.out_proj.shape[0], 10: dim, 11: dim, **dict.fromkeys(range(12, 16), numbers)}
+    for index, length in lengths.items():
         if t[index] is not None:
             check_shape(names[index], t[index], (length,), f"({length},)")  # type: ignore[arg-type]
     if t.dt_rms is not None and tuple(t.dt_rms.shape) not in ((dim,), (rank,)):

@@ -41,22 +41,22 @@ def swap(
 ) -> SwapReport:
     """Puts this package's kernels into an existing model, in place.
 
-    Only the layers of this model change: other models of the same class, and the library the class comes from,
-    stay as they are. Parameters, buffers and ``state_dict`` are untouched. Calling it again swaps what is new;
+    Only the layers of this model change: other models of the same class, and the library it comes from, stay
+    as they are. Parameters, buffers and ``state_dict`` are untouched. Calling it again swaps what is new;
     :func:`unswap` takes it all back. Training, evaluation, ``generate``, gradient checkpointing, autocast,
     ``copy.deepcopy`` and ``torch.save`` of the model work as before.
 
     Args:
         model: any module; the layers to swap are searched in it and its children.
         attention: leave at None; block-sparse attention is not part of this version.
-        scan: swap Mamba layers: those of transformers (mamba, falcon_mamba, mamba2, jamba, bamba, zamba, zamba2,
-            falcon_h1, granitemoehybrid, nemotron_h) and of mamba_ssm (Mamba, Mamba2).
+        scan: swap Mamba layers: those of transformers (mamba, falcon_mamba, mamba2, jamba, bamba, zamba,
+            zamba2, falcon_h1, granitemoehybrid, nemotron_h) and of mamba_ssm (Mamba, Mamba2).
         linear: swap linear layers whose weights are sparse. This version finds none.
         include: which layers, by their names in ``model.named_modules()``: a pattern such as
             ``"backbone.layers.1?.*"``, several of them, or a function of name and module. None: all.
         dry_run: change nothing, and report what would be done.
-        verify: example inputs: a tensor, a tuple of positional or a dict of keyword arguments of the model. The model
-            runs on them before and after, in evaluation mode and without gradients; if the outputs differ by more
+        verify: example inputs: a tensor, a tuple of positional or a dict of keyword arguments. The model runs
+            on them before and after, in evaluation mode and without gradients; if the outputs differ by more
             than rounding, the swap is undone and an error is raised.
 
     Returns:
@@ -133,7 +133,7 @@ def _plan(
 
 
 def _known_bases(cls: type) -> Iterator[tuple[type, ModuleType]]:
-    """The classes this one is made from that a host module knows. A host loads when a class of its library shows up."""
+    """The classes this one is made from that a host module knows; a host loads when its library shows up."""
     for base in cls.__mro__:
         library = base.__module__.partition(".")[0]
         if library in _HOSTS:

@@ -1,8 +1,8 @@
 """Giving one module other methods, and taking them away again.
 
-The module's class is exchanged for a subclass that differs in those methods alone, has the same name, and exists
-once for every original. So other models of the class do not change, `isinstance` and `state_dict` see no
-difference, copies stay swapped, and a pickle names the original and rebuilds the subclass when it is loaded.
+The module's class is exchanged for a subclass that differs in those methods alone, has the same name, and
+exists once for every original. So other models of the class do not change, `isinstance` and `state_dict` see
+no difference, copies stay swapped, and a pickle names the original and rebuilds the subclass on loading.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Layer:
 
 
 _ORIGINAL = "_tilewright_original"
-_subclasses: dict[type, type] = {}
+_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -56,14 +56,16 @@ def replaced_forward(module: nn.Module) -> str | None:
     return "its forward was replaced on the instance"
 
 
-def _set_class(module: nn.Module, cls: type) -> None:
-    hooked = getattr(vars(module).get("_old_forward"), "__func__", None) is getattr(type(module), "forward", None)
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    own = vars(module)
+    found = getattr(own.get("_old_forward"), "__func__", None)
+    hooked = found is getattr(type(module), "forward", None)
     module.__class__ = cls
-    if "_old_forward" in vars(module) and hooked:  # accelerate keeps the bound method it found
-        module._old_forward = MethodType(cls.forward, module)
+    if "_old_forward" in own and hooked:  # accelerate keeps the bound method it found
+        own["_old_forward"] = MethodType(cls.forward, module)
 
 
-def _subclass(original: type, methods: Methods) -> type:
+def _subclass(original: type[nn.Module], methods: Methods) -> type[nn.Module]:
     if original not in _subclasses:
         namespace = {
             **methods,
@@ -79,12 +81,12 @@ def _subclass(original: type, methods: Methods) -> type:
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     original = getattr(type(self), _ORIGINAL)
-    return _rebuild, (original,), self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+    state_of = getattr(self, "__getstate__", None)
+    return _rebuild, (original,), vars(self) if state_of is None else state_of()
 
 
-def _rebuild(original: type) -> nn.Module:
+def _rebuild(original: type[nn.Module]) -> nn.Module:
     from . import methods_for
 
     cls = _subclass(original, methods_for(original))
-    made: nn.Module = cls.__new__(cls)
-    return made
+    return cls.__new__(cls)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..nn import Mamba, Mamba2
 from .instances import Layer
 
@@ -24,7 +22,9 @@ def layer_of(cls: type) -> Layer | None:
 
 
 def _obstacle(module: Any) -> str | None:
-    return None if module.d_state <= 256 else f"it has {module.d_state} states a channel; the kernels have up to 256"
+    if module.d_state > 256:
+        return f"it has {module.d_state} states a channel; the kernels have up to 256"
+    return None
 
 
 def _distributed(module: Any) -> str | None:

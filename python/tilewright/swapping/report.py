@@ -55,7 +55,9 @@ class SwapReport:
     def __str__(self) -> str:
         verb = "would be swapped" if self.dry_run else "swapped"
         lines = [f"{_count(self.swapped)} {verb}, {_count(self.skipped)} left as they were."]
-        lines += _table(("layer", "class", "op", "kernel"), [(s.path, s.layer, s.op, s.kernel) for s in self.swapped])
+        lines += _table(
+            ("layer", "class", "op", "kernel"), [(s.path, s.layer, s.op, s.kernel) for s in self.swapped]
+        )
         lines += _table(("left alone", "class", "why"), [(s.path, s.layer, s.why) for s in self.skipped])
         if not self.swapped and not self.skipped:
             lines.append("The model has no layer that tilewright knows; docs/swap.md lists those it does.")

@@ -1,12 +1,13 @@
 """The Mamba layers of Hugging Face transformers 5.
 
-Their own forward runs a Python loop over the tokens where mamba_ssm is not installed, copies channel-last views
-into the layout its kernels want where it is, and, in a Mamba-1 layer with a cache, starts from a zero state when
-more than one token comes. The forwards here read the views as they lie and go on from the cached state.
+Their own forward runs a Python loop over the tokens where mamba_ssm is not installed, copies channel-last
+views into the layout its kernels want where it is, and, in a Mamba-1 layer with a cache, starts from a zero
+state when more than one token comes. The forwards here read the views as they lie and go on from the cached
+state.
 
 The cache stays transformers' own: its conv state keeps the last `conv_kernel` inputs, its recurrent state is
-float32. A decode step writes both in place, so that their addresses last; where gradients are wanted it goes the
-way of longer inputs instead, which has them.
+float32. A decode step writes both in place, so that their addresses last; where gradients are wanted it goes
+the way of longer inputs instead, which has them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,14 +71,19 @@ _hooked: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def _mamba_forward(
-    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    self: Any,
+    hidden_states: Tensor,
+    cache_params: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """Mamba, FalconMamba and Jamba: projection, convolution, selective scan, gate, projection."""
     length = hidden_states.shape[1]
     mask = _padding(attention_mask, length)
     xz = self.in_proj(_masked(hidden_states, mask))
     packing = _Packing.of(kwargs, hidden_states)
-    if cache_params is None and mask is None and packing is None and _can_fuse(self, self.x_proj, self.dt_proj):
+    whole = cache_params is None and mask is None and packing is None
+    if whole and _can_fuse(self, self.x_proj, self.dt_proj):
         return _fused_mamba(self, xz)
 
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
@@ -117,7 +123,7 @@ def _fused_mamba(self: Any, xz: Tensor) -> Tensor:
 
 
 def _projected(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Time step, B and C of every token: u (..., channels) -> (..., channels), (..., states), (..., states)."""
+    """u (..., channels) -> the time step (..., channels), B and C (..., states) of every token."""
     dt, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
     if hasattr(self, "dt_layernorm"):
         dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
@@ -128,14 +134,19 @@ def _projected(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _zamba_forward(
-    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    self: Any,
+    hidden_states: Tensor,
+    cache_params: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """Zamba: Mamba with a projection a head, which is one scan with a group of B and C a head."""
     batch, length, _ = hidden_states.shape
     heads, width = self.n_mamba_heads, self.mamba_head_dim
     mask = _padding(attention_mask, length)
     packing = _Packing.of(kwargs, hidden_states)
-    xz = self.in_proj(_masked(hidden_states, mask)).unflatten(-1, (self.intermediate_size, 2)).transpose(1, 2)
+    xz = self.in_proj(_masked(hidden_states, mask))
+    xz = torch.unflatten(xz, -1, (self.intermediate_size, 2)).transpose(1, 2)
     x, z = xz[..., 0], xz[..., 1]  # a channel and its gate lie side by side
     A, D, bias = -torch.exp(_wide(self.A_log)), _wide(self.D), _wide(self.dt_proj_bias)
     conv_state, state = _cached(self, cache_params, length)
@@ -144,8 +155,9 @@ def _zamba_forward(
         u = u if mask is None else u * mask
         dt, B, C = _projected_by_head(self, u.unsqueeze(1))
         y = scan.selective_state_update(
-            state, u.unflatten(1, (heads, width)), dt.view(batch, heads, width), A, B[:, 0], C[:, 0], D,
-            z=z[..., 0].unflatten(1, (heads, width)), dt_bias=bias, dt_softplus=True,
+            state, torch.unflatten(u, 1, (heads, width)), dt.view(batch, heads, width),
+            A, B[:, 0], C[:, 0], D,
+            z=torch.unflatten(z[..., 0], 1, (heads, width)), dt_bias=bias, dt_softplus=True,
         )  # fmt: skip
         return self.out_proj(y.flatten(1).unsqueeze(1))  # type: ignore[no-any-return]
 
@@ -161,17 +173,22 @@ def _zamba_forward(
 
 def _projected_by_head(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u (batch, length, channels) -> dt (batch, length, channels), B and C (batch, length, heads, states)."""
-    heads = u.unflatten(-1, (self.n_mamba_heads, self.mamba_head_dim))
+    heads = torch.unflatten(u, -1, (self.n_mamba_heads, self.mamba_head_dim))
     projected = torch.einsum("blhp,hrp->blhr", heads, self.x_proj_weight)
-    dt, B, C = projected.split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+    sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+    dt, B, C = torch.split(projected, sizes, dim=-1)
     return torch.einsum("blhr,hpr->blhp", dt, self.dt_proj_weight).flatten(2), B, C
 
 
 def _mamba2_forward(
-    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    self: Any,
+    hidden_states: Tensor,
+    cache_params: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """Mamba-2 and its kin: projection, convolution, chunked scan, gated norm, projection."""
-    batch, length, _ = hidden_states.shape
+    length = hidden_states.shape[1]
     mask = _padding(attention_mask, length)
     packing = _Packing.of(kwargs, hidden_states)
     hidden_states = _masked(hidden_states, mask)
@@ -186,14 +203,16 @@ def _mamba2_forward(
     else:
         xbc = _masked(_conv(self, xbc.transpose(1, 2), cache_params, packing).transpose(1, 2), mask)
         x, B, C = _split_mamba2(self, xbc)
-        y = scan.ssd_chunk_scan(
+        scanned = scan.ssd_chunk_scan(
             x, dt, -torch.exp(_wide(self.A_log)), B, C, self.chunk_size, D=self.D,
             z=None if _has_norm(self) else z.unflatten(-1, (self.num_heads, self.head_dim)),
             dt_bias=self.dt_bias, initial_states=state, seq_idx=None if packing is None else packing.seq_idx,
             dt_softplus=True, dt_limit=self.time_step_limit, return_final_states=cache_params is not None,
         )  # fmt: skip
-        if cache_params is not None:
-            y, state = y
+        if cache_params is None:
+            y = cast(Tensor, scanned)
+        else:
+            y, state = scanned
             cache_params.update_recurrent_state(state, self.layer_idx)
         y = y.flatten(2)
     return self.out_proj(self.norm(y, z).to(zxbcdt.dtype) if _has_norm(self) else y)  # type: ignore[no-any-return]
@@ -213,7 +232,8 @@ def _mamba2_step(
     y = scan.selective_state_update(
         state, x, dt.unsqueeze(-1).expand(-1, -1, width),
         (-torch.exp(_wide(self.A_log)))[:, None, None].expand(-1, width, self.ssm_state_size), B, C,
-        self.D[:, None].expand(-1, width), z=None if _has_norm(self) else z.unflatten(1, (heads, width)),
+        self.D[:, None].expand(-1, width),
+        z=None if _has_norm(self) else torch.unflatten(z, 1, (heads, width)),
         dt_bias=None if bias is None else bias[:, None].expand(-1, width), dt_softplus=bias is not None,
     )  # fmt: skip
     return y.flatten(1)
@@ -222,9 +242,9 @@ def _mamba2_step(
 def _split_mamba2(self: Any, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the convolution made: x (..., heads, head_dim), B and C (..., groups, states), all views."""
     states = self.n_groups * self.ssm_state_size
-    x, B, C = xbc.split([self.intermediate_size, states, states], dim=-1)
-    groups = (self.n_groups, self.ssm_state_size)
-    return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+    x, B, C = torch.split(xbc, [self.intermediate_size, states, states], dim=-1)
+    x, groups = torch.unflatten(x, -1, (self.num_heads, self.head_dim)), (self.n_groups, self.ssm_state_size)
+    return x, torch.unflatten(B, -1, groups), torch.unflatten(C, -1, groups)
 
 
 def _has_norm(self: Any) -> bool:
@@ -238,14 +258,15 @@ def _scan(
     """The scan of a whole input, on from the cached state, and back into the cache."""
     if packing is not None:
         if cache_params is not None:
-            raise NotImplementedError("seq_idx and cu_seqlens do not go with a cache, which keeps one state a row")
+            raise NotImplementedError(
+                "seq_idx and cu_seqlens do not go with a cache, which keeps one state a row"
+            )
         if packing.cu_seqlens is None:
             raise NotImplementedError(f"seq_idx needs a batch of 1 in a Mamba-1 layer, got {u.shape[0]}")
-        y: Tensor = scan.selective_scan(u, dt, A, B, C, D, z, bias, True, cu_seqlens=packing.cu_seqlens)
-        return y
+        y = scan.selective_scan(u, dt, A, B, C, D, z, bias, True, cu_seqlens=packing.cu_seqlens)
+        return cast(Tensor, y)
     if cache_params is None:
-        y = scan.selective_scan(u, dt, A, B, C, D, z, bias, True)
-        return y
+        return cast(Tensor, scan.selective_scan(u, dt, A, B, C, D, z, bias, True))
     initial = None if state is None else state.reshape(-1, *A.shape)
     y, last = scan.selective_scan(u, dt, A, B, C, D, z, bias, True, True, initial_state=initial)
     if hasattr(self, "n_mamba_heads"):
@@ -261,7 +282,7 @@ def _conv(self: Any, x: Tensor, cache_params: Any, packing: _Packing | None) -> 
         x = cache_params.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
     seq_idx = None if packing is None else packing.seq_idx
     weight = self.conv1d.weight.squeeze(1)
-    y: Tensor = scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, activation="silu")
+    y = cast(Tensor, scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, activation="silu"))
     return y if y.shape[-1] == length else y[..., -length:]
 
 
@@ -293,7 +314,8 @@ class _Packing:
     @classmethod
     def of(cls, kwargs: dict[str, Any], hidden_states: Tensor) -> _Packing | None:
         """From a model's keyword arguments; None where each row is one sequence."""
-        seq_idx, cu_seqlens = kwargs.get("seq_idx"), kwargs.get("cu_seqlens")
+        seq_idx: Any = kwargs.get("seq_idx")
+        cu_seqlens: Any = kwargs.get("cu_seqlens")
         if seq_idx is None and cu_seqlens is None:
             return None
         batch, length, _ = hidden_states.shape
@@ -317,7 +339,7 @@ def _masked(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _can_fuse(self: Any, *others: Any) -> bool:
-    """Whether projections may be computed from their weights: plain ones, that no adapter or hook listens to."""
+    """Whether projections may be computed from their weights: plain ones, without adapters or hooks."""
     return torch.is_grad_enabled() and all(
         type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
         for linear in (self.out_proj, *others)

@@ -15,12 +15,14 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, tor
 
 def outputs_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """The floating-point tensors among the model's outputs, by where they are in them."""
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = {}
     if isinstance(inputs, Mapping):
-        arguments, keywords = (), dict(inputs)
+        keywords = dict(inputs)
     elif isinstance(inputs, (tuple, list)):
-        arguments, keywords = tuple(inputs), {}
+        arguments = tuple(inputs)
     elif isinstance(inputs, Tensor):
-        arguments, keywords = (inputs,), {}
+        arguments = (inputs,)
     else:
         raise TypeError(f"verify must be a tensor, a tuple or a dict of inputs, got {type(inputs).__name__}")
     with _evaluation(model), torch.no_grad():
@@ -42,7 +44,8 @@ def compare(before: dict[str, Tensor], after: dict[str, Tensor], tolerance: floa
     """Raises RuntimeError if two sets of outputs differ by more than `tolerance` of the largest value."""
     if before.keys() != after.keys():
         raise RuntimeError(
-            f"verify: the outputs were {sorted(before)} and are {sorted(after)} after the swap, which was undone"
+            f"verify: the outputs were {sorted(before)} and are {sorted(after)} after the swap, "
+            "which was undone"
         )
     for name, old in before.items():
         new = after[name]
@@ -51,8 +54,8 @@ def compare(before: dict[str, Tensor], after: dict[str, Tensor], tolerance: floa
         if old.shape == new.shape and torch.allclose(old, new, rtol=0, atol=allowed, equal_nan=True):
             continue
         raise RuntimeError(
-            f"verify: {name} differs by {_largest_difference(old, new)} after the swap, and {allowed:.3g} is allowed "
-            f"(its largest value is {largest:.3g}). The swap was undone."
+            f"verify: {name} differs by {_largest_difference(old, new)} after the swap, and {allowed:.3g} is "
+            f"allowed (its largest value is {largest:.3g}). The swap was undone."
         )
 
 
