@@ -19,21 +19,20 @@ from torch import Tensor
 
 from .case import OURS, Case, Contender, Unavailable
 
-PEERS = ("torch", "causal-conv1d", "mamba-ssm")
 _WIDTH = 4
 _SILU_FLOPS = 4  # negation, exponential, addition, division
 
 Step = Callable[[], object]
 
 
-def causal_conv1d_cases(device: torch.device, quick: bool) -> list[Case]:
+def convolutions(device: torch.device, quick: bool) -> list[Case]:
     """Both layouts, forward alone and with the gradient, at the size of a small Mamba's block."""
     shape = (1 if quick or device.type == "cpu" else 8, 1536, 2048)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return [_conv(device, dtype, shape, last, grad) for grad in (False, True) for last in (False, True)]
 
 
-def update_cases(device: torch.device, quick: bool) -> list[Case]:
+def updates(device: torch.device, quick: bool) -> list[Case]:
     """One token of a Mamba-1 and of a Mamba-2 model, and a state so small that only the call is left."""
     batch = 1 if quick or device.type == "cpu" else 64
     found = [_conv_update(device, batch, 5120), _state_update(device, batch, None, 5120, 16)]
@@ -72,7 +71,7 @@ def _conv(
         return step(convolve)
 
     def theirs() -> Step:
-        peer = _peer(device, "causal_conv1d", "causal_conv1d_fn")
+        peer = _peer("causal_conv1d", "causal_conv1d_fn")
         return step(lambda x, w, b: peer(x, w, b, activation="silu"))
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -114,9 +113,7 @@ def _conv_update(device: torch.device, batch: int, dim: int) -> Case:
     contenders = [
         Contender(OURS, ours, moved),
         Contender("torch", lambda: step(plain), moved),
-        Contender(
-            "causal-conv1d", lambda: step(_peer(device, "causal_conv1d", "causal_conv1d_update")), moved
-        ),
+        Contender("causal-conv1d", lambda: step(_peer("causal_conv1d", "causal_conv1d_update")), moved),
     ]
     flops = batch * dim * (2 * _WIDTH + _SILU_FLOPS)
     sizes = {"batch": batch, "dim": dim, "width": _WIDTH, "dtype": _name(dtype)}
@@ -157,7 +154,7 @@ def _state_update(device: torch.device, batch: int, heads: int | None, dim: int,
         return out
 
     def theirs() -> Step:
-        return step(_peer(device, "mamba_ssm.ops.triton.selective_state_update", "selective_state_update"))
+        return step(_peer("mamba_ssm.ops.triton.selective_state_update", "selective_state_update"))
 
     moved = rows * (states * 8 + 16) + batch * states * 8 + (4 * dim * states if heads is None else 0)
     contenders = [
@@ -174,10 +171,7 @@ def _state_update(device: torch.device, batch: int, heads: int | None, dim: int,
     return Case(name, title, contenders, flops, calls=1000 if small else 20, sizes=sizes)
 
 
-def _peer(device: torch.device, module: str, name: str) -> Any:
-    """A function of a package that runs on CUDA alone."""
-    if device.type != "cuda":
-        raise Unavailable("runs on CUDA only")
+def _peer(module: str, name: str) -> Any:
     try:
         return getattr(__import__(module, fromlist=[name]), name)
     except ImportError as missing:

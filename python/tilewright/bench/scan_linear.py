@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .case import OURS, Case, Contender, Unavailable
 
-PEERS = ("torch", "mambapy")
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 2, 4  # per element
 
 Call = Callable[[], object]
@@ -64,8 +63,8 @@ def _forward(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], d
     problem = _Problem(device, dtype, shape, dim)
     contenders = [
         Contender(OURS, lambda: _ours(problem), problem.bytes(3)),
-        Contender("torch clone", lambda: problem.tensors()[0].clone, problem.bytes(2)),
-        Contender("torch associative_scan", lambda: _associative_scan(problem), problem.bytes(3)),
+        Contender("torch, clone", lambda: problem.tensors()[0].clone, problem.bytes(2)),
+        Contender("torch, associative_scan", lambda: _associative_scan(problem), problem.bytes(3)),
     ]
     if len(shape) == 3:
         contenders.append(Contender("mambapy", lambda: _mambapy(problem), problem.bytes(3)))
@@ -78,7 +77,7 @@ def _gradient(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], 
     problem = _Problem(device, dtype, shape, dim)
     contenders = [
         Contender(OURS, lambda: _with_gradient(problem, _ours(problem)), problem.bytes(8)),
-        Contender("torch clone", lambda: problem.tensors()[0].clone, problem.bytes(2)),
+        Contender("torch, clone", lambda: problem.tensors()[0].clone, problem.bytes(2)),
         Contender("mambapy", lambda: _with_gradient(problem, _mambapy(problem)), problem.bytes(8)),
     ]
     name = f"linear-scan-gradient-dim{dim}-{_name(dtype)}"
@@ -92,7 +91,7 @@ def _short(device: torch.device) -> Case:
     problem = _Problem(device, torch.float32, (8, 64, 1024), 1)
     contenders = [
         Contender(OURS, lambda: _ours(problem), problem.bytes(3)),
-        Contender("torch loop", lambda: _loop(problem), problem.bytes(3)),
+        Contender("torch, a loop", lambda: _loop(problem), problem.bytes(3)),
         Contender("mambapy", lambda: _mambapy(problem), problem.bytes(3)),
     ]
     title = f"linear_scan, {problem.name()}"
@@ -109,7 +108,7 @@ def _ours(problem: _Problem) -> Call:
 
 def _with_gradient(problem: _Problem, call: Callable[[], Any]) -> Call:
     a, b = problem.tensors()
-    grad = torch.ones_like(b)
+    grad = torch.ones_like(call())
 
     def run() -> object:
         for leaf in (a, b):

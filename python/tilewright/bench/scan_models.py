@@ -66,6 +66,22 @@ class _Model:
         generator = torch.Generator(self.device).manual_seed(0)
         return torch.randint(_VOCABULARY, (1, length), generator=generator, device=self.device)
 
+    def linear_layers(self, tokens: int, training: bool) -> Step:
+        """A call that runs every linear layer once on as many tokens, and back if `training`."""
+        layers = [layer for layer in self.stock().modules() if isinstance(layer, torch.nn.Linear)]
+        inputs = [torch.randn(1, tokens, layer.in_features, device=self.device) for layer in layers]
+
+        def step() -> None:
+            for layer, x in zip(layers, inputs, strict=True):
+                layer(x)
+
+        def step_and_back() -> None:
+            for layer, x in zip(layers, inputs, strict=True):
+                out = layer(x.requires_grad_())
+                torch.autograd.grad(out, [x, *layer.parameters()], out.detach())
+
+        return step_and_back if training else torch.inference_mode()(step)
+
     def flops(self, tokens: int) -> float:
         """Of the matrix products of one forward pass."""
         inner = 2 * _HIDDEN
@@ -78,12 +94,14 @@ class _Model:
 
 
 def _case(model: _Model, work: str, title: str, run: Callable[[Any], Step], tokens: int, passes: int) -> Case:
+    """`run` gives a model's call. The linear layers alone are what no kernel of ours takes part in."""
     return Case(
         f"{model.name}_{work}",
         f"{model.kind}: {title}",
         [
             Contender(OURS, lambda: run(model.swapped())),
             Contender("transformers", lambda: run(model.stock())),
+            Contender("torch, linear layers alone", lambda: model.linear_layers(tokens, passes > 1)),
         ],
         flops=passes * model.flops(tokens),
         sizes={"hidden": _HIDDEN, "layers": _LAYERS, "tokens": tokens, "dtype": "float32"},

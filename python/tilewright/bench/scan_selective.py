@@ -25,7 +25,6 @@ from torch import Tensor
 
 from .case import OURS, Case, Contender, Unavailable
 
-PEERS = ("mamba_ssm", "mambapy", "torch loop")
 _KEPT = 64  # steps between the states kept for the backward pass
 
 Call = Callable[[], object]
@@ -86,7 +85,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         long = (1, 192 if quick else 1536, 65536)
     else:
         dtype, usual = torch.float32, (1, 256 if quick else 1536, 2048)
-        long = (1, 16 if quick else 128, 65536)
+        long = (1, 16 if quick else 1536, 65536)
     sizes = [_Size(*usual, 16, dtype), _Size(*long, 16, dtype)]
     short = _Size(1, usual[1], 128, 16, dtype)
     found = [_forward(device, size, peers=True) for size in (sizes[0], short)]
@@ -110,8 +109,10 @@ def _forward(device: torch.device, size: _Size, peers: bool) -> Case:
 
     rows = [
         Contender(name, setup(scan), size.forward_bytes() if name == OURS else None)
-        for name, scan in _contenders(size, device, peers)
+        for name, scan in _contenders(size, peers)
     ]
+    if peers:
+        rows.append(Contender("mambapy, its pscan alone", lambda: _pscan_alone(size, device)))
     title = f"selective_scan, {_words(size)}"
     return Case(f"selective-scan-{_tag(size)}", title, rows, size.forward_flops(), sizes=size.named())
 
@@ -129,7 +130,7 @@ def _training(device: torch.device, size: _Size, peers: bool) -> Case:
 
     rows = [
         Contender(name, setup(scan), size.training_bytes() if name == OURS else None)
-        for name, scan in _contenders(size, device, peers)
+        for name, scan in _contenders(size, peers)
     ]
     title = f"selective_scan + backward, {_words(size)}"
     return Case(
@@ -155,14 +156,12 @@ def _call(device: torch.device) -> Case:
     return Case("selective-scan-call", "selective_scan, a call", rows, calls=200, sizes=size.named())
 
 
-def _contenders(size: _Size, device: torch.device, peers: bool) -> list[tuple[str, Callable[[], Scan]]]:
+def _contenders(size: _Size, peers: bool) -> list[tuple[str, Callable[[], Scan]]]:
     found: list[tuple[str, Callable[[], Scan]]] = [(OURS, _ours)]
-    if peers and device.type == "cuda":
-        found.append(("mamba_ssm", _mamba_ssm))
     if peers:
-        found.append(("mambapy", _mambapy))
+        found += [("mamba-ssm", _mamba_ssm), ("mambapy", _mambapy)]
     if peers and size.length <= 256:
-        found.append(("torch loop", lambda: _torch_loop))
+        found.append(("torch, a loop", lambda: _torch_loop))
     return found
 
 
@@ -176,6 +175,15 @@ def _mamba_ssm() -> Scan:
     interface = _module("mamba_ssm.ops.selective_scan_interface")
     scan: Scan = interface.selective_scan_fn
     return scan
+
+
+def _pscan_alone(size: _Size, device: torch.device) -> Call:
+    """The recurrence without what leads to it: mambapy's share of its own time that no fusion takes away."""
+    pscan = _module("mambapy.pscan").pscan
+    shape = (size.batch, size.length, size.dim, size.states)
+    generator = torch.Generator(device).manual_seed(0)
+    decay, drive = (torch.rand(shape, generator=generator, device=device) for _ in range(2))
+    return torch.no_grad()(lambda: pscan(decay, drive))
 
 
 def _mambapy() -> Scan:

@@ -24,7 +24,7 @@ _USER_CHUNK = 256  # the chunk_size that models are configured with
 Call = Callable[[], object]
 
 
-def ssd_cases(device: torch.device, quick: bool) -> list[Case]:
+def cases(device: torch.device, quick: bool) -> list[Case]:
     """Forward and training, of the sizes of mamba2-130m (24 heads) and, on a GPU, mamba2-2.7b (80)."""
     if device.type == "cuda":
         shapes = [(8, 512 if quick else 4096, 80)]
@@ -87,7 +87,7 @@ def _case(device: torch.device, dtype: torch.dtype, batch: int, length: int, hea
         [
             Contender(OURS, lambda: setup(_ours()), moved),
             Contender("transformers", lambda: setup(_transformers()), moved),
-            Contender("mamba_ssm", lambda: setup(_mamba_ssm(device)), moved),
+            Contender("mamba-ssm", lambda: setup(_mamba_ssm()), moved),
         ],
         flops,
         sizes={
@@ -113,9 +113,7 @@ def _transformers() -> Callable[..., Any]:
     return lambda x, **options: scan(x, **options)
 
 
-def _mamba_ssm(device: torch.device) -> Callable[..., Any]:
-    if device.type != "cuda":
-        raise Unavailable("mamba_ssm has no CPU kernels")
+def _mamba_ssm() -> Callable[..., Any]:
     try:
         module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
     except ImportError as error:

@@ -1,0 +1,143 @@
+"""The scans, each with its gradients against a few lines of plain torch in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright import scan
+
+from . import Probe
+
+Arguments = dict[str, Tensor]
+
+_BATCH, _DIM, _LENGTH, _STATES, _HEADS = 2, 24, 70, 5, 3
+
+_selective_scan: Callable[..., Any] = partial(scan.selective_scan, delta_softplus=True)
+_ssd_chunk_scan: Callable[..., Any] = partial(scan.ssd_chunk_scan, chunk_size=64)
+_causal_conv1d: Callable[..., Any] = partial(scan.causal_conv1d, activation="silu")
+
+
+def _normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _compared(ours: Callable[..., Tensor], plain: Callable[..., Tensor], arguments: Arguments) -> Probe:
+    """The largest error of the output and of any gradient, relative to the largest entry there."""
+
+    def check(device: torch.device) -> tuple[float, float]:
+        found = _results(ours, arguments, device, torch.float32)
+        exact = _results(plain, arguments, torch.device("cpu"), torch.float64)
+        errors = [
+            (a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(found, exact, strict=True)
+        ]
+        return float(max(errors)), 1e-4
+
+    return check
+
+
+def _results(
+    run: Callable[..., Tensor], arguments: Arguments, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    leaves = {name: value.to(device, dtype).requires_grad_() for name, value in arguments.items()}
+    out = run(**leaves)
+    weight = _normal(*out.shape, seed=99).to(out)
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), weight)]
+
+
+def _plain_linear_scan(a: Tensor, b: Tensor) -> Tensor:
+    rows, h = [], torch.zeros_like(b[:, 0])
+    for step in range(b.shape[1]):
+        h = a[:, step] * h + b[:, step]
+        rows.append(h)
+    return torch.stack(rows, 1)
+
+
+def _plain_selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor
+) -> Tensor:
+    dt, h, rows = F.softplus(delta), u.new_zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        step = dt[:, :, t, None]
+        h = torch.exp(step * A) * h + step * u[:, :, t, None] * B[:, None, :, t]
+        rows.append((h * C[:, None, :, t]).sum(-1))
+    return (torch.stack(rows, -1) + D[:, None] * u) * F.silu(z)
+
+
+def _plain_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    h, rows = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]), []
+    for t in range(x.shape[1]):
+        decay, drive = torch.exp(dt[:, t] * A), dt[:, t, :, None] * x[:, t]
+        h = decay[..., None, None] * h + drive[..., None] * B[:, t, :, None]
+        rows.append((h * C[:, t, :, None]).sum(-1))
+    return torch.stack(rows, 1)
+
+
+def _plain_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    padded = F.conv1d(x, weight[:, None], bias, padding=weight.shape[1] - 1, groups=x.shape[1])
+    return F.silu(padded[..., : x.shape[2]])
+
+
+def _check_decoding(device: torch.device) -> tuple[float, float]:
+    """Token by token, the two updates give what the convolution and the scan give for all tokens at once."""
+    x, z, dt = (_normal(_BATCH, _DIM, 9, seed=seed).to(device, torch.float32) for seed in range(3))
+    B, C = (_normal(_BATCH, _STATES, 9, seed=seed).to(device, torch.float32) for seed in (3, 4))
+    A, weight = (_normal(_DIM, n, seed=5).to(device, torch.float32) for n in (_STATES, 4))
+    A = -A.abs()
+    conv_state, state = x.new_zeros(_BATCH, _DIM, 3), x.new_zeros(_BATCH, _DIM, _STATES)
+    rows = []
+    for t in range(9):
+        token = scan.causal_conv1d_update(x[..., t], conv_state, weight, activation="silu")
+        rows.append(
+            scan.selective_state_update(
+                state, token, dt[..., t], A, B[..., t], C[..., t], z=z[..., t], dt_softplus=True
+            )
+        )
+    whole = _selective_scan(_causal_conv1d(x, weight), dt, A, B, C, z=z)
+    return float((torch.stack(rows, -1) - whole).abs().max() / whole.abs().max()), 1e-4
+
+
+_TOKENS = (_BATCH, _DIM, _LENGTH)
+_SEQUENCE = (_BATCH, _LENGTH, _HEADS)
+PROBES: dict[str, Probe] = {
+    "linear_scan": _compared(
+        scan.linear_scan,
+        _plain_linear_scan,
+        {"a": _normal(_BATCH, _LENGTH, _DIM, seed=1).sigmoid(), "b": _normal(_BATCH, _LENGTH, _DIM, seed=2)},
+    ),
+    "selective_scan": _compared(
+        _selective_scan,
+        _plain_selective_scan,
+        {
+            "u": _normal(*_TOKENS, seed=1),
+            "delta": _normal(*_TOKENS, seed=2),
+            "A": -_normal(_DIM, _STATES, seed=3).abs(),
+            "B": _normal(_BATCH, _STATES, _LENGTH, seed=4),
+            "C": _normal(_BATCH, _STATES, _LENGTH, seed=5),
+            "D": _normal(_DIM, seed=6),
+            "z": _normal(*_TOKENS, seed=7),
+        },
+    ),
+    "ssd_chunk_scan": _compared(
+        _ssd_chunk_scan,
+        _plain_ssd,
+        {
+            "x": _normal(*_SEQUENCE, 8, seed=1),
+            "dt": _normal(*_SEQUENCE, seed=2).sigmoid(),
+            "A": -_normal(_HEADS, seed=3).abs(),
+            "B": _normal(_BATCH, _LENGTH, 1, 16, seed=4),
+            "C": _normal(_BATCH, _LENGTH, 1, 16, seed=5),
+        },
+    ),
+    "causal_conv1d": _compared(
+        _causal_conv1d,
+        _plain_conv,
+        {"x": _normal(*_TOKENS, seed=1), "weight": _normal(_DIM, 4, seed=2), "bias": _normal(_DIM, seed=3)},
+    ),
+    "decode steps": _check_decoding,
+}
