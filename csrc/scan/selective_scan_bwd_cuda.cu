@@ -20,6 +20,9 @@
 namespace tilewright::scan {
 namespace {
 
+constexpr int kTensors =
+    4;  // u, delta, z, dout: a tile each for the stage that is worked on and for the next
+
 template <class TileOf>
 struct Smem {
   using State = typename TileOf::State;
@@ -28,7 +31,7 @@ struct Smem {
   static constexpr int kVectors = TileOf::kChannels * TileOf::kStates / TileOf::kVector;
 
   Site site;
-  RawTile<TileOf> tiles[2][4];  // of u, delta, z, dout
+  alignas(16) unsigned char tiles[2][kTensors][TileOf::kMaxTileBytes];
   typename TileOf::StateVector kept[kKept][kVectors][TileOf::kMaxThreads];
   alignas(16) float dt[kSteps];
   alignas(16) float drive[kSteps];  // dt u, then s1
@@ -98,15 +101,19 @@ struct Block {
 
   // ---- Into shared memory ----
 
+  __device__ __forceinline__ RawTile tile(int buffer, int tensor) const {
+    return {smem.tiles[buffer][tensor]};
+  }
+
   __device__ __forceinline__ void start_loads(const Visit& visit, int buffer) const {
     const Stage stage = stage_of(visit);
     if (is_visit(visit)) {
       const SelectiveScanParams& p = l.p;
 #pragma unroll 1
-      for (int i = 0; i < (visit.gradient ? 4 : 2); ++i) {
+      for (int i = 0; i < (visit.gradient ? kTensors : 2); ++i) {
         const Strided& tensor = i == 0 ? p.u : i == 1 ? p.delta : i == 2 ? p.z : p.dout;
         if (tensor.data == nullptr) continue;
-        load_tile(smem.tiles[buffer][i], tensor, p.dtype, part, channels, geometry, stage);
+        load_tile(tile(buffer, i), tensor, p.dtype, part, channels, geometry, stage);
       }
     }
     device::cp_async_commit();
@@ -135,10 +142,10 @@ struct Block {
         ItemValues<TileOf> u = {}, delta = {}, z = {}, dout = {};
         float shift = 0.0f;
         if (present) {
-          read_item<T>(u, smem.tiles[buffer][0], l.p.u, item, part, geometry, stage);
-          read_item<T>(delta, smem.tiles[buffer][1], l.p.delta, item, part, geometry, stage);
-          if (gated) read_item<T>(z, smem.tiles[buffer][2], l.p.z, item, part, geometry, stage);
-          if (gradient) read_item<T>(dout, smem.tiles[buffer][3], l.p.dout, item, part, geometry, stage);
+          read_item<T>(u, tile(buffer, 0), l.p.u, item, part, geometry, stage);
+          read_item<T>(delta, tile(buffer, 1), l.p.delta, item, part, geometry, stage);
+          if (gated) read_item<T>(z, tile(buffer, 2), l.p.z, item, part, geometry, stage);
+          if (gradient) read_item<T>(dout, tile(buffer, 3), l.p.dout, item, part, geometry, stage);
           if (bias != nullptr) shift = bias[channels.first + item.channel];
         }
 #pragma unroll
@@ -331,11 +338,11 @@ struct Block {
         const Item item = item_of(i, geometry);
         if (item.channel >= channels.count) continue;
         ItemValues<TileOf> u, delta, z = {}, dout, du, ddelta, dz;
-        read_item<T>(u, smem.tiles[buffer][0], p.u, item, part, geometry, stage);
-        read_item<T>(delta, smem.tiles[buffer][1], p.delta, item, part, geometry, stage);
-        read_item<T>(dout, smem.tiles[buffer][3], p.dout, item, part, geometry, stage);
+        read_item<T>(u, tile(buffer, 0), p.u, item, part, geometry, stage);
+        read_item<T>(delta, tile(buffer, 1), p.delta, item, part, geometry, stage);
+        read_item<T>(dout, tile(buffer, 3), p.dout, item, part, geometry, stage);
         const bool gated = p.z.data != nullptr;
-        if (gated) read_item<T>(z, smem.tiles[buffer][2], p.z, item, part, geometry, stage);
+        if (gated) read_item<T>(z, tile(buffer, 2), p.z, item, part, geometry, stage);
         const float skip = D != nullptr ? D[channels.first + item.channel] : 0.0f;
         const float shift = bias != nullptr ? bias[channels.first + item.channel] : 0.0f;
         float dD = smem.dD[i], ddelta_bias = smem.ddelta_bias[i];

@@ -19,11 +19,13 @@ using CarryComplex = ForwardComplex;
 
 constexpr int kCombineThreads = 128;
 
+constexpr int kTensors = 3;  // delta, drive, z: a tile each
+
 // Forward reads delta, u and B; adjoint delta, dout, z and C.
 template <class TileOf>
 struct Smem {
   Site site;
-  RawTile<TileOf> tiles[3];  // of delta, drive, z
+  alignas(16) unsigned char tiles[kTensors][TileOf::kMaxTileBytes];
   alignas(16) float dt[TileOf::kStage * TileOf::kMaxChannels];
   alignas(16) float drives[TileOf::kStage * TileOf::kMaxChannels];  // dt u; adjoint: g
   alignas(16) typename TileOf::State rows[TileOf::kStage * TileOf::kMaxStates];
@@ -42,9 +44,9 @@ __device__ __forceinline__ void prepare(Smem<TileOf>& smem, const ScanLaunch& l,
     ItemValues<TileOf> delta = {}, x = {}, z = {};
     float shift = 0.0f;
     if (present) {
-      read_item<T>(delta, smem.tiles[0], l.p.delta, item, part, geometry, stage);
-      read_item<T>(x, smem.tiles[1], drive, item, part, geometry, stage);
-      if (gated) read_item<T>(z, smem.tiles[2], l.p.z, item, part, geometry, stage);
+      read_item<T>(delta, {smem.tiles[0]}, l.p.delta, item, part, geometry, stage);
+      read_item<T>(x, {smem.tiles[1]}, drive, item, part, geometry, stage);
+      if (gated) read_item<T>(z, {smem.tiles[2]}, l.p.z, item, part, geometry, stage);
       if (bias != nullptr) shift = bias[channels.first + item.channel];
     }
 #pragma unroll
@@ -120,7 +122,7 @@ __global__ void __launch_bounds__(TileOf::kMaxThreads) part_kernel(const __grid_
     for (int t = 0; t < (l.adjoint ? 3 : 2); ++t) {
       const Strided& tensor = t == 0 ? l.p.delta : t == 1 ? drive : l.p.z;
       if (tensor.data == nullptr) continue;
-      load_tile(smem.tiles[t], tensor, l.p.dtype, part, channels, geometry, stage);
+      load_tile({smem.tiles[t]}, tensor, l.p.dtype, part, channels, geometry, stage);
     }
     device::cp_async_commit();
     if (variable)

@@ -140,12 +140,16 @@ struct Tile {
 
   static constexpr int kVector = 16 / int(sizeof(State));  // states moved by one instruction
   using StateVector = device::Vector<State, kVector>;
+  // Of a stage of one tensor in shared memory: rows of 64 bytes and more are kept apart.
+  __host__ __device__ static constexpr int tile_bytes(int channels, int bytes) {
+    return channels * (kStage * bytes < 64 ? kStage * bytes : kStage * bytes + 16);
+  }
+  static constexpr int kMaxTileBytes = tile_bytes(kMaxChannels, 4);
   static_assert(kStates % kVector == 0 && kStage % kItem == 0 && kScanChunk % kStage == 0);
   static_assert(!kConstant || kChannels == 1);
-
-  static constexpr int kTileBytes =
-      kMaxChannels * (kStage * 4 < 64 ? kStage * 4 : kStage * 4 + 16);  // of a tensor
 };
+
+__host__ __device__ inline int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // ---- The work and its division -----------------------------------------------------------------
 
@@ -159,6 +163,7 @@ struct ScanLaunch {
   int64_t tiles;            // of a group
   int64_t slots;            // thread blocks that share a group's tiles: slot, slot + slots, ...
   int32_t lanes;            // that share a channel
+  int32_t tile_bytes;       // of a stage of one tensor in shared memory
   int32_t channels;         // of a tile
   bool adjoint;             // carry kernels: the gradient's recurrence, from the last step to the first
   void* carry;              // [part][state][dim]: the state before a part, adjoint: its gradient behind it

@@ -9,10 +9,11 @@
 namespace tilewright::scan {
 namespace {
 
+constexpr int kTensors = 3;  // u, delta, z: a tile each for the stage that is worked on and for the next
+
 template <class TileOf>
 struct Smem {
   Site site;
-  RawTile<TileOf> tiles[2][3];  // of u, delta, z
   alignas(16) float dt[TileOf::kStage * TileOf::kMaxChannels];
   alignas(16) float drive[TileOf::kStage * TileOf::kMaxChannels];  // dt u, then y
   alignas(16) typename TileOf::State B[TileOf::kStage * TileOf::kMaxStates];
@@ -28,6 +29,13 @@ struct Block {
   const Part& part;
   const Channels& channels;
 
+  // Tiles lie behind smem, as large as the dtype needs them: shared memory decides how many blocks are
+  // resident.
+  __device__ __forceinline__ RawTile tile(int buffer, int tensor) const {
+    static_assert(sizeof(Smem<TileOf>) % 16 == 0);
+    return {reinterpret_cast<unsigned char*>(&smem + 1) + (buffer * kTensors + tensor) * l.tile_bytes};
+  }
+
   __device__ __forceinline__ Stage stage_at(int64_t first) const {
     return {first, int(device::min(int64_t{TileOf::kStage}, part.end - first))};
   }
@@ -35,10 +43,10 @@ struct Block {
   __device__ __forceinline__ void start_loads(const Stage& stage, int buffer) const {
     if (stage.steps > 0) {
 #pragma unroll 1
-      for (int i = 0; i < 3; ++i) {
+      for (int i = 0; i < kTensors; ++i) {
         const Strided& tensor = i == 0 ? l.p.u : i == 1 ? l.p.delta : l.p.z;
         if (tensor.data == nullptr) continue;
-        load_tile(smem.tiles[buffer][i], tensor, l.p.dtype, part, channels, geometry, stage);
+        load_tile(tile(buffer, i), tensor, l.p.dtype, part, channels, geometry, stage);
       }
     }
     device::cp_async_commit();
@@ -56,8 +64,8 @@ struct Block {
         ItemValues<TileOf> u = {}, delta = {};
         float shift = 0.0f;
         if (present) {
-          read_item<T>(u, smem.tiles[buffer][0], l.p.u, item, part, geometry, stage);
-          read_item<T>(delta, smem.tiles[buffer][1], l.p.delta, item, part, geometry, stage);
+          read_item<T>(u, tile(buffer, 0), l.p.u, item, part, geometry, stage);
+          read_item<T>(delta, tile(buffer, 1), l.p.delta, item, part, geometry, stage);
           if (bias != nullptr) shift = bias[channels.first + item.channel];
         }
 #pragma unroll
@@ -91,8 +99,8 @@ struct Block {
         const Item item = item_of(i, geometry);
         if (item.channel >= channels.count) continue;
         ItemValues<TileOf> u, z = {}, out;
-        read_item<T>(u, smem.tiles[buffer][0], l.p.u, item, part, geometry, stage);
-        if (l.p.z.data != nullptr) read_item<T>(z, smem.tiles[buffer][2], l.p.z, item, part, geometry, stage);
+        read_item<T>(u, tile(buffer, 0), l.p.u, item, part, geometry, stage);
+        if (l.p.z.data != nullptr) read_item<T>(z, tile(buffer, 2), l.p.z, item, part, geometry, stage);
         const float skip = D != nullptr ? D[channels.first + item.channel] : 0.0f;
 #pragma unroll
         for (int j = 0; j < TileOf::kItem; ++j) {
@@ -226,7 +234,8 @@ void selective_scan_fwd_cuda(const SelectiveScanParams& p, int device, Stream st
     ScanLaunch l = plan<TileOf>(p, false, device);
     place(l, false);
     run_carry(l, false, stream);
-    launch_blocks(scan_kernel<TileOf>, l, threads_of<TileOf>(l), sizeof(Smem<TileOf>), stream);
+    launch_blocks(scan_kernel<TileOf>, l, threads_of<TileOf>(l),
+                  sizeof(Smem<TileOf>) + 2 * kTensors * size_t(l.tile_bytes), stream);
   });
 }
 

@@ -65,6 +65,7 @@ void plan_tiles(ScanLaunch& l) {
   while (l.lanes * TileOf::kStates < l.p.states) l.lanes *= 2;
   if (TileOf::kLanes != 0) l.lanes = TileOf::kLanes;
   l.channels = TileOf::channels_for(l.lanes);
+  l.tile_bytes = TileOf::tile_bytes(l.channels, bytes_of(l.p.dtype));
   l.group_channels = l.p.dim / l.p.groups;
   l.tiles = l.slots = divide_up(l.group_channels, l.channels);
 }

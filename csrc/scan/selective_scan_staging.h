@@ -14,9 +14,8 @@ __device__ __forceinline__ bool is_aligned(const void* address, size_t alignment
 // A tile keeps the tensor's bits and its direction: [channel][step] (of the smaller stride along steps,
 // mirrored where the walk is, so that rows stay contiguous) or [step][channel]. What lies beyond the
 // channels or the steps is undefined.
-template <class TileOf>
-struct alignas(16) RawTile {
-  unsigned char bytes[TileOf::kTileBytes];
+struct RawTile {
+  unsigned char* bytes;
 };
 
 __device__ __forceinline__ bool runs_along_steps(const Strided& tensor) {
@@ -41,8 +40,6 @@ __device__ __forceinline__ int tile_place(const Strided& tensor, int channel, in
   return channel * tile_pitch<TileOf>(bytes) + (part.walk.reverse ? stage.steps - 1 - step : step);
 }
 
-__device__ __forceinline__ int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 __device__ __forceinline__ void copy_element(unsigned char* to, const unsigned char* from, int bytes) {
   if (bytes == 4) {
     *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
@@ -54,9 +51,9 @@ __device__ __forceinline__ void copy_element(unsigned char* to, const unsigned c
 // Starts copies of 16 bytes where strides and addresses allow it, else copies by elements. Follow it by
 // cp_async_commit, cp_async_wait and a barrier.
 template <class TileOf>
-__device__ __forceinline__ void load_tile(RawTile<TileOf>& tile, const Strided& tensor, DType dtype,
-                                          const Part& part, const Channels& channels,
-                                          const Geometry<TileOf>& geometry, const Stage& stage) {
+__device__ __forceinline__ void load_tile(RawTile tile, const Strided& tensor, DType dtype, const Part& part,
+                                          const Channels& channels, const Geometry<TileOf>& geometry,
+                                          const Stage& stage) {
   using device::cp_async;
   constexpr int kStage = TileOf::kStage;
   const int bytes = bytes_of(dtype), words = 16 / bytes;  // words: elements in 16 bytes
@@ -116,8 +113,8 @@ using ItemValues = float[TileOf::kItem];
 
 // An item of a tile; steps beyond the stage read as zero.
 template <class T, class TileOf>
-__device__ __forceinline__ void read_item(ItemValues<TileOf>& values, const RawTile<TileOf>& tile,
-                                          const Strided& tensor, const Item& item, const Part& part,
+__device__ __forceinline__ void read_item(ItemValues<TileOf>& values, RawTile tile, const Strided& tensor,
+                                          const Item& item, const Part& part,
                                           const Geometry<TileOf>& geometry, const Stage& stage) {
   constexpr int kItem = TileOf::kItem, kStage = TileOf::kStage;
   const T* shared = reinterpret_cast<const T*>(tile.bytes);
