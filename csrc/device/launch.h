@@ -38,7 +38,7 @@ void launch(Kernel<Params> kernel, dim3 grid, dim3 block, size_t shared_bytes, S
 template <class Params>
 void preload(Kernel<Params>) {}
 
-inline int multiprocessor_count(int) { return 2; }
+inline int multiprocessor_count(int) { return emulator::multiprocessors(); }
 
 template <class Params>
 int resident_blocks(Kernel<Params>, int, size_t) {

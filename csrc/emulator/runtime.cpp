@@ -18,6 +18,7 @@ namespace {
 
 std::atomic<uint64_t> chosen_seed{0};
 std::atomic<int> chosen_threads{0};
+std::atomic<int> chosen_multiprocessors{2};
 
 }  // namespace
 
@@ -27,6 +28,13 @@ void set_threads(int threads) {
   check_value(threads >= 0, "threads: got ", threads, ", allowed: 0 (all cores) or more");
   chosen_threads = threads;
 }
+
+void set_multiprocessors(int count) {
+  check_value(count >= 1, "count: got ", count, ", allowed: 1 or more");
+  chosen_multiprocessors = count;
+}
+
+int multiprocessors() { return chosen_multiprocessors; }
 
 // ---- Launch ------------------------------------------------------------------------------------
 

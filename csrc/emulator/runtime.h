@@ -22,6 +22,10 @@ void set_seed(uint64_t seed);
 // unless the kernel's blocks race.
 void set_threads(int threads);
 
+// What kernels are told that the device has: those that divide their work by it take other ways.
+void set_multiprocessors(int count);
+int multiprocessors();
+
 // ---- Launch ------------------------------------------------------------------------------------
 
 inline constexpr size_t kMaxSharedBytes = 227 * 1024;

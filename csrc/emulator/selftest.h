@@ -13,7 +13,7 @@ class module_;
 
 namespace tilewright::emulator {
 
-// Adds emulator_set_seed and emulator_set_threads to the module, and these kernels as its submodule.
+// Adds the emulator's options to the module, and these kernels as its submodule.
 void bind_selftest(pybind11::module_& module);
 
 }  // namespace tilewright::emulator

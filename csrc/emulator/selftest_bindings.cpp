@@ -68,20 +68,22 @@ void bind_misuse(py::module_& module) {
   module.attr("ADDRESS_SANITIZER") = kAddressSanitizer;
 }
 
-void bind_options(py::module_& module, const char* seed_name, const char* threads_name) {
-  module.def(seed_name, &set_seed, py::arg("seed"),
+void bind_options(py::module_& module) {
+  module.def("emulator_set_seed", &set_seed, py::arg("seed"),
              "Choose the order in which the emulator runs blocks and threads.");
-  module.def(threads_name, &set_threads, py::arg("threads"),
+  module.def("emulator_set_threads", &set_threads, py::arg("threads"),
              "OS threads that share the blocks of a grid; 0 is the number of cores. ValueError if negative.");
+  module.def("emulator_multiprocessors", &multiprocessors, "What kernels are told that the device has.");
+  module.def("emulator_set_multiprocessors", &set_multiprocessors, py::arg("count"),
+             "Choose it; at first it is 2. ValueError below 1.");
 }
 
 }  // namespace
 
 void bind_selftest(py::module_& module) {
-  bind_options(module, "emulator_set_seed", "emulator_set_threads");
+  bind_options(module);
   py::module_ selftest =
       module.def_submodule("selftest", "Small kernels that show what the emulator promises.");
-  bind_options(selftest, "set_seed", "set_threads");
   bind_threads(selftest);
   bind_memory(selftest);
   bind_arithmetic(selftest);

@@ -11,7 +11,7 @@ from . import _backend
 
 
 @contextlib.contextmanager
-def emulated(seed: int | None = None) -> Iterator[ModuleType]:
+def emulated(seed: int | None = None, multiprocessors: int | None = None) -> Iterator[ModuleType]:
     """Runs CUDA kernels on the CPU within the block: CPU tensors stand for device memory.
 
         with tilewright.testing.emulated(seed=1):
@@ -20,6 +20,8 @@ def emulated(seed: int | None = None) -> Iterator[ModuleType]:
     Args:
         seed: of the order in which the emulator resumes warps. A kernel without races gives the same bits for
             every seed. None leaves the order as it is.
+        multiprocessors: how many the kernels are told there are, within the block: those that divide their work
+            by it split long sequences, for example, where many would idle. None leaves the number as it is.
 
     Yields:
         The emulated extension.
@@ -30,8 +32,11 @@ def emulated(seed: int | None = None) -> Iterator[ModuleType]:
     module = importlib.import_module("tilewright._C_emulated")
     if seed is not None:
         module.emulator_set_seed(seed)
+    count = module.emulator_multiprocessors()
+    module.emulator_set_multiprocessors(count if multiprocessors is None else multiprocessors)
     before, _backend.C = _backend.C, module
     try:
         yield module
     finally:
         _backend.C = before
+        module.emulator_set_multiprocessors(count)

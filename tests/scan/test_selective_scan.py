@@ -102,6 +102,14 @@ def test_options(backend, case: str) -> None:
     check(backend.device, **CASES[case])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_parts_of_every_sequence(case: str) -> None:
+    """On a GPU of which the work fills little: sequences are split, in every tile, group and row of the batch."""
+    longer = {} if "cu_seqlens" in CASES[case] else {"length": 150}
+    with tilewright.testing.emulated(multiprocessors=132):
+        check(CPU, **{**CASES[case], **longer})
+
+
 HALF_CASES = ["bare", "everything", "grouped", "constant", "complex", "packed_order_reverse"]
 
 
