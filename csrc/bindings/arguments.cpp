@@ -1,5 +1,9 @@
 #include "bindings/arguments.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace tilewright {
 namespace {
 
@@ -69,6 +73,38 @@ const TwDLExchangeApi* exchange_api_of(PyTypeObject* type) {
   return api;
 }
 
+int64_t itemsize(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+    case DType::kComplex64:
+      return 8;
+    case DType::kComplex128:
+      return 16;
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+// Only memory whose pages lie wholly within the tensor; that of other tensors keeps its policy.
+void prefer_huge_pages(const TensorView& view) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const int64_t bytes = view.numel() * itemsize(view.dtype);
+  if (view.device.is_cuda || bytes < int64_t{2} * int64_t{kPage}) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(view.data), end = begin + uintptr_t(bytes);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first,
+          MADV_HUGEPAGE);  // where it is refused nothing changes
+#else
+  (void)view;
+#endif
+}
+
 std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
 
 }  // namespace
@@ -79,21 +115,27 @@ Arguments::~Arguments() {
   }
 }
 
-TensorView Arguments::tensor(py::handle object, Label name) {
+TensorView Arguments::tensor(py::handle object, Label name, Access access) {
   const TwDLExchangeApi* api = exchange_api_of(Py_TYPE(object.ptr()));
-  if (api == nullptr) return from_protocol(object, name);
+  const TensorView view =
+      api == nullptr ? from_protocol(object, name) : from_exchange_table(*api, object, name);
+  if (access == Access::kOverwrite) prefer_huge_pages(view);
+  return view;
+}
+
+std::optional<TensorView> Arguments::optional_tensor(py::handle object, Label name, Access access) {
+  if (object.is_none()) return std::nullopt;
+  return tensor(object, name, access);
+}
+
+TensorView Arguments::from_exchange_table(const TwDLExchangeApi& api, py::handle object, Label name) {
   TwDLTensor tensor;
-  if (api->tensor_from_object(object.ptr(), &tensor) != 0) {
+  if (api.tensor_from_object(object.ptr(), &tensor) != 0) {
     py::error_already_set cause;
     fail(ErrorKind::kType, name, ": cannot be read as a strided tensor (", cause.what(), ")");
   }
-  api_ = api;
+  api_ = &api;
   return view_of(tensor, name);
-}
-
-std::optional<TensorView> Arguments::optional_tensor(py::handle object, Label name) {
-  if (object.is_none()) return std::nullopt;
-  return tensor(object, name);
 }
 
 TensorView Arguments::from_protocol(py::handle object, Label name) {

@@ -31,6 +31,10 @@ inline std::ostream& operator<<(std::ostream& out, const Label& label) {
   return out << label.what;
 }
 
+// What a kernel does with an argument. Memory that is overwritten from end to end may be new: huge pages then
+// cost a fraction of the page faults, which for large outputs take longer than the kernels.
+enum class Access { kRead, kOverwrite };
+
 // Reads tensors for the length of one call and owns whatever the protocol handed over meanwhile.
 class Arguments {
  public:
@@ -40,13 +44,14 @@ class Arguments {
   ~Arguments();
 
   // The tensor's memory as it is; `name` appears in messages.
-  TensorView tensor(py::handle object, Label name);
-  std::optional<TensorView> optional_tensor(py::handle object, Label name);
+  TensorView tensor(py::handle object, Label name, Access access = Access::kRead);
+  std::optional<TensorView> optional_tensor(py::handle object, Label name, Access access = Access::kRead);
 
   // The caller's current stream on the device of the tensors read so far.
   Stream current_stream(Device device) const;
 
  private:
+  TensorView from_exchange_table(const TwDLExchangeApi& api, py::handle object, Label name);
   TensorView from_protocol(py::handle object, Label name);
 
   // Shapes and strides of protocol tensors live in the owner's struct until it is released.

@@ -55,7 +55,11 @@ bool is_parameter_dtype(DType dtype) {
 optim::QuantizeParams quantize_params(Arguments& arguments, py::handle values, const char* values_name,
                                       py::handle codes, const char* codes_name, py::handle absmax,
                                       py::handle map, bool is_signed, int64_t blocksize, Device& device) {
-  const TensorView v = arguments.tensor(values, values_name), c = arguments.tensor(codes, codes_name);
+  const auto read = [&](py::handle object, const char* name) {
+    const bool written = std::strcmp(name, "out") == 0;
+    return arguments.tensor(object, name, written ? Access::kOverwrite : Access::kRead);
+  };
+  const TensorView v = read(values, values_name), c = read(codes, codes_name);
   const TensorView a = arguments.tensor(absmax, "absmax");
   device = v.device;
   check_type(is_parameter_dtype(v.dtype), values_name, ": got dtype ", v.dtype,

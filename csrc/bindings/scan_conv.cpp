@@ -22,8 +22,9 @@ class Reader {
  public:
   explicit Reader(Device device) : device_(device) {}
 
-  TensorView view(py::handle object, const char* name, int32_t ndim, const char* axes) {
-    const TensorView v = arguments.tensor(object, name);
+  TensorView view(py::handle object, const char* name, int32_t ndim, const char* axes,
+                  Access access = Access::kRead) {
+    const TensorView v = arguments.tensor(object, name, access);
     check_value(v.ndim == ndim, name, ": must have shape ", axes, ", got ", v.sizes());
     check_device(v, device_, name);
     return v;
@@ -31,9 +32,9 @@ class Reader {
 
   // (batch, channel, step), absent if None.
   ConvTensor steps(py::handle object, const char* name, const CausalConv1dParams& p, int64_t steps,
-                   const char* axes) {
+                   const char* axes, Access access = Access::kRead) {
     if (object.is_none()) return {};
-    const TensorView v = view(object, name, 3, axes);
+    const TensorView v = view(object, name, 3, axes, access);
     check_dtype(v, p.dtype, name);
     check_value(v.shape[0] == p.batch && v.shape[1] == p.dim && v.shape[2] == steps, name,
                 ": must have shape ", axes, " = (", p.batch, ", ", p.dim, ", ", steps, "), got ", v.sizes());
@@ -109,7 +110,7 @@ void forward(py::handle x, py::handle weight, py::handle bias, py::handle seq_id
   const TensorView v = first.tensor(x, "x");
   Reader reader(v.device);
   CausalConv1dParams p = conv_params(reader, v, weight, bias, seq_idx, initial, silu);
-  p.out = reader.steps(out, "out", p, p.length, "(batch, dim, length)");
+  p.out = reader.steps(out, "out", p, p.length, "(batch, dim, length)", Access::kOverwrite);
   p.final = reader.steps(final, "final_states", p, p.width - 1, "(batch, dim, width - 1)");
   if (!workspace.is_none()) p.workspace = reader.arguments.tensor(workspace, "workspace").data;
   if (is_empty(p)) return;
@@ -130,7 +131,7 @@ void backward(py::handle dout, py::handle dfinal, py::handle x, py::handle weigh
   CausalConv1dParams p = conv_params(reader, v, weight, bias, seq_idx, initial, silu);
   p.dout = reader.steps(dout, "dout", p, p.length, "(batch, dim, length)");
   p.dfinal = reader.steps(dfinal, "dfinal_states", p, p.width - 1, "(batch, dim, width - 1)");
-  p.dx = reader.steps(dx, "dx", p, p.length, "(batch, dim, length)");
+  p.dx = reader.steps(dx, "dx", p, p.length, "(batch, dim, length)", Access::kOverwrite);
   p.dinitial = reader.steps(dinitial, "dinitial_states", p, p.width - 1, "(batch, dim, width - 1)");
   const TensorView dw = reader.view(dweight, "dweight", 2, "(dim, width)");
   check_dtype(dw, p.weight_dtype, "dweight");

@@ -39,7 +39,10 @@ class LinearScanCall {
       : dim_(dim) {
     p_.backward = backward;
     p_.descending = descending;
-    for (int i = 0; i < kTensors; ++i) views_[i] = arguments_.optional_tensor(tensors[i], kNames[i]);
+    for (int i = 0; i < kTensors; ++i) {
+      const Access access = i == 2 || i == 4 ? Access::kOverwrite : Access::kRead;
+      views_[i] = arguments_.optional_tensor(tensors[i], kNames[i], access);
+    }
     check_value(views_[0] && views_[1] && views_[2], "linear_scan: a, b and the output are needed");
     const TensorView& y = *views_[2];
     check_value(dim >= 0 && dim < y.ndim, "dim: got ", dim, " for ", y.ndim, " axes");

@@ -53,8 +53,8 @@ class Reader {
     p.reverse = reverse;
   }
 
-  Strided steps(py::handle object, Label name) {
-    const auto view = arguments_.optional_tensor(object, name);
+  Strided steps(py::handle object, Label name, Access access = Access::kRead) {
+    const auto view = arguments_.optional_tensor(object, name, access);
     if (!view) return {};
     check(*view, p.dtype, name);
     check_shape(*view, {p.batch, p.dim, p.length}, "(batch, dim, length)", name);
@@ -105,9 +105,9 @@ class Reader {
     return view->data;
   }
 
-  void* chunk_states(py::handle object) {
+  void* chunk_states(py::handle object, Access access) {
     const Label name("chunk_states");
-    const auto view = arguments_.optional_tensor(object, name);
+    const auto view = arguments_.optional_tensor(object, name, access);
     if (!view) return nullptr;
     check(*view, p.weight_dtype, name);
     const int64_t chunks = scan::chunk_count(p.batch, p.length, p.sequences, p.cu_seqlens != nullptr);
@@ -123,7 +123,7 @@ class Reader {
     TW_RUN(on_gpu, (void)(needed = TW_CALL_CPU(selective_scan_workspace_cpu, p, backward, threads)),
            (void)(needed = scan::selective_scan_workspace_cuda(p, backward, device.index)));
     if (needed > 0) {
-      const auto view = arguments_.optional_tensor(workspace, "workspace");
+      const auto view = arguments_.optional_tensor(workspace, "workspace", Access::kOverwrite);
       if (!view || view->numel() < needed) return needed;
       check(*view, DType::kUInt8, "workspace");
       check_contiguous(*view, "workspace");
@@ -228,9 +228,9 @@ int64_t forward(py::handle u, py::handle delta, py::handle A, py::handle B, py::
   Reader reader;
   reader.read_inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, order, softplus,
                      reverse);
-  reader.p.out = reader.steps(out, "out");
+  reader.p.out = reader.steps(out, "out", Access::kOverwrite);
   reader.p.last_state = reader.states(last_state, "last_state");
-  reader.p.chunk_states = reader.chunk_states(chunk_states);
+  reader.p.chunk_states = reader.chunk_states(chunk_states, Access::kOverwrite);
   return reader.run(false, workspace, threads);
 }
 
@@ -247,14 +247,14 @@ int64_t backward(py::handle dout, py::handle dlast_state, py::handle u, py::hand
                      reverse);
   p.dout = reader.steps(dout, "dout");
   p.dlast_state = reader.states(dlast_state, "dlast_state");
-  p.chunk_states = reader.chunk_states(chunk_states);
-  p.du = reader.steps(gradient(0), "du");
-  p.ddelta = reader.steps(gradient(1), "ddelta");
+  p.chunk_states = reader.chunk_states(chunk_states, Access::kRead);
+  p.du = reader.steps(gradient(0), "du", Access::kOverwrite);
+  p.ddelta = reader.steps(gradient(1), "ddelta", Access::kOverwrite);
   p.dA = reader.weights(gradient(2), "dA");
   p.dB = reader.projection(gradient(3), p.variable_B, "dB");
   p.dC = reader.projection(gradient(4), p.variable_C, "dC");
   p.dD = reader.channels(gradient(5), "dD");
-  p.dz = reader.steps(gradient(6), "dz");
+  p.dz = reader.steps(gradient(6), "dz", Access::kOverwrite);
   p.ddelta_bias = reader.channels(gradient(7), "ddelta_bias");
   p.dinitial_state = reader.states(gradient(8), "dinitial_state");
   return reader.run(true, workspace, threads);

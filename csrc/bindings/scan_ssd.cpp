@@ -51,9 +51,10 @@ class Reader {
   }
 
   // (batch, step, heads, inner); an inner of 0 stands for a tensor without that axis.
-  SsdTensor tensor(py::handle object, Label name, int64_t heads, int64_t inner, DType dtype) {
+  SsdTensor tensor(py::handle object, Label name, int64_t heads, int64_t inner, DType dtype,
+                   Access access = Access::kRead) {
     if (object.is_none()) return {};
-    const TensorView view = arguments.tensor(object, name);
+    const TensorView view = arguments.tensor(object, name, access);
     check_dtype(view, dtype, name);
     check_device(view, device, name);
     const bool fits = view.ndim == (inner == 0 ? 3 : 4) && view.shape[0] == p.batch &&
@@ -97,7 +98,7 @@ class Reader {
 
   // Scratch of at least the bytes that the kernel asks for.
   void workspace(py::handle object, int64_t bytes) {
-    const TensorView view = arguments.tensor(object, "workspace");
+    const TensorView view = arguments.tensor(object, "workspace", Access::kOverwrite);
     check_dtype(view, DType::kUInt8, "workspace");
     check_device(view, device, "workspace");
     check_value(view.numel() >= bytes, "workspace: got ", view.numel(), " bytes, expected ", bytes);
@@ -137,7 +138,7 @@ void forward(py::dict tensors, bool softplus, double dt_min, double dt_max, int 
   SsdChunkScanParams p{};
   Reader reader(p);
   reader.inputs(tensors, softplus, dt_min, dt_max);
-  p.out = reader.tensor(tensors["out"], "out", p.heads, p.head_dim, p.dtype);
+  p.out = reader.tensor(tensors["out"], "out", p.heads, p.head_dim, p.dtype, Access::kOverwrite);
   p.final_state = reader.flat(tensors["final_states"], "final_states", reader.state_numel(), p.weight_dtype);
   const Device device = reader.device;
   reader.workspace(tensors["workspace"], workspace_bytes(p, device.is_cuda, false, threads));
@@ -156,8 +157,8 @@ void backward(py::dict tensors, bool softplus, double dt_min, double dt_max, int
   const DType weight = p.weight_dtype;
   check_value(p.z.data == nullptr || p.y.data != nullptr, "y: is needed where z is given");
   p.dout = reader.tensor(tensors["dout"], "dout", p.heads, p.head_dim, p.dtype);
-  p.dx = reader.tensor(tensors["dx"], "dx", p.heads, p.head_dim, p.dtype);
-  p.dz = reader.tensor(tensors["dz"], "dz", p.heads, p.head_dim, p.dtype);
+  p.dx = reader.tensor(tensors["dx"], "dx", p.heads, p.head_dim, p.dtype, Access::kOverwrite);
+  p.dz = reader.tensor(tensors["dz"], "dz", p.heads, p.head_dim, p.dtype, Access::kOverwrite);
   p.dB = reader.tensor(tensors["dB"], "dB", p.groups, p.states, p.dtype);
   p.dC = reader.tensor(tensors["dC"], "dC", p.groups, p.states, p.dtype);
   p.ddt = reader.tensor(tensors["ddt"], "ddt", p.heads, 0, weight);
