@@ -10,6 +10,7 @@ import types
 import pytest
 
 import tilewright as tw
+from tilewright.swapping.transformers import MODELS as SWAPPABLE
 
 POSITIONAL = {
     "selective_scan_fn": "u delta A B C D z delta_bias delta_softplus return_last_state",
@@ -141,12 +142,54 @@ def test_install_says_what_is_in_its_way(monkeypatch: pytest.MonkeyPatch) -> Non
         tw.compat.install("mamba_ssm")
 
 
+MODELS = sorted({*SWAPPABLE, "lfm2"})
+WARNINGS = """
+import sys, types, warnings, tilewright as tw
+def warned(*names):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tw.compat.install(*names)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("mamba_ssm", "causal_conv1d")]:
+        del sys.modules[name]
+    return [str(w.message) for w in caught]
+"""
+
+
 def test_too_late_for_transformers() -> None:
     pytest.importorskip("transformers", minversion="5.0")
-    run(
-        "import warnings, transformers.models.mamba.modeling_mamba, tilewright as tw\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
+    imports = "\n".join(f"import transformers.models.{name}.modeling_{name}" for name in MODELS)
+    every, mamba_alone = eval(run(
+        f"import sys\n{imports}\n{WARNINGS}"
+        "found = [warned(), warned('mamba_ssm')]\n"
+        "tw.compat.install()\n"
+        "import transformers.models.mamba.modeling_mamba\n"
+        "with warnings.catch_warnings():\n"
+        "    warnings.simplefilter('error')\n"
         "    tw.compat.install()\n"
-        "assert any('use tilewright.swap' in str(w.message) for w in caught)\n"
-    )
+        "print(found)\n"
+    ).splitlines()[-1])  # fmt: skip
+    assert "use tilewright.swap" in every[0]
+    assert ", ".join(MODELS) in every[0]
+    assert "lfm2" not in mamba_alone[0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_too_late_for_one_of_them(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType(f"transformers.models.{model}.modeling_{model}")
+    module.causal_conv1d_fn = print
+    monkeypatch.setattr(sys, "modules", {**sys.modules, module.__name__: module})
+    with pytest.warns(UserWarning, match=model):
+        tw.compat.install()
+
+
+@pytest.mark.filterwarnings("ignore:transformers':UserWarning")
+def test_versions_are_what_transformers_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    imports = pytest.importorskip("transformers.utils.import_utils")
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    tw.compat.install()
+    monkeypatch.setattr(imports, "is_torch_cuda_available", lambda: True)
+    for name in ("is_mamba_ssm_available", "is_mamba_2_ssm_available", "is_causal_conv1d_available"):
+        available = getattr(imports, name)
+        available.cache_clear()
+        assert available(), name
+        available.cache_clear()

@@ -165,10 +165,135 @@ def test_packed_sequences(kind: str) -> None:
     ends = torch.tensor([0, 4, 5, 12])
     assert_near(module(x, seq_idx=numbers), alone)
     assert_near(module(x, cu_seqlens=ends), alone)
+    assert_near(module(x, seq_idx=numbers.int()), alone)
     with torch.no_grad():
-        assert_near(module(x, seq_idx=numbers, cu_seqlens=ends), alone)
+        assert_near(module(x, cu_seqlens=ends.int()), alone)
     with pytest.raises(NotImplementedError, match="inference_params"):
         module(x, cu_seqlens=ends, inference_params=InferenceParams(9, 1))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba-slow", "mamba2"])
+@pytest.mark.parametrize(
+    ("packing", "error", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 4, 9])}, ValueError, r"to the length 10, got \[0, 4, 9\]"),
+        ({"cu_seqlens": torch.tensor([0, 4, 11])}, ValueError, r"to the length 10, got \[0, 4, 11\]"),
+        ({"cu_seqlens": torch.tensor([0, 6, 4, 10])}, ValueError, "cu_seqlens must increase strictly from 0"),
+        ({"cu_seqlens": torch.tensor([3, 10])}, ValueError, r"got \[3, 10\]"),
+        ({"cu_seqlens": torch.tensor([0, 4, 4, 10])}, ValueError, r"got \[0, 4, 4, 10\]"),
+        ({"cu_seqlens": torch.tensor([0])}, ValueError, r"got \[0\]"),
+        ({"cu_seqlens": torch.tensor([[0, 10]])}, ValueError, r"must have shape \(sequences \+ 1,\)"),
+        ({"cu_seqlens": torch.tensor([0.0, 10.0])}, TypeError, "cu_seqlens must have dtype int32, int64"),
+        ({"cu_seqlens": [0, 10]}, TypeError, "cu_seqlens must be a tensor, got list"),
+        ({"seq_idx": torch.zeros(1, 10)}, TypeError, "seq_idx must have dtype int32, int64, got float32"),
+        ({"seq_idx": [0] * 10}, TypeError, "seq_idx must be a tensor, got list"),
+        ({"seq_idx": torch.zeros(1, 9).int()}, ValueError, r"seq_idx must have shape .* = \(1, 10\), got"),
+        (
+            {"seq_idx": torch.zeros(1, 10).int(), "cu_seqlens": torch.tensor([0, 10])},
+            ValueError, "seq_idx and cu_seqlens say the same: give one of them, got both",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("gradients", [False, True])
+def test_bad_packing(
+    kind: str, packing: dict[str, Any], error: type[Exception], message: str, gradients: bool
+) -> None:
+    module = MODULES[kind][0]()
+    with torch.set_grad_enabled(gradients), pytest.raises(error, match=message):
+        module(inputs(module, 1, 10), **packing)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_packing_of_many_rows(kind: str) -> None:
+    module = MODULES[kind][0]()
+    with pytest.raises(ValueError, match="cu_seqlens needs a batch of 1, which holds all sequences, got 2"):
+        module(inputs(module), cu_seqlens=torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_nothing_packed(kind: str) -> None:
+    module = MODULES[kind][0]()
+    for packing in (
+        {"cu_seqlens": torch.tensor([0])},
+        {"seq_idx": torch.zeros(1, 0, dtype=torch.int32)},
+    ):
+        assert module(inputs(module, 1, 0), **packing).shape == (1, 0, module.d_model)
+
+
+def test_sequence_numbers_as_an_op() -> None:
+    op, ends = torch.ops.tilewright.sequence_numbers.default, torch.tensor([0, 3, 4, 9])
+    assert op(ends, 9).tolist() == [[0, 0, 0, 1, 2, 2, 2, 2, 2]]
+    torch.library.opcheck(op, (ends, 9))
+    torch.library.opcheck(op, (ends.int(), 9))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_compiles_without_a_break(kind: str) -> None:
+    module = MODULES[kind][0]()
+    x, packing = inputs(module, 1, 12), {"cu_seqlens": torch.tensor([0, 4, 5, 12])}
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, **packing), module(x, **packing))
+    with pytest.raises(ValueError, match="cu_seqlens must increase strictly"):
+        compiled(x, cu_seqlens=torch.tensor([0, 5, 4, 12]))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.parametrize("cuts", [[8, 1], [7, 1, 1], [1] * 9], ids=str)
+def test_decoding_under_autocast(kind: str, cuts: list[int]) -> None:
+    make, plain = MODULES[kind]
+    module = make()
+    truth = plain(copy.deepcopy(module).double(), inputs(module).double())
+    cache, parts = InferenceParams(9, 2), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for part in inputs(module).split(cuts, dim=1):
+            parts.append(module(part, inference_params=cache))
+            cache.seqlen_offset += part.shape[1]
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    assert {state.dtype for state in cache.key_value_memory_dict[0]} == {torch.float32}
+    assert (torch.cat(parts, 1) - truth).abs().max() < 0.1 * truth.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_of_another_dtype(kind: str, dtype: torch.dtype) -> None:
+    """Wider or narrower than the model's."""
+    make, plain = MODULES[kind]
+    own = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    module = make().to(own)
+    x = inputs(module).to(own)
+    truth = plain(copy.deepcopy(module).double(), x.double())
+    states = module.allocate_inference_cache(2, 9, dtype=dtype)
+    with torch.no_grad():
+        steps = [module.step(x[:, t : t + 1], *states)[0] for t in range(9)]
+    assert {state.dtype for state in states} == {dtype}
+    assert {out.dtype for out in steps} == {own}
+    assert (torch.cat(steps, 1) - truth).abs().max() < 0.1 * truth.abs().max()
+
+
+class Adapted(nn.Module):
+    """As an adapter library wraps a projection: `weight` is still the frozen one's."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.extra = base, nn.Linear(base.in_features, base.out_features, bias=False)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.extra(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("mamba", "x_proj"), ("mamba", "dt_proj"), ("mamba", "out_proj"), ("mamba2", "out_proj")],
+)
+def test_adapters_on_projections_train(kind: str, name: str) -> None:
+    module = MODULES[kind][0]()
+    setattr(module, name, Adapted(getattr(module, name)))
+    out = module(inputs(module))
+    out.square().sum().backward()
+    assert getattr(module, name).extra.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert_near(module(inputs(module)), out)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])
@@ -261,7 +386,50 @@ def test_gated_norm(norm_before_gate: bool) -> None:
         ),
         (
             lambda: mamba()(torch.zeros(2, 3, 12), seq_idx=torch.zeros(2, 3, dtype=torch.int32)),
-            NotImplementedError, "packed sequences need a batch of 1, got 2",
+            NotImplementedError, "seq_idx needs a batch of 1 in a Mamba-1 layer, got 2",
+        ),
+        (lambda: tw.nn.Mamba(8, d_state=300), ValueError, "d_state must be an int from 1 to 256, got 300"),
+        (lambda: tw.nn.Mamba(8, d_conv=9), ValueError, "d_conv must be an int from 1 to 8, got"),
+        (lambda: tw.nn.Mamba2(8, headdim=8, d_conv=9), ValueError, "d_conv must be an int from 1 to 8, got"),
+        (lambda: tw.nn.Mamba(0), ValueError, "d_model must be a positive int, got 0"),
+        (lambda: tw.nn.Mamba(8.0), TypeError, "d_model must be a positive int, got 8.0"),
+        (lambda: tw.nn.Mamba(8, expand="2"), ValueError, "expand must be a number .*, got '2'"),
+        (lambda: tw.nn.Mamba2(8, headdim=8, expand=0), ValueError, "expand must be .* one channel, got 0"),
+        (lambda: tw.nn.Mamba(8, dt_rank="x"), ValueError, "dt_rank must be .* or a positive int, got 'x'"),
+        (lambda: tw.nn.Mamba(8, dt_rank=0), ValueError, "dt_rank must be a positive int, got 0"),
+        (lambda: tw.nn.Mamba(8, dt_min=0), ValueError, "dt_min and dt_max must be .*, got 0 and 0.1"),
+        (lambda: tw.nn.Mamba2(8, headdim=0), ValueError, "headdim must be a positive int, got 0"),
+        (lambda: tw.nn.Mamba2(8, headdim=8, ngroups=0), ValueError, "ngroups must be a positive int, got 0"),
+        (lambda: tw.nn.Mamba2(8, headdim=8, d_ssm=0), ValueError, "d_ssm must be a positive int, got 0"),
+        (lambda: tw.nn.Mamba2(8, headdim=8, chunk_size=0), ValueError, "chunk_size must be a positive int"),
+        (lambda: tw.nn.Mamba2(8, headdim=8, dt_limit=3), ValueError, "dt_limit must be two numbers, got 3"),
+        (
+            lambda: mamba()(torch.zeros(3, 12)),
+            ValueError, r"hidden_states must have shape .* = \(batch, length, 12\), got \(3, 12\)",
+        ),
+        (lambda: mamba()(torch.zeros(1, 3, 11)), ValueError, r"\(batch, length, 12\), got \(1, 3, 11\)"),
+        (lambda: mamba()([1.0]), TypeError, "hidden_states must be a tensor, got list"),
+        (
+            lambda: mamba().step(torch.zeros(1, 12), torch.zeros(1), torch.zeros(1)),
+            ValueError, "hidden_states must have shape",
+        ),
+        (
+            lambda: mamba().step(torch.zeros(1, 1, 12), [0.0], torch.zeros(1, 24, 5)),
+            TypeError, "conv_state must be a tensor, got list",
+        ),
+        (
+            lambda: mamba().step(torch.zeros(1, 1, 12), torch.zeros(1, 24, 4).double(), None),
+            TypeError, "conv_state must have dtype float32, float16, bfloat16, got float64",
+        ),
+        (lambda: mamba2()(torch.zeros(3, 16)), ValueError, r"u must have shape .*, 16\), got \(3, 16\)"),
+        (
+            lambda: mamba2()(torch.zeros(20, 16), seqlen=7),
+            ValueError, "seqlen must divide the 20 rows of u, got 7",
+        ),
+        (lambda: mamba2()(torch.zeros(20, 16), seqlen=0), ValueError, "seqlen must be a positive int, got 0"),
+        (
+            lambda: mamba2()(torch.zeros(2, 10, 16), seqlen=10),
+            ValueError, r"u must have shape \(batch \* seqlen, d_model\) with seqlen, got \(2, 10, 16\)",
         ),
     ],
 )  # fmt: skip

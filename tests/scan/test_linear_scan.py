@@ -566,9 +566,9 @@ def test_bad_input(arguments, error, message) -> None:
     ("cu_seqlens", "error", "message"),
     [
         (torch.tensor([0.0, 6.0]), TypeError, "cu_seqlens must have dtype int32, int64, got float32"),
-        (torch.tensor([[0, 6]]), ValueError, r"shape \(n_seq \+ 1,\), got \(1, 2\)"),
+        (torch.tensor([[0, 6]]), ValueError, r"shape \(sequences \+ 1,\), got \(1, 2\)"),
         (torch.tensor([], dtype=torch.int64), ValueError, r"got \(0,\)"),
-        (torch.tensor([0, 5]), ValueError, r"rise strictly from 0 to the length 6, got \[0, 5\]"),
+        (torch.tensor([0, 5]), ValueError, r"increase strictly from 0 to the length 6, got \[0, 5\]"),
         (torch.tensor([1, 6]), ValueError, r"got \[1, 6\]"),
         (torch.tensor([0, 3, 3, 6]), ValueError, r"got \[0, 3, 3, 6\]"),
         (torch.tensor([0, 5, 2, 6]), ValueError, r"got \[0, 5, 2, 6\]"),

@@ -94,9 +94,9 @@ def test_refuses_shapes_and_values(arguments: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("ends", "message"),
     [
-        ([0, 3, 9], "cu_seqlens must start with 0 and end with the length 8, got 0 and 9"),
-        ([0, 3, 7], "got 0 and 7"),
-        ([1, 3, 8], "got 1 and 8"),
+        ([0, 3, 9], r"cu_seqlens must increase strictly from 0 to the length 8, got \[0, 3, 9\]"),
+        ([0, 3, 7], r"got \[0, 3, 7\]"),
+        ([1, 3, 8], r"got \[1, 3, 8\]"),
         ([0, 8, 8], "cu_seqlens must increase strictly"),
         ([0, -3, 8], "cu_seqlens must increase strictly"),
         ([0, 8], r"initial_state must have shape \(sequences, dim, states\) = \(1, 6, 4\), got \(2, 6, 4\)"),

@@ -197,10 +197,27 @@ def test_nothing_to_do(backend, shape: tuple[int, int]) -> None:
     assert not any(bool(g.any()) for g in grads[:-1])
 
 
+@pytest.mark.parametrize("without", [(), ("initial_states",)], ids=str)
+def test_no_sequences(backend, without: tuple[str, ...]) -> None:
+    inputs = in_dtype(make(1, 0, 2, 3, 1, 4), torch.float32, backend.device)
+    inputs["initial_states"] = inputs["initial_states"][:0]
+    leaves = {name: t.requires_grad_() for name, t in inputs.items() if name not in without}
+    out, states = ours(**leaves, cu_seqlens=torch.zeros(1, dtype=torch.int64, device=backend.device))
+    assert out.shape == (1, 0, 2, 3)
+    assert states.shape == (0, 2, 3, 4)
+    grads = torch.autograd.grad(out.sum() + states.sum(), list(leaves.values()))
+    assert all(torch.equal(g, torch.zeros_like(t)) for g, t in zip(grads, leaves.values(), strict=True))
+    with pytest.raises(ValueError, match=r"increase strictly from 0 to the length 0, got \[0, 0\]"):
+        ssd_chunk_scan(
+            **{k: v for k, v in leaves.items() if k != "initial_states"}, chunk_size=8,
+            cu_seqlens=torch.zeros(2, dtype=torch.int64, device=backend.device),
+        )  # fmt: skip
+
+
 # ---- sequences ----
 
 
-CUTS = [0, 3, 3, 68, 70, 140]
+CUTS = [0, 3, 4, 68, 70, 140]
 
 
 def test_packed_sequences(backend) -> None:
@@ -251,8 +268,8 @@ def test_one_initial_state_is_the_first_sequences(backend) -> None:
 
 
 def test_wrong_positions_on_a_device_stay_within_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There nobody looks at them beforehand; they may give wrong numbers only."""
-    monkeypatch.setattr("tilewright.scan.ops.ssd._check_positions", lambda *arguments: None)
+    """While a graph is captured nobody looks at them beforehand; they may give wrong numbers only."""
+    monkeypatch.setattr("tilewright.scan.ops.ssd.check_boundaries", lambda *arguments: None)
     inputs = in_dtype(make(1, 100, 2, 3, 1, 4, sequences=4), torch.float32)
     for positions in ([-5, 90, 3, 1000, 7], [99, 98, 97, 96, 95], [2**62, -(2**62), 0, 100, 2**40]):
         with emulated():
@@ -508,8 +525,8 @@ def test_any_shape_layout_and_option(level: str, data: Any) -> None:
     )
     length, head_dim, states = data.draw(st.integers(0, 150)), data.draw(size), data.draw(size)
     dtype = data.draw(st.sampled_from([torch.float32, *HALVES]))
-    packed = data.draw(st.booleans())
-    cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=4))) if packed else []
+    packed = length > 0 and data.draw(st.booleans())
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4))) if packed and length > 1 else []
     batch = 1 if packed else batch
     inputs = make(batch, length, heads * groups, head_dim, groups, states, wide=data.draw(st.booleans()),
                   sequences=len(cuts) + 1 if packed else None, seed=length)  # fmt: skip
@@ -577,9 +594,11 @@ def wrong(**changes: Any) -> dict[str, Any]:
         ({"seq_idx": torch.zeros(1, 6)}, TypeError, "seq_idx must have dtype int32, int64, got float32"),
         ({"seq_idx": torch.zeros(6, dtype=torch.int32)}, ValueError, "seq_idx must have shape"),
         ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens must have dtype int32, int64"),
-        ({"cu_seqlens": torch.tensor([0])}, ValueError, r"shape \(sequences \+ 1,\), got \(1,\)"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"ascend from 0 to the length 6, got \[0, 5\]"),
-        ({"cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError, "must ascend from 0"),
+        ({"cu_seqlens": torch.tensor([[0, 6]])}, ValueError, r"shape \(sequences \+ 1,\), got \(1, 2\)"),
+        ({"cu_seqlens": torch.tensor([0]), "initial_states": None}, ValueError, r"length 6, got \[0\]"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"to the length 6, got \[0, 5\]"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError, "cu_seqlens must increase strictly from 0"),
+        ({"cu_seqlens": torch.tensor([0, 4, 4, 6])}, ValueError, r"got \[0, 4, 4, 6\]"),
         ({"return_varlen_states": True}, ValueError, "return_varlen_states needs cu_seqlens"),
         ({"dt_limit": (1.0, 0.5)}, ValueError, r"dt_limit must be \(smallest, largest\)"),
         ({"dt_limit": 3.0}, ValueError, "dt_limit must be two numbers, got 3.0"),

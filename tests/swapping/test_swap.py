@@ -15,6 +15,7 @@ from torch import nn
 import tilewright as tw
 from tilewright import _C, swapping
 from tilewright import nn as tw_nn
+from tilewright.nn.mamba2 import RMSNormGated
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -81,9 +82,22 @@ def test_include(include: Any, paths: list[str]) -> None:
 
 
 def test_scan_off_and_strangers() -> None:
-    assert not tw.swap(tiny("mamba"), scan=False).swapped
-    report = tw.swap(nn.Sequential(nn.Linear(2, 2)))
-    assert "no layer that tilewright knows" in str(report)
+    report = tw.swap(tiny("mamba"), scan=False)
+    assert not report.swapped
+    assert [entry.why for entry in report.skipped] == ["scan is False"] * 2
+    for scan in (False, True):
+        report = tw.swap(nn.Sequential(nn.Linear(2, 2)), scan=scan)
+        assert "no layer that tilewright knows" in str(report)
+
+
+def test_our_own_modules() -> None:
+    report = tw.swap(nn.Sequential(nn.Linear(8, 8), tw.nn.Mamba(8), tw.nn.Mamba2(8, headdim=8)))
+    assert not report.swapped
+    assert [(entry.path, entry.layer, entry.why) for entry in report.skipped] == [
+        ("1", "Mamba", "it is tilewright's own"),
+        ("2", "Mamba2", "it is tilewright's own"),
+    ]
+    assert "no layer that tilewright knows" not in str(report)
 
 
 def test_one_layer_alone() -> None:
@@ -191,6 +205,8 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
         (lambda: tw.swap(nn.Linear(1, 1), attention=object()), NotImplementedError, "attention must be None"),
         (lambda: tw.swap(nn.Linear(1, 1), include=3), TypeError, "include must be a pattern"),
         (lambda: tw.swap(tiny("mamba"), verify=3), TypeError, "verify must be a tensor, a tuple or a dict"),
+        (lambda: tw.swap(nn.Linear(1, 1), verify=3), TypeError, "verify must be a tensor, .*, got int"),
+        (lambda: tw.swap(tiny("mamba"), verify=3, dry_run=True), TypeError, "verify must be a tensor"),
     ],
 )
 def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
@@ -210,8 +226,9 @@ def tiny_meta_mixer() -> nn.Module:
     return MambaMixer(tiny("mamba").config, layer_idx=0)  # type: ignore[no-any-return]
 
 
-def test_layers_of_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """mamba_ssm needs a GPU to build: a class with its name and our parameters stands for it."""
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> nn.ModuleList:
+    """mamba_ssm needs a GPU to build: classes with its names and our parameters stand for it."""
     for package in (
         "mamba_ssm",
         "mamba_ssm.modules",
@@ -221,22 +238,54 @@ def test_layers_of_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
     model = nn.ModuleList()
     for name, module, base in (("Mamba", "mamba_simple", tw_nn.Mamba), ("Mamba2", "mamba2", tw_nn.Mamba2)):
-        theirs = type(name, (base,), {"__module__": f"mamba_ssm.modules.{module}", "process_group": None})
-        theirs.forward = lambda self, *arguments: 1 / 0
-        setattr(sys.modules[f"mamba_ssm.modules.{module}"], name, theirs)
+        cls = type(name, (base,), {"__module__": f"mamba_ssm.modules.{module}", "process_group": None})
+        cls.forward = lambda self, *arguments: 1 / 0
+        setattr(sys.modules[f"mamba_ssm.modules.{module}"], name, cls)
         torch.manual_seed(0)
-        model.append(theirs(16, d_state=8, **({"headdim": 8} if name == "Mamba2" else {})))
-    report = tw.swap(model)
+        model.append(cls(16, d_state=8, layer_idx=0, **({"headdim": 8} if name == "Mamba2" else {})))
+    return model
+
+
+def test_layers_of_mamba_ssm(theirs: nn.ModuleList) -> None:
+    report = tw.swap(theirs)
     assert [(entry.layer, entry.op) for entry in report.swapped] == [
         ("Mamba", "selective_scan"),
         ("Mamba2", "ssd_chunk_scan"),
     ]
     hidden = torch.randn(2, 5, 16)
-    for layer, base in zip(model, (tw_nn.Mamba, tw_nn.Mamba2), strict=True):
+    for layer, base in zip(theirs, (tw_nn.Mamba, tw_nn.Mamba2), strict=True):
         assert torch.equal(layer(hidden), base.forward(layer, hidden))
-    model[1].process_group = "a group"
-    tw.unswap(model)
-    assert tw.swap(model).skipped[0].why == "it is spread over a process group"
+    theirs[1].process_group = "a group"
+    tw.unswap(theirs)
+    assert tw.swap(theirs).skipped[0].why == "it is spread over a process group"
+
+
+def test_mamba_ssm_layers_that_kernels_do_not_cover(theirs: nn.ModuleList) -> None:
+    theirs[0].d_state = 257
+    theirs[1].d_conv = 9
+    assert [entry.why for entry in tw.swap(theirs).skipped] == [
+        "it has 257 states a channel; the kernels have up to 256",
+        "its convolution is 9 wide; the kernels have up to 8",
+    ]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("group_size", [8, None])
+def test_mamba_ssm_norm_is_not_called(theirs: nn.ModuleList, gradients: bool, group_size: int | None) -> None:
+    """It is a Triton kernel, which fails on a CPU."""
+    layer, hidden = theirs[1], torch.randn(2, 5, 16)
+    layer.norm = RMSNormGated(32, group_size=group_size)
+    nn.init.normal_(layer.norm.weight)
+    expected = tw_nn.Mamba2.forward(layer, hidden)
+    members = {"__module__": "mamba_ssm.ops.triton.layernorm_gated", "forward": lambda *arguments: 1 / 0}
+    layer.norm.__class__, layer.norm.group_size = type("RMSNorm", (RMSNormGated,), members), group_size
+    tw.swap(theirs)
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(layer(hidden), expected)
+    with torch.no_grad():
+        states = layer.allocate_inference_cache(2, 5)
+        steps = [layer.step(hidden[:, t : t + 1], *states)[0] for t in range(5)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_transformers_is_not_imported_for_others() -> None:

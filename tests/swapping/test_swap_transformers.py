@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny_models import CONFIGS, MAMBA1, tiny, tokens, twins
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.utils import parametrize
 
 import tilewright as tw
 
@@ -154,6 +156,19 @@ def test_autocast(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FEW)
+def test_decoding_under_autocast_from_a_wider_cache(family: str) -> None:
+    model, ids = tiny(family), tokens()
+    expected = logits(model, ids)[:, 8:]
+    tw.swap(model)
+    with torch.no_grad():
+        cached = model(ids[:, :8], use_cache=True)
+        cache = {key: cached[key] for key in ("cache_params", "past_key_values") if key in cached}
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(ids[:, 8:], use_cache=True, **cache).logits
+    assert (out - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", FEW)
 def test_gradient_checkpointing(family: str) -> None:
     plain, checkpointed = tiny(family), tiny(family)
     for model in (plain, checkpointed):
@@ -184,6 +199,15 @@ def test_packed_sequences_do_not_see_each_other(family: str) -> None:
     if family in MAMBA1:
         with pytest.raises(NotImplementedError, match="seq_idx needs a batch of 1"):
             mixer(hidden.expand(2, -1, -1), seq_idx=seq_idx.expand(2, -1))
+    for wrong in ([0, 4, 11], [0, 4, 13], [0, 6, 4, 12], [3, 12], [0, 4, 4, 12]):
+        with pytest.raises(ValueError, match="cu_seqlens must increase strictly from 0 to the length 12"):
+            mixer(hidden, cu_seqlens=torch.tensor(wrong))
+    with pytest.raises(ValueError, match="give one of them, got both"):
+        mixer(hidden, cu_seqlens=ends, seq_idx=seq_idx)
+    with pytest.raises(TypeError, match="seq_idx must have dtype int32, int64, got float32"):
+        mixer(hidden, seq_idx=seq_idx.float())
+    with pytest.raises(TypeError, match="cu_seqlens must be a tensor, got list"):
+        mixer(hidden, cu_seqlens=[0, 12])
 
 
 def test_masks_that_cover_the_past_too() -> None:
@@ -259,6 +283,129 @@ def test_copies_and_pickles_stay_swapped(family: str) -> None:
         assert torch.equal(logits(other, ids), expected)
         assert tw.unswap(other) == 2
     assert tw.unswap(model) == 2, "copies are independent"
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+ORDERS = [
+    ("swap", "A_log", "unswap"),
+    ("A_log", "swap", "unswap"),
+    ("A_log", "swap", "D", "unswap"),
+    ("swap", "A_log", "unswap", "D", "swap", "unswap"),
+    ("swap", "A_log", "copy", "unswap"),
+    ("A_log", "swap", "copy", "unswap"),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_parametrizations_before_and_after(order: tuple[str, ...]) -> None:
+    """Their classes outlive a swap and its end, and can be taken away after it, and between."""
+    model, swapped = tiny("mamba"), False
+    stock, ids = type(model.backbone.layers[0].mixer), tokens()
+    expected, others = logits(model, ids), []
+    for what in order:
+        mixers = [layer.mixer for layer in model.backbone.layers]
+        if what == "swap":
+            assert len(tw.swap(model).swapped) == 2
+        elif what == "unswap":
+            assert tw.unswap(model) == 2
+        elif what == "copy":
+            others, model = [*others, model], copy.deepcopy(model)
+        else:
+            for mixer in mixers:
+                parametrize.register_parametrization(mixer, what, Doubled())
+        swapped = what == "swap" or (swapped and what != "unswap")
+        assert bool(tw.swap(model, dry_run=True).swapped) != swapped
+        torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+    for other in others:
+        assert not tw.swap(other, dry_run=True).swapped, "copies are independent"
+        torch.testing.assert_close(logits(other, ids), expected, rtol=1e-4, atol=1e-5)
+    for layer in model.backbone.layers:
+        for name in {"A_log", "D"} & set(order):
+            parametrize.remove_parametrizations(layer.mixer, name)
+        assert type(layer.mixer) is stock
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("first", ["A_log", "swap"])
+def test_parametrizations_end_before_the_swap_does(first: str) -> None:
+    model = tiny("mamba")
+    mixer = model.backbone.layers[0].mixer
+    expected = logits(model, tokens())
+    if first == "swap":
+        tw.swap(model)
+    parametrize.register_parametrization(mixer, "A_log", Doubled())
+    tw.swap(model)
+    parametrize.remove_parametrizations(mixer, "A_log")
+    torch.testing.assert_close(logits(model, tokens()), expected, rtol=1e-4, atol=1e-5)
+    assert tw.unswap(model) == 2
+    assert torch.equal(logits(model, tokens()), expected)
+
+
+def test_a_class_of_ones_own_over_a_swapped_one() -> None:
+    model = tiny("mamba")
+    tw.swap(model)
+    mixer, ids = model.backbone.layers[0].mixer, tokens()
+    before = type(mixer)
+    mixer.__class__ = type("Named", (before,), {"extra": 1})
+    assert copy.deepcopy(mixer).extra == 1
+    assert tw.unswap(model) == 2
+    assert mixer.extra == 1
+    assert tw.swap(model).swapped
+
+    class Loud(type(mixer)):  # type: ignore[misc]
+        def forward(self, *arguments: Any, **options: Any) -> Tensor:
+            return -super().forward(*arguments, **options)
+
+    mixer.__class__ = Loud
+    found = logits(model, ids)
+    with pytest.raises(
+        TypeError, match=r"Loud was derived from the class of a swapped layer and calls super"
+    ):
+        tw.unswap(model)
+    assert torch.equal(logits(model, ids), found)
+    assert tw.swap(model).skipped[1].why == "swapped already", "none of the layers was unswapped"
+
+
+@pytest.fixture
+def alone():
+    """A process group of one process."""
+    if not dist.is_available():
+        pytest.skip("this torch has no distributed package")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("first", ["swap", "shard"])
+def test_fully_shard(first: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    model, ids = tiny("mamba"), tokens()
+    expected, mesh = logits(model, ids), init_device_mesh("cpu", (1,))
+    mixers = [layer.mixer for layer in model.backbone.layers]
+    if first == "swap":
+        tw.swap(model)
+    for mixer in mixers:
+        fully_shard(mixer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if first == "shard":
+        assert len(tw.swap(model, verify=ids).swapped) == 2
+    assert type(mixers[0]) is type(mixers[1])
+    model(ids, use_cache=False).logits.square().sum().backward()
+    assert all(mixer.A_log.grad is not None for mixer in mixers)
+    assert tw.unswap(model) == 2
+    assert all(isinstance(mixer, FSDPModule) and type(mixer) is type(mixers[0]) for mixer in mixers)
+    mixers[0].reshard()
+    torch.testing.assert_close(logits(model, ids), expected)
 
 
 def test_save_pretrained_is_as_before(tmp_path: Any) -> None:

@@ -16,6 +16,7 @@ import sys
 import warnings
 from types import ModuleType
 
+from ..swapping.transformers import MODELS
 from . import causal_conv1d, mamba_ssm
 
 __all__ = ["causal_conv1d", "install", "mamba_ssm"]
@@ -30,6 +31,8 @@ def install(*names: str) -> None:
     Args:
         names: which of "mamba_ssm" and "causal_conv1d"; both if none is given.
 
+    Warns where such models were imported before.
+
     Raises:
         ValueError: another name.
         RuntimeError: the real package was imported before.
@@ -40,16 +43,34 @@ def install(*names: str) -> None:
             raise ValueError(f"names must be among {sorted(own)}, got {name!r}")
         if sys.modules.get(name, own[name]) is not own[name]:
             raise RuntimeError(f"{name} is imported already: call install() before anything that imports it")
-    late = [name for name in sys.modules if name.startswith("transformers.models.") and "mamba" in name]
-    if any(".modeling_" in name for name in late):
+    new = [name for name in names or own if name not in sys.modules]
+    late = [model for model, module in _models() if _resolved(model, module, new)]
+    if late:
         warnings.warn(
-            "transformers' Mamba models were imported before tilewright.compat.install() and keep the "
-            "functions they found; use tilewright.swap(model) for them",
+            f"transformers' {', '.join(sorted(late))} had been imported before tilewright.compat.install() "
+            "and keep the functions they found: import them after it, or use tilewright.swap(model)",
             stacklevel=2,
         )
     for name in names or own:
         for module in _with_submodules(own[name]):
             sys.modules[name + module.__name__.removeprefix(own[name].__name__)] = module
+
+
+def _models() -> list[tuple[str, ModuleType]]:
+    """The models of transformers that were imported, by name."""
+    found = []
+    for name, module in sys.modules.items():
+        package, _, model = name.rpartition(".modeling_")
+        if package == f"transformers.models.{model}":
+            found.append((model, module))
+    return found
+
+
+def _resolved(model: str, module: ModuleType, packages: list[str]) -> bool:
+    """Whether it looked for one of these packages when it was imported."""
+    if model in MODELS:
+        return bool(packages)
+    return "causal_conv1d" in packages and hasattr(module, "causal_conv1d_fn")  # LFM2, Qwen3-Next and others
 
 
 def _with_submodules(package: ModuleType) -> list[ModuleType]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from .. import scan
+from .._checks import FLOATS, check_dtype, check_tensor
 
 
 @dataclass
@@ -51,6 +55,21 @@ def states_of(layer: Any, inference_params: Any, batch_size: int, reset: bool) -
             state.zero_()
     conv_state, ssm_state = kept
     return conv_state, ssm_state
+
+
+def conv_step(conv1d: nn.Conv1d, x: Tensor, conv_state: Tensor) -> Tensor:
+    """One token (batch, channels) through the convolution; the state is moved on and keeps its dtype.
+
+    That need not be x's: under autocast states may be wider than what the projections give.
+    """
+    check_tensor("conv_state", conv_state)
+    check_dtype("conv_state", conv_state, (torch.float64,) if x.dtype == torch.float64 else FLOATS[:3])
+    dtype = torch.promote_types(x.dtype, conv_state.dtype)
+    state, weight = conv_state.to(dtype), conv1d.weight.squeeze(1)
+    y = scan.causal_conv1d_update(x.to(dtype), state, weight, conv1d.bias, activation="silu")
+    if conv_state.dtype != dtype:
+        conv_state.copy_(state)
+    return y.to(x.dtype)
 
 
 def keep_last(conv_state: Tensor, x: Tensor, *, go_on: bool) -> None:

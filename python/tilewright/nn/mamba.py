@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import scan
-from .inference import keep_last, states_of
+from .._checks import check_count, check_tensor
+from ..scan.conv import MAX_WIDTH
+from ..scan.selective import MAX_STATES
+from .inference import conv_step, keep_last, states_of
+from .packing import packing_of
 
 
 class Mamba(nn.Module):
@@ -58,9 +62,12 @@ class Mamba(nn.Module):
         super().__init__()
         if dt_init not in ("random", "constant"):
             raise ValueError(f'dt_init must be "random" or "constant", got {dt_init!r}')
+        check_count("d_model", d_model)
+        check_count("d_state", d_state, MAX_STATES)
+        check_count("d_conv", d_conv, MAX_WIDTH)
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
-        self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
+        self.d_inner = width_of(expand, d_model)
+        self.dt_rank = rank_of(dt_rank, d_model)
         self.use_fast_path, self.layer_idx, self.activation = use_fast_path, layer_idx, "silu"
 
         of: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -99,13 +106,15 @@ class Mamba(nn.Module):
                 far) and ``key_value_memory_dict``, as mamba_ssm's InferenceParams. With an offset the input
                 goes on where the last one ended, whatever its length.
             seq_idx: ``(1, length)``: the sequence that each token of packed ones belongs to.
-            cu_seqlens: ``(sequences + 1,)``: where packed sequences start and end. One of the two is enough.
+            cu_seqlens: ``(sequences + 1,)``: where packed sequences start and end, increasing strictly from 0
+                to the length, at which it looks. Give one of the two.
         """
+        check_tokens("hidden_states", hidden_states, self.d_model)
+        packing = packing_of(seq_idx, cu_seqlens, hidden_states, "hidden_states")
+        if packing is not None and inference_params is not None:
+            raise NotImplementedError("packed sequences do not go with inference_params")
+        numbers, ends = (None, None) if packing is None else (packing.seq_idx, packing.ends())
         batch, length, _ = hidden_states.shape
-        if seq_idx is not None or cu_seqlens is not None:
-            if inference_params is not None:
-                raise NotImplementedError("packed sequences do not go with inference_params")
-            seq_idx, cu_seqlens = packing(seq_idx, cu_seqlens, hidden_states)
         conv_state = ssm_state = None
         if inference_params is not None:
             conv_state, ssm_state = self._get_states_from_cache(inference_params, batch)
@@ -113,7 +122,8 @@ class Mamba(nn.Module):
                 return self.step(hidden_states, conv_state, ssm_state)[0]
         xz = self.in_proj(hidden_states).transpose(1, 2)
         A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj.bias)
-        if self.use_fast_path and torch.is_grad_enabled() and conv_state is None and seq_idx is None:
+        whole = conv_state is None and packing is None
+        if whole and self.use_fast_path and can_fuse(self.x_proj, self.dt_proj, self.out_proj):
             return scan.mamba_inner(
                 xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
                 self.out_proj.weight, self.out_proj.bias, A, D=D, delta_bias=bias, delta_softplus=True,
@@ -124,11 +134,11 @@ class Mamba(nn.Module):
             # Copies: both are overwritten below, and a backward pass needs them as they were.
             before, initial = conv_state[..., 1:].clone(), ssm_state.clone()
         weight = self.conv1d.weight.squeeze(1)
-        u = cast(Tensor, scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, before, activation="silu"))
+        u = cast(Tensor, scan.causal_conv1d(x, weight, self.conv1d.bias, numbers, before, activation="silu"))
         dt, B, C = self._projected(u.transpose(1, 2))
         arguments = (u, dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), D, z, bias, True)
         if conv_state is None or ssm_state is None:
-            y = cast(Tensor, scan.selective_scan(*arguments, cu_seqlens=cu_seqlens))
+            y = cast(Tensor, scan.selective_scan(*arguments, cu_seqlens=ends))
         else:
             y, last = scan.selective_scan(*arguments, True, initial_state=initial)
             keep_last(conv_state, x, go_on=inference_params.seqlen_offset > 0)
@@ -139,11 +149,9 @@ class Mamba(nn.Module):
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One token, ``(batch, 1, d_model)``; both states are updated in place and returned."""
-        if hidden_states.shape[1] != 1:
-            raise ValueError(f"step takes one token, got {hidden_states.shape[1]}: forward takes more")
+        check_tokens("hidden_states", hidden_states, self.d_model, one=True)
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
-        weight = self.conv1d.weight.squeeze(1)
-        u = scan.causal_conv1d_update(x, conv_state, weight, self.conv1d.bias, activation="silu")
+        u = conv_step(self.conv1d, x, conv_state)
         dt, B, C = self._projected(u)
         A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj.bias)
         y = scan.selective_state_update(ssm_state, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True)
@@ -166,7 +174,7 @@ class Mamba(nn.Module):
     def _projected(self, u: Tensor) -> tuple[Tensor, ...]:
         """Step size, B and C of every token, the features last."""
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return F.linear(dt, self.dt_proj.weight), B, C
+        return without_bias(self.dt_proj, dt), B, C
 
     def _get_states_from_cache(
         self, inference_params: Any, batch_size: int, initialize_states: bool = False
@@ -178,6 +186,8 @@ def initial_dt_bias(
     count: int, low: float, high: float, floor: float, device: torch.device | str | None
 ) -> Tensor:
     """What softplus maps to step sizes that are log-uniform between `low` and `high`."""
+    if not 0 < low <= high:
+        raise ValueError(f"dt_min and dt_max must be positive and increasing, got {low!r} and {high!r}")
     dt = torch.empty(count, dtype=torch.float32, device=device).uniform_(math.log(low), math.log(high)).exp()
     dt = dt.clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))
@@ -188,19 +198,46 @@ def wide(weight: Tensor) -> Tensor:
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
-def packing(
-    seq_idx: Tensor | None, cu_seqlens: Tensor | None, hidden_states: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Both ways to say where packed sequences lie, from either."""
-    batch, length, _ = hidden_states.shape
-    if batch != 1:
-        raise NotImplementedError(f"packed sequences need a batch of 1, got {batch}")
-    if seq_idx is None and cu_seqlens is not None:
-        steps = torch.arange(length, device=hidden_states.device)
-        seq_idx = (torch.searchsorted(cu_seqlens, steps, right=True) - 1).unsqueeze(0)
-    elif cu_seqlens is None and seq_idx is not None:
-        starts = torch.nonzero(seq_idx[0, 1:] != seq_idx[0, :-1]).flatten() + 1
-        cu_seqlens = F.pad(F.pad(starts, (1, 0)), (0, 1), value=length)
-    assert seq_idx is not None
-    assert cu_seqlens is not None
-    return seq_idx.to(torch.int32), cu_seqlens
+def can_fuse(*linears: Any) -> bool:
+    """Whether to train from the projections' weights: plain ones, without adapters or hooks."""
+    return torch.is_grad_enabled() and all(
+        type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+        for linear in linears
+    )
+
+
+def without_bias(dt_proj: Any, dt: Tensor) -> Tensor:
+    """The step size's projection; its bias comes inside the scan."""
+    if type(dt_proj) is nn.Linear:
+        return F.linear(dt, dt_proj.weight)
+    # A quantized or adapted layer has to be called.
+    return dt_proj(dt) - dt_proj.bias  # type: ignore[no-any-return]
+
+
+def check_tokens(name: str, value: Any, d_model: int, *, one: bool = False) -> None:
+    """Refuses what is no batch of tokens."""
+    check_tensor(name, value)
+    if value.dim() != 3 or value.shape[2] != d_model:
+        raise ValueError(
+            f"{name} must have shape (batch, length, d_model) = (batch, length, {d_model}), "
+            f"got {tuple(value.shape)}"
+        )
+    if one and value.shape[1] != 1:
+        raise ValueError(f"step takes one token, got {value.shape[1]}: forward takes more")
+
+
+def width_of(expand: float, d_model: int) -> int:
+    """Channels inside the block."""
+    if not isinstance(expand, (int, float)) or int(expand * d_model) < 1:
+        raise ValueError(f"expand must be a number that gives at least one channel, got {expand!r}")
+    return int(expand * d_model)
+
+
+def rank_of(dt_rank: int | str, d_model: int) -> int:
+    """The rank of the step size's projection."""
+    if dt_rank == "auto":
+        return math.ceil(d_model / 16)
+    if isinstance(dt_rank, str):
+        raise ValueError(f'dt_rank must be "auto" or a positive int, got {dt_rank!r}')
+    check_count("dt_rank", dt_rank)
+    return dt_rank

@@ -9,8 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import scan
-from .inference import keep_last, states_of
-from .mamba import initial_dt_bias, packing, wide
+from .._checks import check_count, check_tensor
+from ..scan.conv import MAX_WIDTH
+from ..scan.ssd import gated_rms_norm, limits
+from .inference import conv_step, keep_last, states_of
+from .mamba import check_tokens, initial_dt_bias, wide, width_of
+from .packing import packing_of
 
 
 class RMSNormGated(nn.Module):
@@ -40,15 +44,7 @@ class RMSNormGated(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalizes x ``(..., hidden_size)``, gated by z of the same shape; computes in float32."""
-        y = wide(x)
-        if z is not None and not self.norm_before_gate:
-            y = y * F.silu(wide(z))
-        grouped = torch.unflatten(y, -1, (-1, self.group_size))
-        grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-        y = grouped.flatten(-2) * self.weight
-        if z is not None and self.norm_before_gate:
-            y = y * F.silu(wide(z))
-        return y.to(x.dtype)
+        return gated_rms_norm(x, z, self.weight, self.eps, self.group_size, self.norm_before_gate)
 
 
 class Mamba2(nn.Module):
@@ -73,7 +69,7 @@ class Mamba2(nn.Module):
         dt_limit: the step size is clamped to this.
         bias, conv_bias: whether the projections, and the convolution, have biases.
         chunk_size: tokens that the scan takes at once.
-        use_mem_eff_path: whether a training step computes intermediate results again instead of keeping them.
+        use_mem_eff_path: for the sake of mamba_ssm's signature: there is one way here, whatever it says.
         layer_idx: the layer's number in a model; needed with `inference_params`.
         process_group, sequence_parallel: leave them as they are: this module is not distributed.
         device, dtype: of the parameters.
@@ -114,8 +110,14 @@ class Mamba2(nn.Module):
             raise NotImplementedError(
                 "process_group must be None and sequence_parallel True: nothing is distributed"
             )
+        check_count("d_conv", d_conv, MAX_WIDTH)
+        for name, count in (
+            ("d_model", d_model), ("d_state", d_state), ("headdim", headdim), ("ngroups", ngroups),
+            ("chunk_size", chunk_size), ("d_ssm", 1 if d_ssm is None else d_ssm),
+        ):  # fmt: skip
+            check_count(name, count)
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
-        self.d_inner = int(expand * d_model)
+        self.d_inner = width_of(expand, d_model)
         self.headdim, self.ngroups = headdim, ngroups
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         if self.d_ssm % headdim or self.d_ssm > self.d_inner:
@@ -128,7 +130,7 @@ class Mamba2(nn.Module):
         if not 0 < A_init_range[0] <= A_init_range[1]:
             raise ValueError(f"A_init_range must be positive and increasing, got {A_init_range}")
         self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
-        self.dt_limit = cast(tuple[float, float], tuple(dt_limit))
+        self.dt_limit = limits(dt_limit)
         self.chunk_size, self.activation = chunk_size, "silu"
         self.use_mem_eff_path, self.layer_idx = use_mem_eff_path, layer_idx
 
@@ -168,32 +170,30 @@ class Mamba2(nn.Module):
             u: the input.
             seqlen: the length, where batch and length are one axis.
             seq_idx: ``(batch, length)``: the sequence that each token of packed ones belongs to.
-            cu_seqlens: ``(sequences + 1,)``: the same for one row, as where they start and end.
+            cu_seqlens: ``(sequences + 1,)``: the same for one row, as where they start and end, increasing
+                strictly from 0 to the length, at which it looks. Give one of the two.
             inference_params: keeps the states between calls: an object with ``seqlen_offset`` (tokens seen so
                 far) and ``key_value_memory_dict``, as mamba_ssm's InferenceParams. With an offset the input
                 goes on where the last one ended, whatever its length.
         """
-        rows = u if seqlen is None else torch.unflatten(u, 0, (-1, seqlen))
-        if (seq_idx is not None or cu_seqlens is not None) and inference_params is not None:
-            raise NotImplementedError("packed sequences do not go with inference_params")
-        if seq_idx is None and cu_seqlens is not None:
-            seq_idx = packing(None, cu_seqlens, rows)[0]
-        if inference_params is not None:
+        rows = u if seqlen is None else split_rows(u, seqlen)
+        check_tokens("u", rows, self.d_model)
+        packing = packing_of(seq_idx, cu_seqlens, rows, "u")
+        if inference_params is None:
+            out = self._whole(rows, None if packing is None else packing.seq_idx)
+        elif packing is None:
             out = self._cached(rows, inference_params)
         else:
-            out = self._whole(self.in_proj(rows), seq_idx)
+            raise NotImplementedError("packed sequences do not go with inference_params")
         return out if seqlen is None else out.flatten(0, 1)
 
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One token, ``(batch, 1, d_model)``; both states are updated in place and returned."""
-        if hidden_states.shape[1] != 1:
-            raise ValueError(f"step takes one token, got {hidden_states.shape[1]}: forward takes more")
+        check_tokens("hidden_states", hidden_states, self.d_model, one=True)
         mlp, z, xbc, dt = self._parts(self.in_proj(hidden_states[:, 0]))
-        weight = self.conv1d.weight.squeeze(1)
-        xbc = scan.causal_conv1d_update(xbc, conv_state, weight, self.conv1d.bias, activation="silu")
-        x, B, C = self._heads(xbc)
+        x, B, C = self._heads(conv_step(self.conv1d, xbc, conv_state))
         bias: Tensor | None = self.dt_bias
         if self.dt_limit != (0.0, float("inf")):
             dt, bias = F.softplus(wide(dt) + wide(self.dt_bias)).clamp(*self.dt_limit), None
@@ -225,20 +225,9 @@ class Mamba2(nn.Module):
         )
         return conv_state, ssm_state
 
-    def _whole(self, zxbcdt: Tensor, seq_idx: Tensor | None) -> Tensor:
+    def _whole(self, rows: Tensor, seq_idx: Tensor | None) -> Tensor:
         """An input without a cache."""
-        if self.use_mem_eff_path and torch.is_grad_enabled():
-            out = scan.mamba_split_conv1d_scan_combined(
-                zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
-                -torch.exp(wide(self.A_log)), self._skip(), self.chunk_size, seq_idx=seq_idx,
-                dt_limit=self.dt_limit, activation="silu",
-                rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
-                rmsnorm_eps=self.norm.eps if self.rmsnorm else 1e-6, outproj_weight=self.out_proj.weight,
-                outproj_bias=self.out_proj.bias, headdim=self.headdim, ngroups=self.ngroups,
-                norm_before_gate=self.norm_before_gate,
-            )  # fmt: skip
-            return cast(Tensor, out)
-        mlp, z, xbc, dt = self._parts(zxbcdt)
+        mlp, z, xbc, dt = self._parts(self.in_proj(rows))
         y = self._scan(self._convolved(xbc, seq_idx, None), dt, z, seq_idx=seq_idx)
         return self._projected(y.flatten(2), z, mlp)
 
@@ -293,13 +282,27 @@ class Mamba2(nn.Module):
     def _projected(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
         """Norm, the MLP's part beside it, and the last projection."""
         if self.rmsnorm:
-            y = self.norm(y, z)
+            y = self._normed(y, z)
         if mlp.shape[-1]:
             gate, value = mlp.chunk(2, dim=-1)
             y = torch.cat([F.silu(gate) * value, y], dim=-1)
         return self.out_proj(y)  # type: ignore[no-any-return]
 
+    def _normed(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.norm(y, z)  # type: ignore[no-any-return]
+
     def _get_states_from_cache(
         self, inference_params: Any, batch_size: int, initialize_states: bool = False
     ) -> tuple[Tensor, Tensor]:
         return states_of(self, inference_params, batch_size, initialize_states)
+
+
+def split_rows(u: Tensor, seqlen: int) -> Tensor:
+    """(batch * seqlen, d_model) as (batch, seqlen, d_model)."""
+    check_tensor("u", u)
+    check_count("seqlen", seqlen)
+    if u.dim() != 2:
+        raise ValueError(f"u must have shape (batch * seqlen, d_model) with seqlen, got {tuple(u.shape)}")
+    if u.shape[0] % seqlen:
+        raise ValueError(f"seqlen must divide the {u.shape[0]} rows of u, got {seqlen}")
+    return torch.unflatten(u, 0, (-1, seqlen))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_dtype, check_shape, check_tensor
+from .._checks import check_cu_seqlens, check_device, check_dtype, check_shape, check_tensor
 from .ops.linear import LinearScan
 from .ops.linear import forward as _forward
 
@@ -106,11 +106,7 @@ def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_packing(cu_seqlens: Tensor, b: Tensor, dim: int) -> None:
-    check_tensor("cu_seqlens", cu_seqlens)
-    check_dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
-    check_device("cu_seqlens", cu_seqlens, b.device, "b")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape (n_seq + 1,), got {tuple(cu_seqlens.shape)}")
+    check_cu_seqlens(cu_seqlens, b.device, "b")
     if any(size != 1 for size in b.shape[:dim]):
         raise ValueError(
             f"cu_seqlens needs axes of size 1 before dim={dim}, got a and b of shape {tuple(b.shape)}"

@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from .._checks import (
+    FLOATS,
+    INTEGERS,
+    check_cu_seqlens,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+)
 from .ops import selective as ops
 
-_MAX_STATES: int = _backend.C.SELECTIVE_SCAN_MAX_STATES
-_POSITIONS = (torch.int32, torch.int64)
+MAX_STATES: int = _backend.C.SELECTIVE_SCAN_MAX_STATES
 
 
 def selective_scan(
@@ -110,13 +117,15 @@ def selective_scan(
     if delta_bias is not None:
         delta_bias = _per_channel("delta_bias", delta_bias, u, real)
     if cu_seqlens is not None:
-        cu_seqlens = _positions("cu_seqlens", cu_seqlens, u)
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-            raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+        check_cu_seqlens(cu_seqlens, u.device, "u")
+        cu_seqlens = cu_seqlens.to(torch.int64)
         if batch != 1:
             raise ValueError(f"cu_seqlens needs a batch of 1, which holds all sequences, got {batch}")
     if order is not None:
-        order = _positions("order", order, u)
+        check_tensor("order", order)
+        check_device("order", order, u.device, "u")
+        check_dtype("order", order, INTEGERS)
+        order = order.to(torch.int64)
         if tuple(order.shape) not in ((length,), (batch, length)):
             raise ValueError(
                 f"order must have shape (length,) = ({length},) or (batch, length) = ({batch}, {length}), "
@@ -164,8 +173,8 @@ def _matching_weight(A: Tensor, u: Tensor) -> Tensor:
     check_device("A", A, u.device, "u")
     if A.dim() != 2 or A.shape[0] != u.shape[1]:
         raise ValueError(f"A must have shape (dim, states) = ({u.shape[1]}, states), got {tuple(A.shape)}")
-    if not 1 <= A.shape[1] <= _MAX_STATES:
-        raise ValueError(f"A must have 1 to {_MAX_STATES} states a channel, got {A.shape[1]}")
+    if not 1 <= A.shape[1] <= MAX_STATES:
+        raise ValueError(f"A must have 1 to {MAX_STATES} states a channel, got {A.shape[1]}")
     if u.dtype == torch.float64:
         check_dtype("A", A, (torch.float64, torch.complex128))
         return A
@@ -225,10 +234,3 @@ def _per_channel(name: str, value: Tensor, u: Tensor, dtype: torch.dtype) -> Ten
     check_device(name, value, u.device, "u")
     check_shape(name, value, (u.shape[1],), "(dim,)")
     return _cast(name, value, dtype)
-
-
-def _positions(name: str, value: Tensor, u: Tensor) -> Tensor:
-    check_tensor(name, value)
-    check_device(name, value, u.device, "u")
-    check_dtype(name, value, _POSITIONS)
-    return value.to(torch.int64)

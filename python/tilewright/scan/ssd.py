@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from .._checks import (
+    FLOATS,
+    INTEGERS,
+    check_cu_seqlens,
+    check_device,
+    check_dtype,
+    check_shape,
+    check_tensor,
+)
 from .ops.ssd import SsdChunkScan
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 def ssd_chunk_scan(
@@ -58,9 +64,10 @@ def ssd_chunk_scan(
             is then the first sequence's. Default: zeros.
         seq_idx: int32 or int64 ``(batch, length)``. The state is dropped before each step whose value is not
             that of the step before; the initial state belongs to what comes first, whatever its number.
-        cu_seqlens: int32 or int64 ``(sequences + 1,)``, ascending from 0 to length; batch must be 1.
-            Sequence s is steps ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` and starts from its own initial
-            state. On a CUDA device the values are not looked at; wrong ones give wrong numbers, no crash.
+        cu_seqlens: int32 or int64 ``(sequences + 1,)``, increasing strictly from 0 to length; batch must be
+            1. Sequence s is steps ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]`` and starts from its own initial
+            state. Looking at the values waits for a CUDA device, except while a CUDA graph is captured: there
+            they are trusted; wrong ones give wrong numbers, no crash.
         dt_softplus: whether dt goes through softplus.
         dt_limit: smallest and largest dt.
         return_final_states: also return the states after the last step of each batch row, or sequence.
@@ -78,7 +85,7 @@ def ssd_chunk_scan(
 
     Raises:
         TypeError: a tensor is none, or has a dtype that is not allowed.
-        ValueError: a shape or device that does not fit, or an option that is not allowed.
+        ValueError: a shape, device or `cu_seqlens` that does not fit, or an option that is not allowed.
         NotImplementedError: a second derivative is asked for.
 
     With `cu_seqlens`, mamba_ssm wants `return_varlen_states` and lets the state run on from sequence to
@@ -92,14 +99,16 @@ def ssd_chunk_scan(
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int | torch.SymInt) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a positive int, got {chunk_size!r}")
     _check_options(x, D, z, dt_bias)
-    lowest, highest = _limits(dt_limit)
+    lowest, highest = limits(dt_limit)
     if cu_seqlens is not None:
-        _check_positions(cu_seqlens, x)
+        check_cu_seqlens(cu_seqlens, x.device, "x")
+        if x.shape[0] != 1:
+            raise ValueError(f"cu_seqlens needs batch 1, got x of shape {tuple(x.shape)}")
     elif return_varlen_states:
         raise ValueError("return_varlen_states needs cu_seqlens, got None")
     if seq_idx is not None:
         check_tensor("seq_idx", seq_idx)
-        check_dtype("seq_idx", seq_idx, _INTEGERS)
+        check_dtype("seq_idx", seq_idx, INTEGERS)
         check_shape("seq_idx", seq_idx, x.shape[:2], "(batch, length)")
         check_device("seq_idx", seq_idx, x.device, "x")
         seq_idx = seq_idx.to(torch.int64).contiguous()
@@ -169,7 +178,7 @@ def mamba_split_conv1d_scan_combined(
         chunk_size: as in `ssd_chunk_scan`, which also explains initial_states, seq_idx, dt_limit,
             return_final_states and state_dtype. The convolution starts from zeros.
         initial_states: ``(batch, heads, headdim, state)``.
-        seq_idx: ``(batch, length)``; int32 for the convolution's sake, int64 is converted.
+        seq_idx: ``(batch, length)``, int32 or int64.
         dt_limit: smallest and largest dt.
         return_final_states: also return the final states.
         activation: of the convolution: None, "silu" or "swish".
@@ -193,8 +202,7 @@ def mamba_split_conv1d_scan_combined(
     heads, head_dim, states, extra = _split_sizes(zxbcdt, conv1d_weight, D, headdim, ngroups)
     dim, both = heads * head_dim, ngroups * states
     mlp, z, xBC, dt = torch.split(zxbcdt, [2 * extra, dim, dim + 2 * both, heads], dim=-1)
-    conv_idx = None if seq_idx is None else seq_idx.to(torch.int32)
-    xBC = _causal_conv1d(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, conv_idx, activation=activation)
+    xBC = _causal_conv1d(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
     x, B, C = torch.split(xBC.transpose(1, 2), [dim, both, both], dim=-1)
     gate = _split_last(z, heads, head_dim) if rmsnorm_weight is None else None
     scanned = ssd_chunk_scan(
@@ -216,7 +224,7 @@ def mamba_split_conv1d_scan_combined(
     )
     out, final_states = scanned[0].flatten(-2), scanned[1]
     if rmsnorm_weight is not None:
-        out = _gated_rms_norm(out, z, rmsnorm_weight, rmsnorm_eps, dim // ngroups, norm_before_gate)
+        out = gated_rms_norm(out, z, rmsnorm_weight, rmsnorm_eps, dim // ngroups, norm_before_gate)
     if extra > 0:
         first, second = mlp.chunk(2, dim=-1)
         out = torch.cat([F.silu(first) * second, out], dim=-1)
@@ -268,7 +276,8 @@ def _check_options(x: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tenso
         check_shape("dt_bias", dt_bias, (heads,), "(heads,)")
 
 
-def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
+def limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
+    """The smallest and largest step size, as two numbers."""
     try:
         lowest, highest = (float(limit) for limit in dt_limit)
     except (TypeError, ValueError):
@@ -276,16 +285,6 @@ def _limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
     if not lowest <= highest:
         raise ValueError(f"dt_limit must be (smallest, largest), got {dt_limit!r}")
     return lowest, highest
-
-
-def _check_positions(cu_seqlens: Tensor, x: Tensor) -> None:
-    check_tensor("cu_seqlens", cu_seqlens)
-    check_dtype("cu_seqlens", cu_seqlens, _INTEGERS)
-    check_device("cu_seqlens", cu_seqlens, x.device, "x")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
-    if x.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs batch 1, got x of shape {tuple(x.shape)}")
 
 
 def _initial(states: Tensor | None, x: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -300,7 +299,7 @@ def _initial(states: Tensor | None, x: Tensor, B: Tensor, cu_seqlens: Tensor | N
         check_shape("initial_states", states, (x.shape[0], *each), "(batch, heads, head_dim, state)")
         return states
     sequences = cu_seqlens.shape[0] - 1
-    if states.dim() == 4 and states.shape[0] == 1 and sequences != 1:
+    if states.dim() == 4 and states.shape[0] == 1 and sequences > 1:
         check_shape("initial_states", states, (1, *each), "(1, heads, head_dim, state)")
         return torch.cat([states, states.new_zeros(sequences - 1, *each)])
     check_shape("initial_states", states, (sequences, *each), "(sequences, heads, head_dim, state)")
@@ -358,14 +357,14 @@ def _split_last(t: Tensor, outer: int, inner: int) -> Tensor:
     return t.view(*t.shape[:-1], outer, inner)
 
 
-def _gated_rms_norm(
-    y: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
+def gated_rms_norm(
+    y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
-    """RMS norm over groups of channels, in float32 (float64 stays), gated before or after."""
+    """RMS norm over groups of channels, in float32 (float64 stays), gated by z, if any, before or after."""
     dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)
-    y, gate = y.to(wide), F.silu(z.to(wide))
-    if not norm_before_gate:
+    y, gate = y.to(wide), None if z is None else F.silu(z.to(wide))
+    if gate is not None and not norm_before_gate:
         y = y * gate
-    groups = _split_last(y, y.shape[-1] // group_size, group_size)
+    groups = torch.unflatten(y, -1, (-1, group_size))
     y = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight.to(wide)
-    return (y * gate if norm_before_gate else y).to(dtype)
+    return (y if gate is None or not norm_before_gate else y * gate).to(dtype)

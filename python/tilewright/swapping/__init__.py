@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from .. import _backend
+from ..nn import Mamba, Mamba2
 from .instances import Methods, exchange, is_swapped, replaced_forward, restore
 from .report import Skipped, Swapped, SwapReport
-from .verify import compare, outputs_of, tolerance_of
+from .verify import arguments_of, compare, outputs_of, tolerance_of
 
 __all__ = ["Skipped", "SwapReport", "Swapped", "swap", "unswap"]
 
@@ -67,7 +68,7 @@ def swap(
         NotImplementedError: `attention` is given.
         RuntimeError: `verify` found a difference. The model is as it was; so it is after any other error.
     """
-    _check_arguments(model, attention, include)
+    _check_arguments(model, attention, include, verify)
     report, changes = _plan(model, scan, include, dry_run)
     if dry_run or not changes:
         return report
@@ -80,19 +81,24 @@ def swap(
         if verify is not None:
             compare(before, outputs_of(model, verify), tolerance_of(model))
     except BaseException:
-        for module in done:
-            restore(module)
+        restore(done)
         raise
     return report
 
 
 def unswap(model: nn.Module) -> int:
-    """Gives every swapped layer of the model its own code back; returns how many there were."""
+    """Gives every swapped layer of the model its own code back; returns how many there were.
+
+    What else was done to the layers since then, parametrizations and FSDP included, stays.
+
+    Raises:
+        TypeError: `model` is no module, or the class of a layer was derived from the swapped one and calls
+            ``super()``. The model is as it was.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     swapped = [module for module in model.modules() if is_swapped(module)]
-    for module in swapped:
-        restore(module)
+    restore(swapped)
     return len(swapped)
 
 
@@ -103,7 +109,7 @@ def methods_for(cls: type) -> Methods:
     raise LookupError(f"tilewright has no replacement for {cls.__module__}.{cls.__qualname__}")
 
 
-def _check_arguments(model: Any, attention: Any, include: Any) -> None:
+def _check_arguments(model: Any, attention: Any, include: Any, verify: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if attention is not None:
@@ -111,6 +117,8 @@ def _check_arguments(model: Any, attention: Any, include: Any) -> None:
     patterns = isinstance(include, Sequence) and all(isinstance(pattern, str) for pattern in include)
     if not (include is None or callable(include) or patterns):
         raise TypeError(f"include must be a pattern, patterns or a function (name, module), got {include!r}")
+    if verify is not None:
+        arguments_of(verify)
 
 
 def _plan(
@@ -118,12 +126,15 @@ def _plan(
 ) -> tuple[SwapReport, list[tuple[nn.Module, Methods]]]:
     """Decides about every module, and changes none."""
     report, changes = SwapReport(dry_run=dry_run), []
-    for path, module in model.named_modules() if scan else ():
+    for path, module in model.named_modules():
         original, host = next(_known_bases(type(module)), (None, None))
+        name = type(module).__name__
         if original is None or host is None:
+            if isinstance(module, (Mamba, Mamba2)):
+                report.skipped.append(Skipped(path, name, "it is tilewright's own"))
             continue
-        layer, name = host.layer_of(original), type(module).__name__
-        why = _obstacle(path, module, original, include) or layer.obstacle(module)
+        layer = host.layer_of(original)
+        why = _obstacle(path, module, original, scan, include) or layer.obstacle(module)
         if why is None:
             report.swapped.append(Swapped(path, name, layer.op, _kernel(module)))
             changes.append((module, layer.methods))
@@ -142,10 +153,12 @@ def _known_bases(cls: type) -> Iterator[tuple[type, ModuleType]]:
                 yield base, host
 
 
-def _obstacle(path: str, module: nn.Module, original: type, include: Include) -> str | None:
+def _obstacle(path: str, module: nn.Module, original: type, scan: bool, include: Include) -> str | None:
     """What keeps a module of a known kind from being swapped, whatever its kind."""
     if is_swapped(module):
         return "swapped already"
+    if not scan:
+        return "scan is False"
     if not _included(path, module, include):
         return "not included"
     if type(module).forward is not original.forward:  # type: ignore[attr-defined]

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..nn import Mamba, Mamba2
+from ..scan.conv import MAX_WIDTH
+from ..scan.selective import MAX_STATES
+from ..scan.ssd import gated_rms_norm
 from .instances import Layer
 
 _METHODS = ("forward", "step", "allocate_inference_cache", "_get_states_from_cache")
@@ -14,20 +19,37 @@ _MAMBA2 = (*_METHODS, "_whole", "_cached", "_parts", "_convolved", "_heads", "_s
 
 def layer_of(cls: type) -> Layer | None:
     """How to swap this class; None for classes that are not known."""
-    if (cls.__module__, cls.__name__) == ("mamba_ssm.modules.mamba_simple", "Mamba"):
-        return Layer("selective_scan", {name: getattr(Mamba, name) for name in _MAMBA}, _obstacle)
-    if (cls.__module__, cls.__name__) == ("mamba_ssm.modules.mamba2", "Mamba2"):
-        return Layer("ssd_chunk_scan", {name: getattr(Mamba2, name) for name in _MAMBA2}, _distributed)
+    name = (cls.__module__, cls.__name__)
+    if name == ("mamba_ssm.modules.mamba_simple", "Mamba"):
+        return Layer("selective_scan", {name: getattr(Mamba, name) for name in _MAMBA}, _states)
+    if name == ("mamba_ssm.modules.mamba2", "Mamba2"):
+        methods = {name: getattr(Mamba2, name) for name in _MAMBA2}
+        return Layer("ssd_chunk_scan", {**methods, "_normed": _normed}, _distributed)
     return None
 
 
-def _obstacle(module: Any) -> str | None:
-    if module.d_state > 256:
-        return f"it has {module.d_state} states a channel; the kernels have up to 256"
-    return None
+def _states(module: Any) -> str | None:
+    if module.d_state > MAX_STATES:
+        return f"it has {module.d_state} states a channel; the kernels have up to {MAX_STATES}"
+    return _width(module)
 
 
 def _distributed(module: Any) -> str | None:
     if module.process_group is not None:
         return "it is spread over a process group"
+    return _width(module)
+
+
+def _width(module: Any) -> str | None:
+    if module.d_conv > MAX_WIDTH:
+        return f"its convolution is {module.d_conv} wide; the kernels have up to {MAX_WIDTH}"
     return None
+
+
+def _normed(self: Any, y: Tensor, z: Tensor) -> Tensor:
+    """mamba_ssm's own gated norm is a Triton kernel, which runs on no CPU; others are called."""
+    norm = self.norm
+    if (type(norm).__module__, type(norm).__name__) != ("mamba_ssm.ops.triton.layernorm_gated", "RMSNorm"):
+        return norm(y, z)  # type: ignore[no-any-return]
+    group_size = norm.group_size or y.shape[-1]
+    return gated_rms_norm(y, z, norm.weight, norm.eps, group_size, norm.norm_before_gate)

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import scan
+from ..nn.inference import conv_step
+from ..nn.mamba import can_fuse, wide, without_bias
+from ..nn.packing import Packing, packing_of
+from ..scan.conv import MAX_WIDTH
+from ..scan.selective import MAX_STATES
 from .instances import Layer
 
-_MAX_STATES = 256
-_MAX_CONV_WIDTH = 8
 _ARGUMENTS = ["self", "hidden_states", "cache_params", "attention_mask"]
 
 
@@ -48,10 +50,10 @@ def _obstacle(module: Any) -> str | None:
         return f"its forward is not the one of transformers 5 (arguments {', '.join(_ARGUMENTS[1:])})"
     if module.activation not in ("silu", "swish"):
         return f"its activation is {module.activation!r}; the convolution kernels have 'silu'"
-    if module.conv_kernel_size > _MAX_CONV_WIDTH:
-        return f"its convolution is {module.conv_kernel_size} wide; the kernels have up to {_MAX_CONV_WIDTH}"
-    if module.ssm_state_size > _MAX_STATES:
-        return f"it has {module.ssm_state_size} states a channel; the kernels have up to {_MAX_STATES}"
+    if module.conv_kernel_size > MAX_WIDTH:
+        return f"its convolution is {module.conv_kernel_size} wide; the kernels have up to {MAX_WIDTH}"
+    if module.ssm_state_size > MAX_STATES:
+        return f"it has {module.ssm_state_size} states a channel; the kernels have up to {MAX_STATES}"
     return None
 
 
@@ -80,17 +82,18 @@ def _mamba_forward(
     """Mamba, FalconMamba and Jamba: projection, convolution, selective scan, gate, projection."""
     length = hidden_states.shape[1]
     mask = _padding(attention_mask, length)
+    packing = _packing(kwargs, hidden_states)
+    ends = _ends(packing, cache_params)
     xz = self.in_proj(_masked(hidden_states, mask))
-    packing = _Packing.of(kwargs, hidden_states)
     whole = cache_params is None and mask is None and packing is None
-    if whole and _can_fuse(self, self.x_proj, self.dt_proj):
+    if whole and can_fuse(self.x_proj, self.dt_proj, self.out_proj):
         return _fused_mamba(self, xz)
 
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
-    weights = (-torch.exp(_wide(self.A_log)), _wide(self.D), _wide(self.dt_proj.bias))
+    weights = (-torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj.bias))
     conv_state, state = _cached(self, cache_params, length)
     if conv_state is not None and state is not None:
-        u = _conv_step(self, x[..., 0], conv_state)
+        u = conv_step(self.conv1d, x[..., 0], conv_state)
         u = u if mask is None else u * mask
         dt, B, C = _projected(self, u)
         A, D, bias = weights
@@ -100,7 +103,7 @@ def _mamba_forward(
     u = _masked(_conv(self, x, cache_params, packing).transpose(1, 2), mask)
     dt, B, C = _projected(self, u)
     y = _scan(
-        self, cache_params, state, packing,
+        self, cache_params, state, ends,
         u.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z, *weights,
     )  # fmt: skip
     return self.out_proj(y.transpose(1, 2))  # type: ignore[no-any-return]
@@ -117,8 +120,8 @@ def _fused_mamba(self: Any, xz: Tensor) -> Tensor:
         norms = {"b_rms_weight": b, "c_rms_weight": c, "dt_rms_weight": dt, "b_c_dt_rms_eps": eps}
     return scan.mamba_inner(
         xz.transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
-        self.out_proj.weight, self.out_proj.bias, -torch.exp(_wide(self.A_log)), D=_wide(self.D),
-        delta_bias=_wide(self.dt_proj.bias), delta_softplus=True, **norms,
+        self.out_proj.weight, self.out_proj.bias, -torch.exp(wide(self.A_log)), D=wide(self.D),
+        delta_bias=wide(self.dt_proj.bias), delta_softplus=True, **norms,
     )  # fmt: skip
 
 
@@ -127,10 +130,7 @@ def _projected(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dt, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
     if hasattr(self, "dt_layernorm"):
         dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-    if type(self.dt_proj) is nn.Linear:
-        return F.linear(dt, self.dt_proj.weight), B, C
-    # A quantized or adapted layer has to be called; its bias comes inside the scan.
-    return self.dt_proj(dt) - self.dt_proj.bias, B, C
+    return without_bias(self.dt_proj, dt), B, C
 
 
 def _zamba_forward(
@@ -144,14 +144,15 @@ def _zamba_forward(
     batch, length, _ = hidden_states.shape
     heads, width = self.n_mamba_heads, self.mamba_head_dim
     mask = _padding(attention_mask, length)
-    packing = _Packing.of(kwargs, hidden_states)
+    packing = _packing(kwargs, hidden_states)
+    ends = _ends(packing, cache_params)
     xz = self.in_proj(_masked(hidden_states, mask))
     xz = torch.unflatten(xz, -1, (self.intermediate_size, 2)).transpose(1, 2)
     x, z = xz[..., 0], xz[..., 1]  # a channel and its gate lie side by side
-    A, D, bias = -torch.exp(_wide(self.A_log)), _wide(self.D), _wide(self.dt_proj_bias)
+    A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj_bias)
     conv_state, state = _cached(self, cache_params, length)
     if conv_state is not None and state is not None:
-        u = _conv_step(self, x[..., 0], conv_state)
+        u = conv_step(self.conv1d, x[..., 0], conv_state)
         u = u if mask is None else u * mask
         dt, B, C = _projected_by_head(self, u.unsqueeze(1))
         y = scan.selective_state_update(
@@ -164,7 +165,7 @@ def _zamba_forward(
     u = _masked(_conv(self, x, cache_params, packing).transpose(1, 2), mask)
     dt, B, C = _projected_by_head(self, u)
     y = _scan(
-        self, cache_params, state, packing,
+        self, cache_params, state, ends,
         u.transpose(1, 2), dt.transpose(1, 2), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), z,
         A.flatten(0, 1), D.flatten(), bias.flatten(),
     )  # fmt: skip
@@ -190,7 +191,7 @@ def _mamba2_forward(
     """Mamba-2 and its kin: projection, convolution, chunked scan, gated norm, projection."""
     length = hidden_states.shape[1]
     mask = _padding(attention_mask, length)
-    packing = _Packing.of(kwargs, hidden_states)
+    packing = _packing(kwargs, hidden_states)
     hidden_states = _masked(hidden_states, mask)
     if hasattr(self, "ssm_in_multiplier"):  # FalconH1
         zxbcdt = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
@@ -204,7 +205,7 @@ def _mamba2_forward(
         xbc = _masked(_conv(self, xbc.transpose(1, 2), cache_params, packing).transpose(1, 2), mask)
         x, B, C = _split_mamba2(self, xbc)
         scanned = scan.ssd_chunk_scan(
-            x, dt, -torch.exp(_wide(self.A_log)), B, C, self.chunk_size, D=self.D,
+            x, dt, -torch.exp(wide(self.A_log)), B, C, self.chunk_size, D=self.D,
             z=None if _has_norm(self) else z.unflatten(-1, (self.num_heads, self.head_dim)),
             dt_bias=self.dt_bias, initial_states=state, seq_idx=None if packing is None else packing.seq_idx,
             dt_softplus=True, dt_limit=self.time_step_limit, return_final_states=cache_params is not None,
@@ -223,15 +224,15 @@ def _mamba2_step(
 ) -> Tensor:
     """One token of every sequence; writes both states."""
     heads, width = self.num_heads, self.head_dim
-    xbc = _conv_step(self, xbc, conv_state)
+    xbc = conv_step(self.conv1d, xbc, conv_state)
     x, B, C = _split_mamba2(self, xbc if mask is None else xbc * mask)
     bias: Tensor | None = self.dt_bias
     low, high = self.time_step_limit
     if low > 0 or high < float("inf"):  # as in a longer input, though transformers leaves this out
-        dt, bias = F.softplus(dt.float() + _wide(self.dt_bias)).clamp(low, high), None
+        dt, bias = F.softplus(dt.float() + wide(self.dt_bias)).clamp(low, high), None
     y = scan.selective_state_update(
         state, x, dt.unsqueeze(-1).expand(-1, -1, width),
-        (-torch.exp(_wide(self.A_log)))[:, None, None].expand(-1, width, self.ssm_state_size), B, C,
+        (-torch.exp(wide(self.A_log)))[:, None, None].expand(-1, width, self.ssm_state_size), B, C,
         self.D[:, None].expand(-1, width),
         z=None if _has_norm(self) else torch.unflatten(z, 1, (heads, width)),
         dt_bias=None if bias is None else bias[:, None].expand(-1, width), dt_softplus=bias is not None,
@@ -252,21 +253,12 @@ def _has_norm(self: Any) -> bool:
 
 
 def _scan(
-    self: Any, cache_params: Any, state: Tensor | None, packing: _Packing | None,
+    self: Any, cache_params: Any, state: Tensor | None, ends: Tensor | None,
     u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, A: Tensor, D: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The scan of a whole input, on from the cached state, and back into the cache."""
-    if packing is not None:
-        if cache_params is not None:
-            raise NotImplementedError(
-                "seq_idx and cu_seqlens do not go with a cache, which keeps one state a row"
-            )
-        if packing.cu_seqlens is None:
-            raise NotImplementedError(f"seq_idx needs a batch of 1 in a Mamba-1 layer, got {u.shape[0]}")
-        y = scan.selective_scan(u, dt, A, B, C, D, z, bias, True, cu_seqlens=packing.cu_seqlens)
-        return cast(Tensor, y)
     if cache_params is None:
-        return cast(Tensor, scan.selective_scan(u, dt, A, B, C, D, z, bias, True))
+        return cast(Tensor, scan.selective_scan(u, dt, A, B, C, D, z, bias, True, cu_seqlens=ends))
     initial = None if state is None else state.reshape(-1, *A.shape)
     y, last = scan.selective_scan(u, dt, A, B, C, D, z, bias, True, True, initial_state=initial)
     if hasattr(self, "n_mamba_heads"):
@@ -275,7 +267,7 @@ def _scan(
     return y
 
 
-def _conv(self: Any, x: Tensor, cache_params: Any, packing: _Packing | None) -> Tensor:
+def _conv(self: Any, x: Tensor, cache_params: Any, packing: Packing | None) -> Tensor:
     """The convolution of a whole input (batch, channels, length), with what the cache has before it."""
     length = x.shape[-1]
     if cache_params is not None:
@@ -284,12 +276,6 @@ def _conv(self: Any, x: Tensor, cache_params: Any, packing: _Packing | None) -> 
     weight = self.conv1d.weight.squeeze(1)
     y = cast(Tensor, scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, activation="silu"))
     return y if y.shape[-1] == length else y[..., -length:]
-
-
-def _conv_step(self: Any, x: Tensor, conv_state: Tensor) -> Tensor:
-    """The convolution of one token (batch, channels); writes its state."""
-    weight = self.conv1d.weight.squeeze(1)
-    return scan.causal_conv1d_update(x, conv_state, weight, self.conv1d.bias, activation="silu")
 
 
 def _cached(self: Any, cache_params: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
@@ -304,28 +290,20 @@ def _cached(self: Any, cache_params: Any, length: int) -> tuple[Tensor | None, T
     return cache_params.get_conv_state(self.layer_idx, state_idx=0), state
 
 
-@dataclass(frozen=True)
-class _Packing:
-    """Several sequences one behind the other in one row."""
+def _packing(kwargs: dict[str, Any], hidden_states: Tensor) -> Packing | None:
+    """From a model's keyword arguments; None where each row is one sequence."""
+    return packing_of(kwargs.get("seq_idx"), kwargs.get("cu_seqlens"), hidden_states, "hidden_states")
 
-    seq_idx: Tensor  # (batch, length) int32
-    cu_seqlens: Tensor | None  # (sequences + 1,) int32, for one row
 
-    @classmethod
-    def of(cls, kwargs: dict[str, Any], hidden_states: Tensor) -> _Packing | None:
-        """From a model's keyword arguments; None where each row is one sequence."""
-        seq_idx: Any = kwargs.get("seq_idx")
-        cu_seqlens: Any = kwargs.get("cu_seqlens")
-        if seq_idx is None and cu_seqlens is None:
-            return None
-        batch, length, _ = hidden_states.shape
-        if seq_idx is None:
-            steps = torch.arange(length, device=hidden_states.device)
-            seq_idx = (torch.searchsorted(cu_seqlens, steps, right=True, out_int32=True) - 1).unsqueeze(0)
-        elif cu_seqlens is None and batch == 1:
-            starts = torch.nonzero(seq_idx[0, 1:] != seq_idx[0, :-1]).flatten() + 1
-            cu_seqlens = F.pad(F.pad(starts, (1, 0), value=0), (0, 1), value=length)
-        return cls(seq_idx.to(torch.int32), cu_seqlens)
+def _ends(packing: Packing | None, cache_params: Any) -> Tensor | None:
+    """Where a Mamba-1 layer's packed sequences start and end."""
+    if packing is None:
+        return None
+    if cache_params is not None:
+        raise NotImplementedError(
+            "seq_idx and cu_seqlens do not go with a cache, which keeps one state a row"
+        )
+    return packing.ends()
 
 
 def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -338,20 +316,7 @@ def _masked(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     return hidden_states if mask is None else hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)
 
 
-def _can_fuse(self: Any, *others: Any) -> bool:
-    """Whether projections may be computed from their weights: plain ones, without adapters or hooks."""
-    return torch.is_grad_enabled() and all(
-        type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
-        for linear in (self.out_proj, *others)
-    )
-
-
-def _wide(weight: Tensor) -> Tensor:
-    """Weights of the recurrence are float32 at least."""
-    return weight if weight.dtype == torch.float64 else weight.float()
-
-
-_FORWARDS = {
+_FORWARDS = {  # by a model's name, which is that of its folder and file, and the class in it
     ("mamba", "MambaMixer"): _mamba_forward,
     ("falcon_mamba", "FalconMambaMixer"): _mamba_forward,
     ("jamba", "JambaMambaMixer"): _mamba_forward,
@@ -363,3 +328,4 @@ _FORWARDS = {
     ("granitemoehybrid", "GraniteMoeHybridMambaLayer"): _mamba2_forward,
     ("nemotron_h", "NemotronHMamba2Mixer"): _mamba2_forward,
 }
+MODELS = frozenset(model for model, _ in _FORWARDS)

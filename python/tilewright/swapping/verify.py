@@ -13,18 +13,20 @@ from torch import Tensor, nn
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for the model."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    raise TypeError(f"verify must be a tensor, a tuple or a dict of inputs, got {type(inputs).__name__}")
+
+
 def outputs_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """The floating-point tensors among the model's outputs, by where they are in them."""
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = {}
-    if isinstance(inputs, Mapping):
-        keywords = dict(inputs)
-    elif isinstance(inputs, (tuple, list)):
-        arguments = tuple(inputs)
-    elif isinstance(inputs, Tensor):
-        arguments = (inputs,)
-    else:
-        raise TypeError(f"verify must be a tensor, a tuple or a dict of inputs, got {type(inputs).__name__}")
+    arguments, keywords = arguments_of(inputs)
     with _evaluation(model), torch.no_grad():
         outputs = dict(_tensors("output", model(*arguments, **keywords)))
     if not outputs:

@@ -8,29 +8,18 @@ a and b have one shape and dtype, h0 the accumulator's dtype (float32 for the 16
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _backend
+from ..._checks import check_boundaries
 from ..._library import define
 
 
-def _check_sequences(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
-    """The boundaries as kernels read them; their values are checked unless a CUDA graph is being captured."""
-    if cu_seqlens is None:
-        return None
-    if not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(b <= a for a, b in pairwise(bounds)):
-            shown = ", ".join(map(str, bounds[:6])) + (", ..." if len(bounds) > 6 else "")
-            raise ValueError(f"cu_seqlens must rise strictly from 0 to the length {length}, got [{shown}]")
-    return cu_seqlens.to(torch.int64).contiguous()
-
-
-def _run(tensors: tuple[Tensor | None, ...], seqlens: Tensor | None, dim: int, *flags: bool) -> None:
+def _run(tensors: tuple[Tensor | None, ...], cu_seqlens: Tensor | None, dim: int, *flags: bool) -> None:
+    seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     workspace = None
     a = tensors[0]
     assert a is not None
@@ -43,9 +32,10 @@ def _run(tensors: tuple[Tensor | None, ...], seqlens: Tensor | None, dim: int, *
 def _forward(
     a: Tensor, b: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None, dim: int, reverse: bool
 ) -> Tensor:
-    seqlens = _check_sequences(cu_seqlens, b.shape[dim])
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, b.shape[dim])
     h = torch.empty_like(b)
-    _run((a, b, h, None, None, h0, None), seqlens, dim, False, reverse)
+    _run((a, b, h, None, None, h0, None), cu_seqlens, dim, False, reverse)
     return h
 
 
@@ -58,11 +48,9 @@ def _backward(
     dim: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The forward pass has looked at the boundaries' values.
-    seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     da, db, dh0 = _fake_backward(grad, a, h, h0, cu_seqlens, dim, reverse)
     wanted_a, wanted_h0 = None if h is None else da, None if h0 is None else dh0
-    _run((a, grad, db, h, wanted_a, h0, wanted_h0), seqlens, dim, True, not reverse)
+    _run((a, grad, db, h, wanted_a, h0, wanted_h0), cu_seqlens, dim, True, not reverse)
     return da, db, dh0
 
 

@@ -8,7 +8,6 @@ States that are not asked for come back empty. Tensors are of the dtypes that `s
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend
+from ..._checks import check_boundaries
 from ..._library import define
 
 _CHUNK: int = _backend.C.SELECTIVE_SCAN_CHUNK
@@ -72,28 +72,15 @@ def _dense(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def _check_positions(u: Tensor, cu_seqlens: Tensor | None, order: Tensor | None) -> None:
-    """Looks at the values, which waits for the device; not while a stream is being captured."""
-    if cu_seqlens is None and order is None:
+def _check_order(order: Tensor, length: int) -> None:
+    """Looks at the values, which waits for the device; not while a CUDA graph is captured."""
+    if order.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    if u.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    length = u.shape[2]
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        if ends[:1] != [0] or ends[-1] != length:
-            raise ValueError(
-                f"cu_seqlens must start with 0 and end with the length {length}, "
-                f"got {ends[0] if ends else 'nothing'} and {ends[-1] if ends else 'nothing'}"
-            )
-        if not all(map(operator.lt, ends, ends[1:])):
-            raise ValueError("cu_seqlens must increase strictly: every sequence has at least one token")
-    if order is not None:
-        inside = (order >= 0) & (order < length)
-        seen = torch.zeros_like(order, dtype=torch.bool)
-        seen.scatter_(-1, torch.where(inside, order, 0), inside)
-        if length and not bool(seen.all()):
-            raise ValueError(f"order must hold every token of 0 to {length - 1} once")
+    inside = (order >= 0) & (order < length)
+    seen = torch.zeros_like(order, dtype=torch.bool)
+    seen.scatter_(-1, torch.where(inside, order, 0), inside)
+    if length and not bool(seen.all()):
+        raise ValueError(f"order must hold every token of 0 to {length - 1} once")
 
 
 def _forward(
@@ -113,7 +100,10 @@ def _forward(
     last_state: bool,
     chunk_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_positions(u, cu_seqlens, order)
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, u.shape[2])
+    if order is not None:
+        _check_order(order, u.shape[2])
     outputs = _outputs(u, A, cu_seqlens, last_state, chunk_states)
     out, ends, starts = outputs
     _run(

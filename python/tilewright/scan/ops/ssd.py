@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend
+from ..._checks import check_boundaries
 from ..._library import define
 
 CHUNK = 64  # steps between kept states; kSsdChunk of the kernels
@@ -48,16 +49,6 @@ def _empty(x: Tensor, B: Tensor, dt: Tensor, cu_seqlens: Tensor | None, keep_y: 
     )
 
 
-def _check_positions(x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """On a device the kernel takes positions as they may be: looking at them would wait for the device."""
-    if cu_seqlens is None or cu_seqlens.is_cuda:
-        return
-    positions = cu_seqlens.tolist()
-    if positions[0] != 0 or positions[-1] != x.shape[1] or sorted(positions) != positions:
-        shown = positions if len(positions) <= 8 else [*positions[:4], "...", *positions[-4:]]
-        raise ValueError(f"cu_seqlens must ascend from 0 to the length {x.shape[1]}, got {shown}")
-
-
 def _workspace(x: Tensor, B: Tensor, cu_seqlens: Tensor | None, backward: bool) -> Tensor:
     size = _backend.C.ssd_chunk_scan_workspace(x, B, cu_seqlens, backward, _backend.num_threads())
     return x.new_empty(size, dtype=torch.uint8)
@@ -80,8 +71,11 @@ def _forward(
     dt_max: float,
     keep_y: bool,
 ) -> tuple[Tensor, ...]:
-    _check_positions(x, cu_seqlens)
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, x.shape[1])
     results = _empty(x, B, dt, cu_seqlens, keep_y)
+    if not _sequences(x, cu_seqlens):
+        return results
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
     tensors: dict[str, Tensor | None] = dict(zip(_NAMES, inputs, strict=True))
     tensors["out"], tensors["final_states"], tensors["chunk_states"] = results[:3]
@@ -140,6 +134,8 @@ def _backward(
 ) -> list[Tensor]:
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
     gradients = _empty_gradients(*inputs[:9])
+    if not _sequences(x, cu_seqlens):
+        return [gradient.zero_() for gradient in gradients]
     tensors: dict[str, Tensor | None] = dict(zip(_NAMES, inputs, strict=True))
     for name, source, gradient in zip(_NAMES, inputs, gradients, strict=False):
         tensors["d" + name] = None if source is None else gradient
