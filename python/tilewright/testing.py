@@ -20,8 +20,8 @@ def emulated(seed: int | None = None, multiprocessors: int | None = None) -> Ite
     Args:
         seed: of the order in which the emulator resumes warps. A kernel without races gives the same bits for
             every seed. None leaves the order as it is.
-        multiprocessors: how many the kernels are told there are, within the block: those that divide their work
-            by it split long sequences, for example, where many would idle. None leaves the number as it is.
+        multiprocessors: how many the kernels are told there are, within the block. With many, for example,
+            scans split long sequences. None leaves the number as it is.
 
     Yields:
         The emulated extension.

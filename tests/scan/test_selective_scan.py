@@ -104,7 +104,7 @@ def test_options(backend, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_parts_of_every_sequence(case: str) -> None:
-    """On a GPU that the work does not fill: sequences are split, in every tile, group and row of the batch."""
+    """On a GPU that the work does not fill: sequences are split, in every tile, group and batch row."""
     longer = {} if "cu_seqlens" in CASES[case] else {"length": 150}
     with tilewright.testing.emulated(multiprocessors=132):
         check(CPU, **{**CASES[case], **longer})
