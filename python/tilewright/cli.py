@@ -100,7 +100,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
             type=_positive,
             default=1,
             metavar="K",
-            help="repeat for K seeds and report the spread of the loss",
+            help="repeat for K seeds and report the spread of the loss (optim; scan needs one seed)",
         )
         parser.add_argument(
             "--quick", action="store_true", help="a few seconds: shows that it runs, not how well it trains"

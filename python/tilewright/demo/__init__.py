@@ -3,7 +3,8 @@
 text.py            the text: Python's own documentation, as bytes
 language_model.py  the model: a small byte-level transformer in plain torch
 optim.py           a family's demonstration: 8-bit AdamW beside torch's fused 32-bit AdamW
-plot.py            its picture
+scan.py            another: a Mamba of transformers as it comes, and swapped
+plot.py            their pictures
 
 A family's module has `run(steps, seeds, out, quick) -> exit status`, and for the documents
 `print_table(record, console)` and THEIRS and OURS, the names of what it compares.

@@ -1,8 +1,9 @@
-"""The demonstration's picture: both loss curves, how far apart they are, what each costs."""
+"""The demonstrations' pictures: the loss curves of both sides, and what each costs."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,13 @@ _STYLES = (
 
 
 def plot(record: dict[str, Any], path: Path) -> str:
-    """Draws the first seed's run; returns the line to print: where it is, or why there is none."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no plot: matplotlib is not installed (pip install matplotlib)"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draws `demo optim`'s first seed; returns the line to print: where it is, or why there is none."""
+    return _saved(_draw_optim, record, path)
 
-    results = {name: result for name, result in record["runs"][0].items() if name != "seed"}
-    figure = plt.figure(figsize=(10, 5.4), layout="constrained")
-    grid = figure.add_gridspec(2, 3, width_ratios=[5, 1, 1], height_ratios=[3.2, 1])
-    curves = figure.add_subplot(grid[0, 0])
-    _draw_curves(curves, results)
-    _draw_difference(figure.add_subplot(grid[1, 0], sharex=curves), results)
-    _draw_bars(figure.add_subplot(grid[:, 1]), results, "state_bytes", 1e-6, "optimizer state, MB")
-    _draw_bars(figure.add_subplot(grid[:, 2]), results, "optimizer_ms", 1.0, "optimizer step, ms")
-    figure.suptitle(
-        f"Byte-level language model, {record['parameters'] / 1e6:.2f}M parameters, Python's documentation",
-        fontsize=11, color=_INK,
-    )  # fmt: skip
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return f"plot     {path}"
+
+def plot_scan(record: dict[str, Any], path: Path) -> str:
+    """Draws `demo scan`; returns the line to print: where it is, or why there is none."""
+    return _saved(_draw_scan, record, path)
 
 
 def smoothed(values: list[float], reach: int = 20) -> list[float]:
@@ -44,6 +29,71 @@ def smoothed(values: list[float], reach: int = 20) -> list[float]:
     return [
         statistics.fmean(values[max(0, index - reach) : index + reach + 1]) for index in range(len(values))
     ]
+
+
+def _saved(draw: Callable[[Any, dict[str, Any]], None], record: dict[str, Any], path: Path) -> str:
+    try:
+        import matplotlib
+    except ImportError:
+        return "no plot: matplotlib is not installed (pip install matplotlib)"
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(10, 5.4), layout="constrained")
+    draw(figure, record)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return f"plot     {path}"
+
+
+def _draw_optim(figure: Any, record: dict[str, Any]) -> None:
+    results = {name: result for name, result in record["runs"][0].items() if name != "seed"}
+    grid = figure.add_gridspec(2, 3, width_ratios=[5, 1, 1], height_ratios=[3.2, 1])
+    curves, labels = figure.add_subplot(grid[0, 0]), ["32-bit", "8-bit"]
+    _draw_curves(curves, results)
+    _draw_difference(figure.add_subplot(grid[1, 0], sharex=curves), results)
+    for column, (key, scale, title) in enumerate(
+        (("state_bytes", 1e-6, "optimizer state, MB"), ("optimizer_ms", 1.0, "optimizer step, ms")), start=1
+    ):
+        values = [result[key] * scale for result in results.values()]
+        _draw_bars(figure.add_subplot(grid[:, column]), values, labels, title)
+    _draw_title(figure, f"Byte-level language model, {record['parameters'] / 1e6:.2f}M parameters")
+
+
+def _draw_scan(figure: Any, record: dict[str, Any]) -> None:
+    results = record["training"]
+    grid = figure.add_gridspec(1, 3, width_ratios=[5, 1, 1])
+    _draw_common_steps(figure.add_subplot(grid[0]), results)
+    steps = [result["step_ms"] / 1e3 for result in results.values()]
+    tokens = list(record["generation"]["token_ms"].values())
+    for column, (values, title) in enumerate(
+        ((steps, "a training\nstep, s"), (tokens, "a generated\ntoken, ms")), start=1
+    ):
+        _draw_bars(figure.add_subplot(grid[column]), values, ["as it\ncomes", "swapped"], title)
+    _draw_title(figure, f"Byte-level Mamba of transformers, {record['parameters'] / 1e6:.2f}M parameters")
+
+
+def _draw_title(figure: Any, text: str) -> None:
+    figure.suptitle(f"{text}, Python's documentation", fontsize=11, color=_INK)
+
+
+def _draw_common_steps(axis: Any, results: dict[str, Any]) -> None:
+    """The few steps of the first as dots on the curve of the second; a log axis keeps them apart."""
+    ((theirs, few), (ours, many)), (dots, line) = results.items(), _STYLES
+    axis.plot(
+        range(1, len(few["losses"]) + 1), few["losses"], "o", color=dots["color"], alpha=dots["alpha"],
+        markersize=11, label=f"{theirs}: training, {len(few['losses'])} steps",
+    )  # fmt: skip
+    axis.plot(range(1, len(many["losses"]) + 1), many["losses"], color=line["color"], linewidth=1.0,
+              label=f"{ours}: training, same batches")  # fmt: skip
+    axis.plot(*zip(*many["validation"], strict=True), "o", color=_INK, markersize=6, markerfacecolor="white",
+              markeredgewidth=1.6, label=f"{ours}: validation")  # fmt: skip
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set_xlabel("training step")
+    axis.set_ylabel("loss, nats per byte")
+    axis.legend(frameon=False, fontsize=8.5)
+    _tidy(axis)
 
 
 def _draw_curves(axis: Any, results: dict[str, Any]) -> None:
@@ -80,14 +130,13 @@ def _draw_difference(axis: Any, results: dict[str, Any]) -> None:
     _tidy(axis)
 
 
-def _draw_bars(axis: Any, results: dict[str, Any], key: str, scale: float, title: str) -> None:
-    for position, (result, style) in enumerate(zip(results.values(), _STYLES, strict=True)):
-        value = result[key] * scale
+def _draw_bars(axis: Any, values: list[float], labels: list[str], title: str) -> None:
+    for position, (value, style) in enumerate(zip(values, _STYLES, strict=True)):
         axis.bar(position, value, width=0.7, color=style["color"])
         axis.annotate(
             f"{value:.3g}", (position, value), (0, 4), textcoords="offset points", ha="center", fontsize=9
         )
-    axis.set_xticks([0, 1], ["32-bit", "8-bit"])
+    axis.set_xticks([0, 1], labels)
     axis.set_title(title, fontsize=9.5, color=_INK)
     axis.set_yticks([])
     axis.margins(y=0.08)
