@@ -78,12 +78,12 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.package: $(VENV)/.torch $(sources)
-	$(install) ".[plot]"
+	$(install) ".[demo]"
 	touch $@
 
 $(VENV)/.test: emulated = 1
 $(VENV)/.test: $(VENV)/.torch $(sources)
-	$(install) ".[plot,test]"
+	$(install) ".[demo,test]"
 	touch $@ $(VENV)/.package
 
 $(VENV)/.bench: $(VENV)/.package

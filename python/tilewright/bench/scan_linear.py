@@ -149,8 +149,8 @@ def _associative_scan(problem: _Problem) -> Call:
 def _mambapy(problem: _Problem) -> Call:
     """Takes (batch, length, channels, states)."""
     scan = _peer("mambapy.pscan", "pscan")
-    a, b = (t.movedim(problem.dim, 1).unsqueeze(-1) for t in problem.tensors())
-    return lambda: scan(a, b)
+    a, b = problem.tensors()
+    return lambda: scan(a.movedim(problem.dim, 1).unsqueeze(-1), b.movedim(problem.dim, 1).unsqueeze(-1))
 
 
 def _peer(module: str, name: str) -> Any:
