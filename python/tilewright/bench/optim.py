@@ -285,7 +285,7 @@ def _mutating_call(device: torch.device) -> Case:
 
     def through_torch() -> Step:
         codes, absmax, out = _tiny(device)
-        operator = torch.ops.tilewright.dequantize_blockwise_out
+        operator = torch.ops.tilewright.dequantize_blockwise_out.default
         return lambda: operator(codes, absmax, None, True, 64, out)
 
     def binding() -> Step:
@@ -309,7 +309,7 @@ def _mutating_call(device: torch.device) -> Case:
 def _allocating_call(device: torch.device) -> Case:
     def through_torch() -> Step:
         codes, absmax, _ = _tiny(device)
-        operator = torch.ops.tilewright.dequantize_blockwise
+        operator = torch.ops.tilewright.dequantize_blockwise.default  # as our own functions call it
         return lambda: operator(codes, absmax, None, True, 64, torch.float32)
 
     def torch_alone() -> Step:
