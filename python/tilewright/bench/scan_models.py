@@ -109,10 +109,9 @@ def _case(model: _Model, work: str, title: str, run: Callable[[Any], Step], toke
 
 
 def _training(model: _Model, length: int) -> Case:
-    tokens = model.tokens(length)
-
     def run(network: Any) -> Step:
         network.train()
+        tokens = model.tokens(length)
 
         def step() -> None:
             network.zero_grad(set_to_none=True)
@@ -124,20 +123,18 @@ def _training(model: _Model, length: int) -> Case:
 
 
 def _forward(model: _Model, length: int) -> Case:
-    tokens = model.tokens(length)
-
     def run(network: Any) -> Step:
         network.eval()
+        tokens = model.tokens(length)
         return torch.inference_mode()(lambda: network(tokens, use_cache=False))
 
     return _case(model, "forward", f"forward of {length} tokens", run, length, 1)
 
 
 def _decode(model: _Model) -> Case:
-    prompt = model.tokens(16)
-
     def run(network: Any) -> Step:
         network.eval()
+        prompt = model.tokens(16)
         with torch.inference_mode():
             cache = network(prompt, use_cache=True).cache_params
         return torch.inference_mode()(lambda: network(prompt[:, :1], cache_params=cache, use_cache=True))
