@@ -141,15 +141,14 @@ def _training(device: torch.device, size: _Size, peers: bool) -> Case:
 def _call(device: torch.device) -> Case:
     """One token of one channel: what remains is the way from Python into the kernel and back."""
     size = _Size(1, 1, 1, 1, torch.float32)
-    inputs = size.inputs(device)
 
     def forward() -> Call:
-        scan = _ours()
+        scan, inputs = _ours(), size.inputs(device)
         return lambda: scan(*inputs, delta_softplus=True)
 
     def training() -> Call:
-        scan, leaves = _ours(), [value.clone().requires_grad_() for value in inputs]
-        weight = torch.ones_like(inputs[0])
+        scan, leaves = _ours(), [value.requires_grad_() for value in size.inputs(device)]
+        weight = torch.ones_like(leaves[0])
         return lambda: torch.autograd.grad(scan(*leaves, delta_softplus=True), leaves, weight)
 
     rows = [Contender(OURS, forward), Contender(f"{OURS} + backward", training)]
