@@ -73,23 +73,6 @@ const TwDLExchangeApi* exchange_api_of(PyTypeObject* type) {
   return api;
 }
 
-int64_t itemsize(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-    case DType::kComplex64:
-      return 8;
-    case DType::kComplex128:
-      return 16;
-    case DType::kFloat32:
-      return 4;
-    case DType::kFloat16:
-    case DType::kBFloat16:
-      return 2;
-    default:
-      return 1;
-  }
-}
-
 // Only memory whose pages lie wholly within the tensor; that of other tensors keeps its policy.
 void prefer_huge_pages(const TensorView& view) {
 #if defined(__linux__)

@@ -183,6 +183,7 @@ void bind_ssd_chunk_scan(py::module_& m) {
   m.def("ssd_chunk_scan_workspace", &workspace);
   m.def("ssd_chunk_scan_fwd", &forward);
   m.def("ssd_chunk_scan_bwd", &backward);
+  m.attr("SSD_CHUNK") = scan::kSsdChunk;
 }
 
 }  // namespace tilewright

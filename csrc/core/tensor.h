@@ -22,6 +22,25 @@ enum class DType : int32_t {
   kOther
 };
 
+static constexpr int64_t itemsize(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+    case DType::kInt64:
+    case DType::kComplex64:
+      return 8;
+    case DType::kComplex128:
+      return 16;
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 inline const char* name_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:

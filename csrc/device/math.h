@@ -33,6 +33,9 @@ struct SineCosine {
 __device__ __forceinline__ float exp(float a) { return ::expf(a); }
 __device__ __forceinline__ float log1p(float a) { return ::log1pf(a); }
 
+// log(1 + exp(a)); beyond 20, as in torch, a itself, from which float32 can hardly tell it.
+__device__ __forceinline__ float softplus(float a) { return a > 20.0f ? a : log1p(exp(a)); }
+
 #if TILEWRIGHT_EMULATED
 
 inline uint32_t fresh(uint32_t value) { return value; }

@@ -2,6 +2,7 @@
 // size; the emulator reports one that is not.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -13,6 +14,10 @@
 #endif
 
 namespace tilewright::device {
+
+__host__ __device__ __forceinline__ bool is_aligned(const void* address, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
+}
 
 template <class T, int N>
 struct alignas(N * sizeof(T)) Vector {

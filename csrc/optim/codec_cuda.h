@@ -262,8 +262,4 @@ __device__ __forceinline__ LaneCodes encode_lane_any(float (&x)[kLaneElements], 
                         : encode_lane<kSigned, kSmall>(x, absmax, tables);
 }
 
-__device__ __forceinline__ bool is_aligned(const void* address, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
-}
-
 }  // namespace tilewright::optim

@@ -34,7 +34,7 @@ __device__ __forceinline__ uint32_t largest_bits(const float (&x)[kLaneElements]
 template <class T>
 __device__ void quantize_chunks(const QuantizeParams& p, const CodecTables& tables) {
   const T* values = static_cast<const T*>(p.values);
-  const bool aligned = is_aligned(values, 16) && is_aligned(p.codes, 8);
+  const bool aligned = device::is_aligned(values, 16) && device::is_aligned(p.codes, 8);
   // A warp's portion: one block, or as many small ones as fill a chunk.
   const int64_t portion = p.block_size > kWarpElements ? p.block_size : kWarpElements;
   const int lanes_per_block = p.block_size < kWarpElements ? p.block_size / kLaneElements : 32;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void dequantize_lane(T* values, const uint8_t* codes,
 
 template <class T>
 __device__ void dequantize_chunks(const QuantizeParams& p, const CodecTables& tables) {
-  const bool aligned = is_aligned(p.values, 16) && is_aligned(p.codes, 8);
+  const bool aligned = device::is_aligned(p.values, 16) && device::is_aligned(p.codes, 8);
   const int64_t warps = int64_t{gridDim.x} * kWarps, warp = int64_t{blockIdx.x} * kWarps + device::warp_id();
   for (int64_t begin = warp * kWarpElements; begin < p.numel; begin += warps * kWarpElements) {
     const auto [offset, count] = lane_of(begin, p.numel);

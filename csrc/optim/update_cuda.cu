@@ -318,8 +318,9 @@ static_assert(kPlainTile == kWarpElements && kUsualBlock == kWarpElements);
 
 // How many of a row's tiles are whole, with addresses that allow the widest accesses.
 __device__ __forceinline__ uint32_t whole_tiles(const Row& row, const void* grad, uintptr_t state_alignment) {
-  const bool aligned = is_aligned(row.param, 16) && is_aligned(grad, 16) &&
-                       is_aligned(row.state1, state_alignment) && is_aligned(row.state2, state_alignment);
+  const bool aligned = device::is_aligned(row.param, 16) && device::is_aligned(grad, 16) &&
+                       device::is_aligned(row.state1, state_alignment) &&
+                       device::is_aligned(row.state2, state_alignment);
   return aligned ? uint32_t(row.numel / kWarpElements) : 0;
 }
 
@@ -400,7 +401,7 @@ __device__ __forceinline__ double squared_sum(const Row& row, const void* grad, 
   for (int64_t chunk = begin; chunk < end; chunk += kWarpElements) {
     const Lane lane = lane_of(chunk, end);
     float x[kLaneElements], sum = 0;
-    load_lane(x, values + lane.offset, lane.count, is_aligned(values, 16));
+    load_lane(x, values + lane.offset, lane.count, device::is_aligned(values, 16));
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) sum = device::fma_rn(x[i], x[i], sum);
     total += sum;

@@ -55,10 +55,6 @@ __device__ __forceinline__ T* address(const ConvTensor& x, int64_t b, int64_t c,
   return static_cast<T*>(x.data) + b * x.batch + c * x.channel + t * x.step;
 }
 
-__host__ __device__ __forceinline__ bool is_aligned(const void* address, int bytes) {
-  return reinterpret_cast<uintptr_t>(address) % unsigned(bytes) == 0;
-}
-
 // x at any step: before the first the initial state, behind the last zero.
 template <class T>
 __device__ __forceinline__ float value_at(const CausalConv1dParams& p, int64_t b, int64_t c, int64_t t) {
@@ -122,7 +118,7 @@ __device__ __forceinline__ void load_run(float (&run)[kRun], const T* row, int64
                                          int64_t length, const Other& other) {
   constexpr int kVector = 16 / int(sizeof(T));
   using Vector = device::Vector<T, kVector>;
-  if (step == 1 && t >= 0 && t + kRun <= length && is_aligned(row + t, 16)) {
+  if (step == 1 && t >= 0 && t + kRun <= length && device::is_aligned(row + t, 16)) {
 #pragma unroll
     for (int i = 0; i < kRun; i += kVector) {
       const Vector values = device::load(reinterpret_cast<const Vector*>(row + t + i));
@@ -143,7 +139,7 @@ __device__ __forceinline__ void store_run(T* row, int64_t step, int64_t t, int64
                                           const float (&run)[kRun]) {
   constexpr int kVector = 16 / int(sizeof(T));
   using Vector = device::Vector<T, kVector>;
-  if (step == 1 && t >= 0 && t + kRun <= length && is_aligned(row + t, 16)) {
+  if (step == 1 && t >= 0 && t + kRun <= length && device::is_aligned(row + t, 16)) {
 #pragma unroll
     for (int i = 0; i < kRun; i += kVector) {
       Vector values;
@@ -205,7 +201,7 @@ __device__ __forceinline__ void store_channels(T* to, const float (&values)[kCha
 // Whether the channels can be moved as whole vectors. If not, a thread takes one channel of any strides.
 inline bool moves_vectors(const CausalConv1dParams& p, const ConvTensor& x, int channels, int bytes) {
   const bool aligned =
-      is_aligned(x.data, channels * bytes) && x.step % channels == 0 && x.batch % channels == 0;
+      device::is_aligned(x.data, channels * bytes) && x.step % channels == 0 && x.batch % channels == 0;
   return aligned && x.channel == 1 && p.dim % channels == 0;
 }
 

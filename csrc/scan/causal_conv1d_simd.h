@@ -3,6 +3,7 @@
 // states and ends of the sequence, and what it computes along them.
 #pragma once
 
+#include "core/integers.h"
 #include "core/simd_math.h"
 #include "scan/causal_conv1d.h"
 
@@ -12,9 +13,6 @@ using namespace ::tilewright::scan;
 
 constexpr int64_t kHalo = kMaxConvWidth - 1;
 constexpr int64_t kMaskSteps = kConvRowChunk + kHalo + kLanes;
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- Elements ----------------------------------------------------------------------------------
 

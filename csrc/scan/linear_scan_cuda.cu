@@ -79,7 +79,8 @@ struct Across {
   template <class U>
   static __device__ __forceinline__ bool is_whole(const Walk<U>& stream) {
     return stream.data == nullptr ||
-           (stream.inner == 1 && is_aligned<U, kWidth>(stream.data) && stream.step % kWidth == 0);
+           (stream.inner == 1 && device::is_aligned(stream.data, kWidth * sizeof(U)) &&
+            stream.step % kWidth == 0);
   }
 
   template <bool kWhole>
@@ -206,7 +207,8 @@ struct Along {
   template <class U>
   static __device__ __forceinline__ bool is_whole(const Walk<U>& stream, int64_t s, int count) {
     if (count != kWidth || (stream.step != 1 && stream.step != -1)) return false;
-    return is_aligned<U, kWidth>(stream.step == 1 ? stream.at(s) : stream.at(s + kWidth - 1));
+    return device::is_aligned(stream.step == 1 ? stream.at(s) : stream.at(s + kWidth - 1),
+                              kWidth * sizeof(U));
   }
 
   // Steps as they lie in memory: where the sweep descends, the first one comes last.
@@ -506,12 +508,12 @@ unsigned grid_of(int64_t blocks) { return unsigned(blocks < kMaxGrid ? blocks : 
 template <bool kBackward, class T>
 void launch_visit(const Params& q, Stream stream) {
   if (q.across) {
-    const int64_t blocks = ceil_div(q.slots * q.rows * q.groups, kAcrossThreads);
+    const int64_t blocks = divide_up(q.slots * q.rows * q.groups, kAcrossThreads);
     device::launch(across_kernel<kBackward, T>, dim3(grid_of(blocks)), dim3(kAcrossThreads), 0, stream, q);
     return;
   }
   const bool alone = q.warps == 1;
-  const int64_t blocks = ceil_div(q.slots * q.rows, alone ? kRowsOfOneWarp : 1);
+  const int64_t blocks = divide_up(q.slots * q.rows, alone ? kRowsOfOneWarp : 1);
   const int threads = device::kWarpSize * (alone ? kRowsOfOneWarp : q.warps);
   device::launch(along_kernel<kBackward, T>, dim3(grid_of(blocks)), dim3(threads),
                  sizeof(Smem<typename Numbers<T>::Scalar>), stream, q);
@@ -525,7 +527,7 @@ void launch_scan(Params q, Stream stream) {
     q.composing = true;
     launch_visit<kBackward, T>(q, stream);
     q.composing = false;
-    const int64_t blocks = ceil_div(q.p.sequences * q.channels, kCarryThreads);
+    const int64_t blocks = divide_up(q.p.sequences * q.channels, kCarryThreads);
     device::launch(carry_kernel<kBackward, T>, dim3(grid_of(blocks)), dim3(kCarryThreads), 0, stream, q);
   }
   launch_visit<kBackward, T>(q, stream);

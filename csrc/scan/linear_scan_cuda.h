@@ -2,6 +2,7 @@
 // is cut into segments, and where a row lies in its tensors.
 #pragma once
 
+#include "core/integers.h"
 #include "device/half.h"
 #include "device/memory.h"
 #include "device/warp.h"
@@ -127,33 +128,29 @@ constexpr int kMaxWarps = 8;  // of a row
 constexpr int64_t kFewThreads = 6144, kEnoughThreads = 24576, kMaxChunks = 2048, kMinSteps = 64;
 constexpr int64_t kFewRows = 128, kEnoughWarps = 2112, kEnoughBlocks = 528, kMinChunk = 8192;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int bytes_of(DType dtype) { return dtype == DType::kComplex64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 void plan_across(Params& q) {
   const LinearScanParams& p = q.p;
   q.rows = p.outer;
-  q.groups = ceil_div(p.inner, 8 / bytes_of(p.dtype));
+  q.groups = divide_up(p.inner, 8 / itemsize(p.dtype));
   const int64_t threads = p.sequences * q.rows * q.groups;
   if (threads == 0 || threads >= kFewThreads) return;
-  const int64_t wanted = ceil_div(kEnoughThreads, threads);
-  const int64_t chunk = ceil_div(p.length, wanted < kMaxChunks ? wanted : kMaxChunks);
-  const int64_t rounded = ceil_div(chunk < kMinSteps ? kMinSteps : chunk, 16) * 16;
+  const int64_t wanted = divide_up(kEnoughThreads, threads);
+  const int64_t chunk = divide_up(p.length, wanted < kMaxChunks ? wanted : kMaxChunks);
+  const int64_t rounded = divide_up(chunk < kMinSteps ? kMinSteps : chunk, 16) * 16;
   if (p.length >= 8 * kMinSteps && p.length >= 2 * rounded) q.chunk = rounded;
 }
 
 void plan_along(Params& q) {
   const LinearScanParams& p = q.p;
   q.rows = p.outer * p.inner;
-  const int64_t lane = 16 / bytes_of(p.dtype), rows = p.sequences * q.rows;
+  const int64_t lane = 16 / itemsize(p.dtype), rows = p.sequences * q.rows;
   if (rows == 0) return;
   if (rows < kFewRows && p.length >= 4 * kMinChunk) {
-    const int64_t chunk = ceil_div(p.length * rows, kEnoughBlocks);
-    q.chunk = ceil_div(chunk < kMinChunk ? kMinChunk : chunk, kMinChunk) * kMinChunk;
+    const int64_t chunk = divide_up(p.length * rows, kEnoughBlocks);
+    q.chunk = divide_up(chunk < kMinChunk ? kMinChunk : chunk, kMinChunk) * kMinChunk;
   }
   const int64_t length = q.chunk != 0 ? q.chunk : p.length;
-  const int64_t blocks = rows * (q.chunk != 0 ? ceil_div(p.length, q.chunk) : 1);
+  const int64_t blocks = rows * (q.chunk != 0 ? divide_up(p.length, q.chunk) : 1);
   while (q.warps < kMaxWarps && q.warps * blocks < kEnoughWarps &&
          q.warps * device::kWarpSize * lane < length) {
     q.warps *= 2;
@@ -169,13 +166,13 @@ Params plan_of(const LinearScanParams& p) {
   q.across ? plan_across(q) : plan_along(q);
   q.slots = q.chunk == 0           ? p.sequences
             : p.seqlens != nullptr ? p.length / q.chunk + p.sequences
-                                   : ceil_div(p.length, q.chunk);
+                                   : divide_up(p.length, q.chunk);
   return q;
 }
 
 int64_t map_bytes(const Params& q) {
   const int64_t scalar = q.p.dtype == DType::kComplex64 ? 8 : 4;
-  return q.chunk == 0 ? 0 : ceil_div(q.slots * q.channels * scalar, 16) * 16;
+  return q.chunk == 0 ? 0 : divide_up(q.slots * q.channels * scalar, 16) * 16;
 }
 
 // Where slots of a sequence begin.
@@ -305,11 +302,6 @@ __device__ __forceinline__ void leave(const Params& q, const Row<T>& row, const 
   } else if (row.dh0 != nullptr && segment.end == segment.steps) {
     row.dh0[offset] = total.b;
   }
-}
-
-template <class T, int N>
-__device__ __forceinline__ bool is_aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (N * sizeof(T)) == 0;
 }
 
 }  // namespace

@@ -99,7 +99,7 @@ __device__ __forceinline__ Complex from_output_add(float g, Complex c, Complex s
 __device__ __forceinline__ float sigmoid(float x) { return device::rcp_approx(1.0f + device::exp(-x)); }
 
 __device__ __forceinline__ float step_size(float delta, bool softplus) {
-  return softplus && !(delta > 20.0f) ? device::log1p(device::exp(delta)) : delta;
+  return softplus ? device::softplus(delta) : delta;
 }
 
 // Calls body(T{}) with the type that dtype names.

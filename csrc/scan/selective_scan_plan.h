@@ -2,6 +2,7 @@
 // workspace.
 #pragma once
 
+#include "core/integers.h"
 #include "scan/selective_scan_cuda.h"
 
 namespace tilewright::scan {
@@ -57,15 +58,13 @@ void with_backward_tile(const SelectiveScanParams& p, const Body& body) {
 
 // ---- Blocks ------------------------------------------------------------------------------------
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class TileOf>
 void plan_tiles(ScanLaunch& l) {
   l.lanes = 1;
   while (l.lanes * TileOf::kStates < l.p.states) l.lanes *= 2;
   if (TileOf::kLanes != 0) l.lanes = TileOf::kLanes;
   l.channels = TileOf::channels_for(l.lanes);
-  l.tile_bytes = TileOf::tile_bytes(l.channels, bytes_of(l.p.dtype));
+  l.tile_bytes = TileOf::tile_bytes(l.channels, int(itemsize(l.p.dtype)));
   l.group_channels = l.p.dim / l.p.groups;
   l.tiles = l.slots = divide_up(l.group_channels, l.channels);
 }

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <utility>
 
+#include "core/integers.h"
 #include "core/simd_math.h"
 #include "core/threads.h"
 #include "scan/selective_scan.h"
@@ -18,10 +19,6 @@ using ::tilewright::scan::kMaxStates;
 using ::tilewright::scan::kScanChunk;
 using ::tilewright::scan::SelectiveScanParams;
 using ::tilewright::scan::Strided;
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- sequences, and the tokens their steps visit ----
 

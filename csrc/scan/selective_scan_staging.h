@@ -5,10 +5,6 @@
 
 namespace tilewright::scan {
 
-__device__ __forceinline__ bool is_aligned(const void* address, size_t alignment) {
-  return reinterpret_cast<uintptr_t>(address) % alignment == 0;
-}
-
 // ---- Tiles of u, delta, z, dout ----------------------------------------------------------------
 
 // A tile keeps the tensor's bits and its direction: [channel][step] (of the smaller stride along steps,
@@ -66,7 +62,7 @@ __device__ __forceinline__ void load_tile(RawTile tile, const Strided& tensor, D
   if (rows_are_channels && walk.order == nullptr && tensor.step == 1 && stage.steps == kStage) {
     const auto* corner = base + walk.position(walk.reverse ? stage.first + kStage - 1 : stage.first) * bytes;
     const int row_vectors = kStage / words, pitch = bytes * tile_pitch<TileOf>(bytes);
-    if (row_vectors > 0 && is_aligned(corner, 16) && along_channels % 16 == 0) {
+    if (row_vectors > 0 && device::is_aligned(corner, 16) && along_channels % 16 == 0) {
 #pragma unroll 1
       for (int i = thread; i < channels.count * row_vectors; i += threads) {
         const int row = i / row_vectors, place = i % row_vectors * 16;
@@ -75,7 +71,7 @@ __device__ __forceinline__ void load_tile(RawTile tile, const Strided& tensor, D
       return;
     }
   }
-  if (!rows_are_channels && tensor.channel == 1 && along_steps % 16 == 0 && is_aligned(base, 16) &&
+  if (!rows_are_channels && tensor.channel == 1 && along_steps % 16 == 0 && device::is_aligned(base, 16) &&
       channels.count % words == 0 && geometry.channels >= words) {
     const int row_vectors = geometry.channels / words, pitch = geometry.channels * bytes;
 #pragma unroll 1
@@ -159,7 +155,7 @@ __device__ __forceinline__ void write_item(const ItemValues<TileOf>& values, con
     constexpr int kWidth = kItem * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : kItem;
     using Vector = device::Vector<T, kWidth>;
     T* to = row + walk.position(walk.reverse ? first + kItem - 1 : first);
-    if (is_aligned(to, sizeof(Vector))) {
+    if (device::is_aligned(to, sizeof(Vector))) {
 #pragma unroll
       for (int i = 0; i < kItem; i += kWidth) {
         Vector some;

@@ -6,6 +6,7 @@
 //
 // A channel's states lie in the lanes. Where they are not side by side in whole vectors, or A is not float32,
 // the channel's row goes through a buffer; the arithmetic is the same.
+#include "core/integers.h"
 #include "core/simd_math.h"
 #include "core/threads.h"
 #include "scan/selective_state_update.h"
@@ -22,7 +23,6 @@ constexpr int64_t kSerialElements = 32768;  // below this, waking a second threa
 
 static_assert(kBlockStates % kLanes == 0 && kMaxTile % kLanes == 0);
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 template <class To, class From>

@@ -89,9 +89,6 @@ __device__ __forceinline__ void write_states(T* to, int64_t stride, bool vector,
   }
 }
 
-// softplus with torch's threshold; log1p(e^x) by the logarithm's own function, once a channel.
-__device__ __forceinline__ float softplus(float x) { return x > 20.0f ? x : ::log1pf(::expf(x)); }
-
 __device__ __forceinline__ int64_t slot_of(const SelectiveStateUpdateParams& p, int64_t b) {
   if (p.indices == nullptr) return b;
   const int64_t at = b * p.indices_stride;
@@ -146,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) state_update_kernel(const __grid_con
     x = read_at(p.x, b, h, c);
     float dt = read_at(p.dt, b, h, c);
     if (p.dt_bias.data != nullptr) dt += read_at(p.dt_bias, 0, h, c);
-    if (p.softplus) dt = softplus(dt);
+    if (p.softplus) dt = device::softplus(dt);
     y = step_states<T>(k, b, slot, h, c, dt, x, lane);
   }
   for (int distance = k.lanes / 2; distance > 0; distance /= 2) y += device::shfl_xor(y, distance);

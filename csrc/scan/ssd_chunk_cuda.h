@@ -156,7 +156,7 @@ __device__ __forceinline__ int64_t state_offset(const SsdChunkScanParams& p, int
 }
 
 __device__ __forceinline__ int tiles(int extent) { return (extent + kTile - 1) / kTile; }
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + device::exp(-x)); }
 
 // ---- the steps of one head in a chunk; cum restarts with every piece ----
 
@@ -171,7 +171,7 @@ struct Steps {
   float from_start[kTile];                               // exp(cum[i])
   float to_end[kTile];                                   // exp(cum[last] - cum[i])
   __device__ __forceinline__ float decay(int i, int j) const {
-    return ::expf((high[i] - high[j]) + (low[i] - low[j]));
+    return device::exp((high[i] - high[j]) + (low[i] - low[j]));
   }
 };
 
@@ -207,8 +207,7 @@ __device__ __forceinline__ void find_pieces(const SsdChunkScanParams& p, const S
 }
 
 __device__ __forceinline__ float activated(const SsdChunkScanParams& p, float raw) {
-  float dt = raw;
-  if (p.softplus && raw <= 20.0f) dt = ::log1pf(::expf(raw));
+  const float dt = p.softplus ? device::softplus(raw) : raw;
   const float lowest = float(p.dt_min), highest = float(p.dt_max);
   return dt < lowest ? lowest : dt > highest ? highest : dt;  // a NaN stays
 }
@@ -237,7 +236,7 @@ __device__ __forceinline__ void prepare_steps(const SsdChunkScanParams& p, const
     s.high[i] = float(cum);
     const float rest = float(cum - double(s.high[i]));
     s.low[i] = rest == rest ? rest : 0.0f;
-    s.from_start[i] = ::expf(s.high[i]) * (1.0f + s.low[i]);
+    s.from_start[i] = device::exp(s.high[i]) * (1.0f + s.low[i]);
   }
   device::sync_warp();
   for (int i = lane; i < kTile; i += device::kWarpSize) s.to_end[i] = s.decay(chunk.length - 1, i);

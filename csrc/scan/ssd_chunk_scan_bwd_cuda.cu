@@ -312,7 +312,7 @@ __device__ __forceinline__ void multiply_states(const BackwardParams& params, Sm
 }
 
 __device__ __forceinline__ float through_activation(const SsdChunkScanParams& p, float gradient, float raw) {
-  const float active = p.softplus && raw <= 20.0f ? ::log1pf(::expf(raw)) : raw;
+  const float active = p.softplus ? device::softplus(raw) : raw;
   if (active < float(p.dt_min) || active > float(p.dt_max)) return 0.0f;
   return p.softplus && raw <= 20.0f ? gradient * sigmoid(raw) : gradient;
 }

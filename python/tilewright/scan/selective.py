@@ -16,6 +16,7 @@ from .._checks import (
     check_tensor,
 )
 from .ops import selective as ops
+from .ops.sequences import sequence_count
 
 MAX_STATES: int = _backend.C.SELECTIVE_SCAN_MAX_STATES
 
@@ -134,7 +135,7 @@ def selective_scan(
     if initial_state is not None:
         check_tensor("initial_state", initial_state)
         initial_state = _cast("initial_state", initial_state, A.dtype)
-        sequences = ops.sequence_count(u, cu_seqlens)
+        sequences = sequence_count(batch, cu_seqlens)
         check_shape("initial_state", initial_state, (sequences, *A.shape), "(sequences, dim, states)")
         check_device("initial_state", initial_state, u.device, "u")
     out, last_state = ops.selective_scan(

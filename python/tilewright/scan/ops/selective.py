@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import _backend
 from ..._checks import check_boundaries
 from ..._library import define
+from .sequences import chunk_count, sequence_count
 
 _CHUNK: int = _backend.C.SELECTIVE_SCAN_CHUNK
 _INPUTS = (
@@ -26,24 +27,13 @@ _INPUTS = (
 _DIFFERENTIABLE = 9  # of the inputs, the first ones
 
 
-def sequence_count(u: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Sequences with a state each: one a batch row, or as many as are packed."""
-    return u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _chunk_count(u: Tensor, cu_seqlens: Tensor | None) -> int:
-    batch, _, length = u.shape
-    if cu_seqlens is None:
-        return batch * ((length + _CHUNK - 1) // _CHUNK)
-    return length // _CHUNK + sequence_count(u, cu_seqlens)
-
-
 def _outputs(
     u: Tensor, A: Tensor, cu_seqlens: Tensor | None, last_state: bool, chunk_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dim, states = A.shape
-    ends = (sequence_count(u, cu_seqlens), dim, states) if last_state else (0,)
-    starts = (_chunk_count(u, cu_seqlens), states, dim) if chunk_states else (0,)
+    batch, _, length = u.shape
+    ends = (sequence_count(batch, cu_seqlens), dim, states) if last_state else (0,)
+    starts = (chunk_count(batch, length, cu_seqlens, _CHUNK), states, dim) if chunk_states else (0,)
     return torch.empty_like(u), A.new_empty(ends), A.new_empty(starts)
 
 
@@ -116,23 +106,9 @@ def _forward(
     return outputs
 
 
-def _fake_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    order: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    last_state: bool,
-    chunk_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    u, _, A = arguments[:3]
+    cu_seqlens, (last_state, chunk_states) = arguments[_DIFFERENTIABLE], arguments[-2:]
     return _outputs(u, A, cu_seqlens, last_state, chunk_states)
 
 
@@ -166,26 +142,8 @@ def _backward(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _fake_backward(
-    dout: Tensor,
-    dlast_state: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    order: Tensor | None,
-    chunk_states: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-    needed: list[bool],
-) -> list[Tensor]:
-    gradients = _gradients((u, delta, A, B, C, D, z, delta_bias, initial_state), needed)
+def _fake_backward(dout: Tensor, dlast_state: Tensor | None, *arguments: Any) -> list[Tensor]:
+    gradients = _gradients(arguments[:_DIFFERENTIABLE], arguments[-1])
     return [gradient for gradient in gradients if gradient is not None]
 
 

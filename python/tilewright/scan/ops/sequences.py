@@ -1,4 +1,4 @@
-"""Packed sequences as a torch op.
+"""How many sequences and chunks there are, and packed sequences as a torch op.
 
     tilewright::sequence_numbers  the number of the sequence that each step belongs to, from cu_seqlens
 
@@ -12,6 +12,18 @@ from torch import Tensor
 
 from ..._checks import check_boundaries
 from ..._library import define
+
+
+def sequence_count(batch: int, cu_seqlens: Tensor | None) -> int:
+    """Sequences with a state each: one a batch row, or as many as are packed."""
+    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def chunk_count(batch: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> int:
+    """Numbers that chunks of `chunk` steps may have; of packed sequences not every number is a chunk's."""
+    if cu_seqlens is None:
+        return batch * ((length + chunk - 1) // chunk)
+    return length // chunk + sequence_count(batch, cu_seqlens)
 
 
 def _numbers(cu_seqlens: Tensor, length: int) -> Tensor:

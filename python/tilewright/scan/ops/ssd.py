@@ -16,35 +16,28 @@ from torch import Tensor
 from ... import _backend
 from ..._checks import check_boundaries
 from ..._library import define
+from .sequences import chunk_count, sequence_count
 
-CHUNK = 64  # steps between kept states; kSsdChunk of the kernels
+_CHUNK: int = _backend.C.SSD_CHUNK  # steps between kept states
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, "
     "bool dt_softplus, float dt_min, float dt_max"
 )
+_DIFFERENTIABLE = 9  # of the inputs, the first ones
 _NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states", "seq_idx", "cu_seqlens")
 
 
-def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _chunks(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    batch, length = x.shape[:2]
-    if cu_seqlens is None:
-        return batch * ((length + CHUNK - 1) // CHUNK)
-    return length // CHUNK + cu_seqlens.shape[0] - 1
-
-
 def _empty(x: Tensor, B: Tensor, dt: Tensor, cu_seqlens: Tensor | None, keep_y: bool) -> tuple[Tensor, ...]:
-    _, _, heads, head_dim = x.shape
+    batch, length, heads, head_dim = x.shape
     states = B.shape[3]
     return (
         x.new_empty(x.shape),
-        x.new_empty((_sequences(x, cu_seqlens), heads, head_dim, states), dtype=dt.dtype),
-        x.new_empty((_chunks(x, cu_seqlens), heads, states, head_dim), dtype=dt.dtype),
+        x.new_empty((sequence_count(batch, cu_seqlens), heads, head_dim, states), dtype=dt.dtype),
+        x.new_empty(
+            (chunk_count(batch, length, cu_seqlens, _CHUNK), heads, states, head_dim), dtype=dt.dtype
+        ),
         x.new_empty(x.shape if keep_y else (0,)),
     )
 
@@ -74,7 +67,7 @@ def _forward(
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, x.shape[1])
     results = _empty(x, B, dt, cu_seqlens, keep_y)
-    if not _sequences(x, cu_seqlens):
+    if not sequence_count(x.shape[0], cu_seqlens):
         return results
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
     tensors: dict[str, Tensor | None] = dict(zip(_NAMES, inputs, strict=True))
@@ -85,28 +78,13 @@ def _forward(
     return results
 
 
-def _fake_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    keep_y: bool,
-) -> tuple[Tensor, ...]:
-    return _empty(x, B, dt, cu_seqlens, keep_y)
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    x, dt, _, B = arguments[:4]
+    return _empty(x, B, dt, cu_seqlens=arguments[10], keep_y=arguments[-1])
 
 
 def _empty_gradients(*inputs: Tensor | None) -> list[Tensor]:
-    """One for each of the nine differentiable inputs; that of an absent one has no elements."""
+    """One for each of the differentiable inputs; that of an absent one has no elements."""
     x = inputs[0]
     assert x is not None
     return [x.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in inputs]
@@ -133,8 +111,8 @@ def _backward(
     y: Tensor | None,
 ) -> list[Tensor]:
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
-    gradients = _empty_gradients(*inputs[:9])
-    if not _sequences(x, cu_seqlens):
+    gradients = _empty_gradients(*inputs[:_DIFFERENTIABLE])
+    if not sequence_count(x.shape[0], cu_seqlens):
         return [gradient.zero_() for gradient in gradients]
     tensors: dict[str, Tensor | None] = dict(zip(_NAMES, inputs, strict=True))
     for name, source, gradient in zip(_NAMES, inputs, gradients, strict=False):
@@ -146,27 +124,8 @@ def _backward(
     return gradients
 
 
-def _fake_backward(
-    dout: Tensor,
-    dfinal_states: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk_states: Tensor,
-    y: Tensor | None,
-) -> list[Tensor]:
-    return _empty_gradients(x, dt, A, B, C, D, z, dt_bias, initial_states)
+def _fake_backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) -> list[Tensor]:
+    return _empty_gradients(*arguments[:_DIFFERENTIABLE])
 
 
 define(
@@ -213,5 +172,5 @@ class SsdChunkScan(torch.autograd.Function):
             dfinal_states = dfinal_states.contiguous()
         found = _bwd(dout, dfinal_states, *inputs, *ctx.options, chunk_states, y)
         needed = ctx.needs_input_grad
-        results = [found[i] if needed[i] else None for i in range(9)]
+        results = [found[i] if needed[i] else None for i in range(_DIFFERENTIABLE)]
         return (*results, None, None, None, None, None)

@@ -34,18 +34,6 @@ def _conv_update(
     return out
 
 
-def _fake_conv_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    cache_seqlens: Tensor | None,
-    conv_state_indices: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(x)
-
-
 def _state_update(
     state: Tensor,
     x: Tensor,
@@ -68,31 +56,15 @@ def _state_update(
     return out
 
 
-def _fake_state_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    state_batch_indices: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(x)
-
-
 define(
     "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, "
     "Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor",
     _conv_update,
-    _fake_conv_update,
+    lambda x, *_: torch.empty_like(x),
 )
 define(
     "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor",
     _state_update,
-    _fake_state_update,
+    lambda state, x, *_: torch.empty_like(x),
 )
