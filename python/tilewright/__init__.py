@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from tilewright.swapping import SwapReport, swap, unswap
 
 __version__ = "0.1.0"
-__all__ = ["SwapReport", "__version__", "attention", "compat", "info", "nn", "optim", "scan", "swap", "unswap"]
+__all__ = [
+    "SwapReport",
+    "__version__",
+    "attention",
+    "compat",
+    "info",
+    "nn",
+    "optim",
+    "scan",
+    "swap",
+    "unswap",
+]
 
 
 def __getattr__(name: str) -> Any:

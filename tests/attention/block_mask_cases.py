@@ -13,7 +13,9 @@ from tilewright.attention.codes import PARTIAL
 def read_lists(counts: Tensor, indices: Tensor, bits: Tensor | None) -> list[list[tuple[int, int]]]:
     """The lists of all batches and heads, one after the other: (block, table or -1)."""
     bits = torch.full_like(indices, -1) if bits is None else bits
-    flat = zip(counts.flatten().tolist(), indices.flatten(0, 2).tolist(), bits.flatten(0, 2).tolist(), strict=True)
+    flat = zip(
+        counts.flatten().tolist(), indices.flatten(0, 2).tolist(), bits.flatten(0, 2).tolist(), strict=True
+    )
     return [list(zip(row[:count], kind[:count], strict=True)) for count, row, kind in flat]
 
 
@@ -23,7 +25,7 @@ def kinds_of(mask: BlockMask) -> Tensor:
 
 
 def check(mask: BlockMask, seen: Tensor) -> None:
-    """The mask is this one, (Bm, Hm, q_len, kv_len) or (q_len, kv_len), and no block is taken for partial in vain."""
+    """The mask is (Bm, Hm, q_len, kv_len) or (q_len, kv_len), and no block is taken for partial in vain."""
     seen = seen[(None,) * (4 - seen.ndim)]
     assert torch.equal(mask.to_mask(), seen)
     for batch in range(seen.shape[0]):

@@ -15,7 +15,9 @@ SIZES = [(1, 1), (1, 7), (7, 1), (63, 65), (65, 63), (64, 64), (127, 129), (129,
 ops = torch.ops.tilewright
 
 
-def random_codes(shape: tuple[int, ...], density: float, largest: int = 6, dtype: torch.dtype = torch.uint8) -> Tensor:
+def random_codes(
+    shape: tuple[int, ...], density: float, largest: int = 6, dtype: torch.dtype = torch.uint8
+) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     present = torch.rand(shape, generator=generator) < density
     return (torch.randint(1, largest + 1, shape, generator=generator) * present).to(dtype)
@@ -40,7 +42,9 @@ def check_lists(codes: Tensor, with_bits: bool = True) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_lists_hold_what_the_map_holds(backend, size: tuple[int, int], density: float, dtype: torch.dtype) -> None:
+def test_lists_hold_what_the_map_holds(
+    backend, size: tuple[int, int], density: float, dtype: torch.dtype
+) -> None:
     codes = random_codes((2, 2, *size), density, dtype=dtype).to(backend.device)
     check_lists(codes)
     check_lists(codes, with_bits=False)

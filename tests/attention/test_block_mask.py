@@ -31,7 +31,9 @@ def test_causal(q_len: int, kv_len: int, block_size) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("block_size", BLOCKS, ids=str)
-@pytest.mark.parametrize(("n", "window", "sink"), [(1, 1, 0), (65, 16, 0), (127, 33, 5), (129, 1, 70), (100, 99, 200)])
+@pytest.mark.parametrize(
+    ("n", "window", "sink"), [(1, 1, 0), (65, 16, 0), (127, 33, 5), (129, 1, 70), (100, 99, 200)]
+)
 def test_sliding_window(n: int, window: int, sink: int, block_size, causal: bool) -> None:
     mask = BlockMask.sliding_window(n, window, sink=sink, causal=causal, block_size=block_size)
 
@@ -55,7 +57,9 @@ def test_sliding_window_of_other_lengths(q_len: int, kv_len: int) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("block_size", BLOCKS, ids=str)
-@pytest.mark.parametrize(("n", "window", "dilation"), [(1, 1, 1), (127, 5, 3), (129, 9, 16), (65, 200, 2), (129, 2, 100)])
+@pytest.mark.parametrize(
+    ("n", "window", "dilation"), [(1, 1, 1), (127, 5, 3), (129, 9, 16), (65, 200, 2), (129, 2, 100)]
+)
 def test_dilated(n: int, window: int, dilation: int, block_size, causal: bool) -> None:
     mask = BlockMask.dilated(n, window, dilation, causal=causal, block_size=block_size)
 
@@ -79,7 +83,14 @@ def test_prefix_lm(prefix, block_size) -> None:
 @pytest.mark.parametrize("block_size", BLOCKS, ids=str)
 @pytest.mark.parametrize(
     "cu_seqlens",
-    [[0, 1], [0, 127], [0, 3, 3, 20, 21, 64, 129], [0, 64, 128], [0, 0, 100, 129, 129], list(range(0, 66, 5))],
+    [
+        [0, 1],
+        [0, 127],
+        [0, 3, 3, 20, 21, 64, 129],
+        [0, 64, 128],
+        [0, 0, 100, 129, 129],
+        list(range(0, 66, 5)),
+    ],
     ids=str,
 )
 def test_document(cu_seqlens: list[int], block_size, causal: bool) -> None:
@@ -113,7 +124,7 @@ def test_bigbird(n: int) -> None:
     extra = (blocks & ~fixed).sum(-1)
     assert torch.equal(extra, (~fixed).sum(-1).clamp(max=4).expand(1, 3, -1))
     assert mask.q2k_bits is None
-    arguments = dict(window=3, global_blocks=2, random_blocks=4, heads=3, block_size=16)
+    arguments = {"window": 3, "global_blocks": 2, "random_blocks": 4, "heads": 3, "block_size": 16}
     assert mask == BlockMask.bigbird(n, seed=5, **arguments)
     if n == 300:
         assert mask != BlockMask.bigbird(n, seed=6, **arguments)
@@ -225,7 +236,10 @@ def test_from_lists_of_a_mask_is_that_mask(backend) -> None:
         )
         assert again.validate() == mask
         for name in ("q2k", "k2q"):
-            parts = [[getattr(m, f"{name}_{part}").cpu() for part in ("counts", "indices", "bits")] for m in (mask, again)]
+            parts = [
+                [getattr(m, f"{name}_{part}").cpu() for part in ("counts", "indices", "bits")]
+                for m in (mask, again)
+            ]
             assert read_lists(*parts[0]) == read_lists(*parts[1])
 
 
@@ -272,7 +286,10 @@ def test_builders_are_flex_attentions(mask: BlockMask, mod) -> None:
 
 
 def test_from_torch_of_lists_without_a_mod() -> None:
-    counts, indices = torch.tensor([[[1, 2]]], dtype=torch.int32), torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.int32)
+    counts, indices = (
+        torch.tensor([[[1, 2]]], dtype=torch.int32),
+        torch.tensor([[[[1, 0], [0, 1]]]], dtype=torch.int32),
+    )
     theirs = flex_attention.BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=32)
     mask = BlockMask.from_torch(theirs)
     assert mask.to_dense().tolist() == [[[[False, True], [True, True]]]]

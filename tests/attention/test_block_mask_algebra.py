@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from tilewright.attention import BlockMask
 
 seeds = st.integers(0, 10_000)
-sizes = st.sampled_from([(1, 1, 16, 16), (40, 70, 16, 16), (64, 96, 32, 16), (70, 130, 16, 48), (100, 33, 80, 16)])
+sizes = st.sampled_from(
+    [(1, 1, 16, 16), (40, 70, 16, 16), (64, 96, 32, 16), (70, 130, 16, 48), (100, 33, 80, 16)]
+)
 
 
 @given(seed=seeds, size=sizes)
@@ -46,7 +48,11 @@ def test_laws(seed: int, size: tuple[int, int, int, int]) -> None:
 def test_on_all_backends(backend, size: tuple[int, int, int, int]) -> None:
     a = random_mask(1, *size, heads=2).to(backend.device)
     b = random_mask(2, *size).to(backend.device)
-    for result, seen in [(a & b, a.to_mask() & b.to_mask()), (a | b, a.to_mask() | b.to_mask()), (~a, ~a.to_mask())]:
+    for result, seen in [
+        (a & b, a.to_mask() & b.to_mask()),
+        (a | b, a.to_mask() | b.to_mask()),
+        (~a, ~a.to_mask()),
+    ]:
         assert torch.equal(result.validate().to_mask(), seen)
         assert result.device == a.device
 
@@ -82,4 +88,4 @@ def test_masks_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="same number of heads or 1, got 2 and 3"):
         BlockMask.bigbird(100, heads=2) & BlockMask.bigbird(100, heads=3)
     with pytest.raises(TypeError, match="unsupported operand"):
-        mask & torch.ones(3)
+        mask & 3

@@ -1,7 +1,7 @@
 """The maps behind `BlockMask.causal` and its kin. They are made on the CPU, from closed forms.
 
-What depends on the distance between query and key alone is worked out once for each distance between blocks;
-what is left is evaluated on one block of each kind. So tables are few, and shared by the blocks that look alike.
+What depends on the distance between query and key alone is worked out once for each distance between
+blocks; what is left is evaluated on one block of each kind. So blocks that look alike share a table.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from .ops import code_dtype
 
 
 def band(geometry: Geometry, sees: Callable[[Tensor], Tensor]) -> Draft:
-    """Query q sees key k where sees(q - k + kv_len - q_len): the last query and the last key are at distance 0."""
+    """Query q sees key k where sees(q - k + kv_len - q_len): the last of both are at distance 0."""
     g = geometry
     if g.q_blocks == 0 or g.kv_blocks == 0:
-        return Draft(torch.zeros(1, 1, g.q_blocks, g.kv_blocks, dtype=torch.uint8), g.no_tables(torch.device("cpu")))
+        return Draft(
+            torch.zeros(1, 1, g.q_blocks, g.kv_blocks, dtype=torch.uint8), g.no_tables(torch.device("cpu"))
+        )
     step = math.gcd(g.block_q, g.block_kv)
     nearest = -(g.kv_blocks - 1) * g.block_kv  # the least distance between the first elements of two blocks
     furthest = (g.q_blocks - 1) * g.block_q
@@ -61,12 +63,17 @@ def sliding_window(geometry: Geometry, window: int, sink: int, is_causal: bool) 
     near = band(geometry, lambda d: (d < window) & ((d >= 0) if is_causal else (d > -window)))
     if sink == 0 or geometry.kv_len == 0:
         return settle(near, geometry)
-    reached = -(-min(sink, geometry.kv_len) // geometry.block_kv)  # blocks of keys that have a part in the sink
+    reached = -(
+        -min(sink, geometry.kv_len) // geometry.block_kv
+    )  # blocks of keys that have a part in the sink
     first = columns(geometry, torch.tensor([sink]))
     before = band(geometry, lambda d: (d >= 0) | (not is_causal))
     parts = [Draft(draft.codes[..., :reached], draft.tables) for draft in (near, first, before)]
     left = combine(lambda n, f, b: n | f & b, parts, geometry, edges=False)
-    right = torch.where(near.codes[..., reached:] < PARTIAL, 0, len(left.tables)) + near.codes[..., reached:].int()
+    right = (
+        torch.where(near.codes[..., reached:] < PARTIAL, 0, len(left.tables))
+        + near.codes[..., reached:].int()
+    )
     codes = torch.cat([left.codes.int(), right], 3)
     return settle(Draft(codes, torch.cat([left.tables, near.tables])), geometry)
 
@@ -88,7 +95,7 @@ def prefix_lm(geometry: Geometry, prefix: Tensor) -> Draft:
 
 
 def document(geometry: Geometry, starts: Tensor, is_causal: bool) -> Draft:
-    """Keys of the query's own document. Documents lie between neighbours of `starts`, int64, 0 to the length."""
+    """Keys of the query's own document. Documents lie between neighbours of `starts`, int64, from 0 on."""
     g, length = geometry, geometry.q_len
     if length == 0:
         return Draft(torch.zeros(1, 1, 0, 0, dtype=torch.uint8), g.no_tables(starts.device))
@@ -120,7 +127,9 @@ def document(geometry: Geometry, starts: Tensor, is_causal: bool) -> Draft:
     return evaluate(kinds[None, None], sees, g, keys[None, None])
 
 
-def bigbird(geometry: Geometry, window: int, global_blocks: int, random_blocks: int, heads: int, seed: int) -> Draft:
+def bigbird(
+    geometry: Geometry, window: int, global_blocks: int, random_blocks: int, heads: int, seed: int
+) -> Draft:
     """Whole blocks: near ones, the first ones (which see everything), and random ones."""
     n = geometry.q_blocks
     block = torch.arange(n)

@@ -1,7 +1,8 @@
 """Maps of codes: what masks are built from and combined as, before they become lists.
 
-A code says what a block of queries sees of a block of keys: 0 nothing, 1 everything, 2 + t what bit table t says.
-A table is int32 (block_q, ceil(block_kv / 32)): bit j of word w of row i is set where query i sees key 32 w + j.
+A code says what a block of queries sees of a block of keys: 0 nothing, 1 everything, 2 + t what bit table t
+says. A table is int32 (block_q, ceil(block_kv / 32)): bit j of word w of row i is set where query i sees key
+32 w + j.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Geometry:
         return self.q_len % self.block_q != 0 or self.kv_len % self.block_kv != 0
 
     def edges(self, device: torch.device) -> Tensor:
-        """For each block: 2 if it is the last of queries and ragged, plus 1 if it is the last of keys and ragged."""
+        """For each block: 2 if its queries are those of a shorter last block, plus 1 if its keys are."""
         rows = torch.zeros(self.q_blocks, 1, dtype=torch.int64, device=device)
         columns = torch.zeros(1, self.kv_blocks, dtype=torch.int64, device=device)
         if self.q_len % self.block_q:
@@ -81,8 +82,9 @@ def pack(seen: Tensor) -> Tensor:
     keys = seen.shape[-1]
     padded = torch.nn.functional.pad(seen, (0, -keys % 32)).contiguous().view(torch.uint8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=seen.device)
-    octets = padded.unflatten(-1, (padded.shape[-1] // 8, 8)) * weights
-    return octets.sum(-1, dtype=torch.uint8).view(torch.int32)
+    octets = padded.view(*padded.shape[:-1], padded.shape[-1] // 8, 8) * weights
+    words: Tensor = octets.sum(-1, dtype=torch.uint8).view(torch.int32)
+    return words
 
 
 def unpack(tables: Tensor, block_kv: int) -> Tensor:
@@ -113,7 +115,7 @@ def _first_of(which: Tensor, count: int) -> Tensor:
 
 
 def classify(tables: Tensor, geometry: Geometry, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes for tables (n, block_q, words) of blocks on these edges (n), and the tables that stay, each once."""
+    """Codes for tables (n, block_q, words) of blocks on these edges (n), and the tables left, each once."""
     exists = geometry.existing(tables.device)[edges]
     seen = tables & exists
     codes = (seen == exists).flatten(1).all(1).long()  # FULL, or ABSENT for now
@@ -123,11 +125,13 @@ def classify(tables: Tensor, geometry: Geometry, edges: Tensor) -> tuple[Tensor,
     return codes, kept
 
 
-def combine(op: Callable[..., Tensor], operands: Sequence[Draft], geometry: Geometry, edges: bool = True) -> Draft:
+def combine(
+    op: Callable[..., Tensor], operands: Sequence[Draft], geometry: Geometry, edges: bool = True
+) -> Draft:
     """What `op`, a bitwise function of tables, makes of maps that broadcast against each other.
 
-    Each combination of codes that meets somewhere is worked out once. `edges` is False for maps that are a part
-    of the whole: blocks then count as if none of them were ragged.
+    Each combination of codes that meets somewhere is worked out once. `edges` is False for maps that are a
+    part of the whole: blocks then count as if none of them were ragged.
     """
     device = operands[0].codes.device
     sizes = [len(operand.tables) + PARTIAL for operand in operands]
@@ -154,7 +158,8 @@ def combine(op: Callable[..., Tensor], operands: Sequence[Draft], geometry: Geom
 def _number(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """The different values, ascending, and for each element which of them it is; all are below `limit`."""
     if limit > max(values.numel(), _FEW_COMBINATIONS):
-        return torch.unique(values, return_inverse=True)
+        different, which = torch.unique(values, return_inverse=True)
+        return different, which
     seen = torch.zeros(limit, dtype=torch.bool, device=values.device)
     seen[values.flatten()] = True
     present = seen.nonzero().squeeze(1)
@@ -164,7 +169,7 @@ def _number(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def settle(draft: Draft, geometry: Geometry) -> Draft:
-    """The same mask, where blocks that only seemed to be partial are full or absent and no table is there twice."""
+    """The same mask, where no block is partial that could be full or absent, and no table is there twice."""
     return combine(lambda table: table, [draft], geometry)
 
 
@@ -175,10 +180,10 @@ def evaluate(
 
     Args:
         kinds: ABSENT, FULL or PARTIAL for each block.
-        sees: takes int64 (n, 4): batch, head, block of queries and block of keys of n partial blocks. Gives bool
-            (n, block_q, block_kv); what it says of elements that do not exist does not matter.
+        sees: takes int64 (n, 4): batch, head, block of queries and block of keys of n partial blocks. Gives
+            bool (n, block_q, block_kv); what it says of elements that do not exist does not matter.
         geometry: of the mask.
-        keys: like kinds; partial blocks that have the same key have the same elements, so one of them is enough.
+        keys: like kinds; partial blocks of the same key have the same elements, so one of them is enough.
     """
     partial = kinds == PARTIAL
     where = partial.nonzero()
@@ -187,7 +192,7 @@ def evaluate(
         different, which = torch.unique(keys[partial], return_inverse=True)
         where = where[_first_of(which, len(different))]
     tables, numbers, known = [geometry.no_tables(kinds.device)], [which.new_empty(0)], 0
-    for part in where.split(max(1, _CHUNK_ELEMENTS // (geometry.block_q * geometry.block_kv))):
+    for part in torch.split(where, max(1, _CHUNK_ELEMENTS // (geometry.block_q * geometry.block_kv))):
         if not len(part):
             continue
         kept, number = distinct(pack(sees(part)))

@@ -27,13 +27,14 @@ _FAULTS = {
 class BlockMask:
     """A mask of attention in blocks. Make one by `from_dense`, `from_lists`, `from_torch`, or by a builder.
 
-    A block of queries sees a block of keys not at all, in full, or in part; a partial block names a bit table.
-    Where a length is no multiple of its block size the last block is shorter, and full is full as far as it goes.
+    A block of queries sees a block of keys not at all, in full, or in part; a partial block names a bit
+    table. Where a length is no multiple of its block size the last block is shorter, and full as far as it
+    goes.
     Masks combine by ``&``, ``|`` and ``~`` and compare by ``==``, element for element.
 
     Attributes:
-        q2k_counts: int32 (Bm, Hm, nq), how many blocks of keys each block of queries sees. Bm is 1 or the batch
-            size, Hm is 1, the number of key heads or that of query heads.
+        q2k_counts: int32 (Bm, Hm, nq), how many blocks of keys each block of queries sees. Bm is 1 or the
+            batch size, Hm is 1, the number of key heads or that of query heads.
         q2k_indices: int32 (Bm, Hm, nq, capacity), which they are, ascending; undefined beyond the count.
         q2k_bits: like q2k_indices, -1 for a full block, else the number of its table. None if all are full.
         k2q_counts: the same for each block of keys, int32 (Bm, Hm, nk).
@@ -97,7 +98,7 @@ class BlockMask:
 
         Args:
             counts: int32 or int64 (nq,), (Hm, nq) or (Bm, Hm, nq), how many blocks of keys are seen.
-            indices: the same dtypes (..., nq, capacity), which they are; those beyond the count do not matter.
+            indices: the same dtypes (..., nq, capacity), which they are; the rest does not matter.
             block_size: as for `from_dense`.
             kv_len: keys.
             q_len: queries; by default all blocks of queries are whole.
@@ -105,8 +106,8 @@ class BlockMask:
             tables: bool (T, block_q, block_kv), True where the query sees the key, or packed as in `tables`.
 
         Raises:
-            ValueError: on a CPU, if an index is out of range or repeated. On CUDA such entries are left out, and
-                `validate` raises.
+            ValueError: on a CPU, if an index is out of range or repeated. On CUDA such entries are left out,
+                and `validate` raises.
         """
         block_q, block_kv = _check_block_size(block_size)
         counts = _check_list("counts", counts)
@@ -121,9 +122,13 @@ class BlockMask:
             packed = _check_tables(tables, geometry, counts.device)
             bits = _check_entries("bits", bits, counts, len(packed))
             if bits.shape != indices.shape:
-                raise ValueError(f"bits must have the shape of indices, got {_sizes(bits)} and {_sizes(indices)}")
+                raise ValueError(
+                    f"bits must have the shape of indices, got {_sizes(bits)} and {_sizes(indices)}"
+                )
         counts = counts.clamp(-1, indices.shape[3] + 1).int()
-        codes, flags = torch.ops.tilewright.block_codes(counts, indices, bits, geometry.kv_blocks, len(packed))
+        codes, flags = torch.ops.tilewright.block_codes(
+            counts, indices, bits, geometry.kv_blocks, len(packed)
+        )
         if _on_gpu(counts):
             return _from_draft(Draft(codes, packed), geometry, flags)
         _raise_for(flags, "counts, indices and bits: ")
@@ -147,11 +152,11 @@ class BlockMask:
         geometry = Geometry(block_q, block_kv, *block_mask.seq_lengths)
         if block_mask.kv_num_blocks.shape[2] != geometry.q_blocks:
             raise ValueError(
-                f"block_mask has {block_mask.kv_num_blocks.shape[2]} blocks of queries, which does not fit its "
-                f"seq_lengths {block_mask.seq_lengths} and BLOCK_SIZE {block_mask.BLOCK_SIZE}"
+                f"block_mask has {block_mask.kv_num_blocks.shape[2]} blocks of queries, which does not fit "
+                f"its seq_lengths {block_mask.seq_lengths} and BLOCK_SIZE {block_mask.BLOCK_SIZE}"
             )
         kinds = PARTIAL * _listed(block_mask.kv_num_blocks, block_mask.kv_indices, geometry)
-        if block_mask.full_kv_num_blocks is not None:
+        if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
             full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, geometry)
             kinds = torch.where(full == 1, FULL, kinds)
         return _from_draft(evaluate(kinds, _elements_of(block_mask.mask_mod, geometry), geometry), geometry)
@@ -166,7 +171,7 @@ class BlockMask:
         block_size: BlockSize = 128,
         device: torch.device | str | None = None,
     ) -> BlockMask:
-        """Each query sees the keys up to its own; with kv_len != q_len the last query and the last key meet."""
+        """Each query sees the keys up to its own; the last of both are at the same position."""
         geometry = _geometry(q_len, kv_len, block_size)
         return _build(geometry, device, lambda: builders.causal(geometry))
 
@@ -206,7 +211,7 @@ class BlockMask:
         block_size: BlockSize = 128,
         device: torch.device | str | None = None,
     ) -> BlockMask:
-        """Query i sees keys i, i - dilation, ..., i - (window - 1) * dilation; unless causal those after it too."""
+        """Query i sees `window` keys: i, i - dilation, i - 2 dilation, ...; unless causal later ones too."""
         geometry = _geometry(seq_len, None, block_size)
         window, dilation = _check_size("window", window, 1), _check_size("dilation", dilation, 1)
         return _build(geometry, device, lambda: builders.dilated(geometry, window, dilation, causal))
@@ -219,7 +224,7 @@ class BlockMask:
         block_size: BlockSize = 128,
         device: torch.device | str | None = None,
     ) -> BlockMask:
-        """Causal, but all queries see the first `prefix` keys; a prefix for each sequence gives a mask of the batch."""
+        """Causal, but all queries see the first `prefix` keys: one number, or one for each of the batch."""
         geometry = _geometry(seq_len, None, block_size)
         firsts = _integers("prefix", prefix).reshape(-1)
         if bool((firsts < 0).any()) or bool((firsts > seq_len).any()):
@@ -237,14 +242,16 @@ class BlockMask:
         """Packed sequences: each query sees the keys of its own document.
 
         Args:
-            cu_seqlens: where documents start and end: integers (documents + 1,) that start at 0 and never fall.
+            cu_seqlens: where documents start and end: integers (documents + 1,) that rise from 0.
             causal: keys up to the query's own alone.
             block_size: as for `from_dense`.
             device: of the lists; by default that of cu_seqlens, if it is a tensor.
         """
         starts = _integers("cu_seqlens", cu_seqlens)
         if starts.ndim != 1 or not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens must be (documents + 1,) numbers that start at 0 and never fall, got {starts}")
+            raise ValueError(
+                f"cu_seqlens must be (documents + 1,) numbers that start at 0 and never fall, got {starts}"
+            )
         geometry = _geometry(int(starts[-1]), None, block_size)
         if device is None and isinstance(cu_seqlens, Tensor):
             device = cu_seqlens.device
@@ -295,9 +302,14 @@ class BlockMask:
         window = _check_size("window", window, 1)
         if window % 2 == 0:
             raise ValueError(f"window must be odd, got {window}: the same number of blocks on either side")
-        first, others = _check_size("global_blocks", global_blocks, 0), _check_size("random_blocks", random_blocks, 0)
+        first, others = (
+            _check_size("global_blocks", global_blocks, 0),
+            _check_size("random_blocks", random_blocks, 0),
+        )
         heads = _check_size("heads", heads, 1)
-        return _build(geometry, device, lambda: builders.bigbird(geometry, window, first, others, heads, seed))
+        return _build(
+            geometry, device, lambda: builders.bigbird(geometry, window, first, others, heads, seed)
+        )
 
     # ---- algebra ----
 
@@ -314,7 +326,7 @@ class BlockMask:
         return _from_draft(combine(torch.bitwise_not, [self._draft()], self._geometry), self._geometry)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both see the same elements of the same blocks, for the same numbers of batches and heads."""
+        """Whether both have the same shape and block size, and see the same elements."""
         if not isinstance(other, BlockMask):
             return NotImplemented
         if self._geometry != other._geometry or self.shape[:2] != other.shape[:2]:
@@ -339,7 +351,9 @@ class BlockMask:
                     f"got {self.shape[axis]} and {other.shape[axis]}"
                 )
         if self.device != other.device:
-            raise ValueError(f"masks combined by {sign} must be on one device, got {self.device} and {other.device}")
+            raise ValueError(
+                f"masks combined by {sign} must be on one device, got {self.device} and {other.device}"
+            )
         drafts = [self._draft(), other._draft()]
         return _from_draft(combine(op, drafts, self._geometry), self._geometry)
 
@@ -376,7 +390,7 @@ class BlockMask:
         return self._draft().codes != ABSENT
 
     def to_mask(self) -> Tensor:
-        """Bool (Bm, Hm, q_len, kv_len): which query sees which key. For tests and small masks: a byte a pair."""
+        """Bool (Bm, Hm, q_len, kv_len): which query sees which key. A byte a pair: for small masks."""
         draft, geometry = self._draft(), self._geometry
         full = unpack(geometry.existing(self.device)[:1], geometry.block_kv)
         kinds = torch.cat([torch.zeros_like(full), full, unpack(draft.tables, geometry.block_kv)])
@@ -394,17 +408,16 @@ class BlockMask:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> BlockMask:
         """The mask on another device, or this one if it is there already."""
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors().items()}
-        if all(moved[name] is value for name, value in self._tensors().items()):
-            return self
-        return replace(self, **moved)
+        tensors = self._tensors()
+        moved: dict[str, Any] = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()}
+        return self if all(moved[name] is t for name, t in tensors.items()) else replace(self, **moved)
 
     def validate(self) -> BlockMask:
         """Checks all lists and returns the mask; waits for the device.
 
         Raises:
-            ValueError: lists given to `from_lists` were wrong, or the tensors are no mask (for those who fill them
-                themselves): out of range, not ascending, k2q not the transpose of q2k.
+            ValueError: lists given to `from_lists` were wrong, or the tensors are no mask (for those who fill
+                them themselves): out of range, not ascending, k2q not the transpose of q2k.
         """
         if self._flags is not None:
             _raise_for(self._flags, "counts, indices and bits given to from_lists: ")
@@ -412,7 +425,9 @@ class BlockMask:
         _check_block_size(self.block_size)
         shape = (geometry.q_blocks, geometry.kv_blocks)
         if self.shape[2:] != shape:
-            raise ValueError(f"q2k_counts and k2q_counts must have {shape} rows to fit the lengths, got {self.shape[2:]}")
+            raise ValueError(
+                f"q2k_counts and k2q_counts must have {shape} rows to fit the lengths, got {self.shape[2:]}"
+            )
         _check_tables(self.tables, geometry, self.device)
         codes = []
         for name, blocks in (("q2k", shape[1]), ("k2q", shape[0])):
@@ -428,8 +443,9 @@ class BlockMask:
         total = int(self.q2k_counts.sum())
         return (
             f"BlockMask(batch={batch}, heads={heads}, q_len={self.q_len}, kv_len={self.kv_len}, "
-            f"block_size={self.block_size}, density={self.density:.4f}, blocks={total - partial} full + "
-            f"{partial} partial, tables={len(self.tables)}, {self.nbytes / 1024:.1f} KiB, device={self.device})"
+            f"block_size={self.block_size}, density={self.density:.4f}, "
+            f"blocks={total - partial} full + {partial} partial, tables={len(self.tables)}, "
+            f"{self.nbytes / 1024:.1f} KiB, device={self.device})"
         )
 
     def plot(self, batch: int = 0, head: int = 0, ax: Any = None) -> Any:
@@ -441,14 +457,22 @@ class BlockMask:
         except ImportError as error:
             raise ImportError("BlockMask.plot needs matplotlib: pip install 'tilewright[plot]'") from error
         if not (0 <= batch < self.shape[0] and 0 <= head < self.shape[1]):
-            raise IndexError(f"the mask has {self.shape[0]} batches and {self.shape[1]} heads, got {batch}, {head}")
+            raise IndexError(
+                f"the mask has {self.shape[0]} batches and {self.shape[1]} heads, got {batch}, {head}"
+            )
         axes = plt.subplots()[1] if ax is None else ax
         kinds = self._draft().codes[batch, head].clamp(max=PARTIAL).cpu().numpy()
         names, colours = ("absent", "full", "partial"), ("#f2f2f2", "#1f4e79", "#8fb8de")
         block_q, block_kv = self.block_size
         extent = (0, kinds.shape[1] * block_kv, kinds.shape[0] * block_q, 0)
         axes.imshow(
-            kinds, cmap=ListedColormap(colours), vmin=0, vmax=2, extent=extent, interpolation="nearest", aspect="auto"
+            kinds,
+            cmap=ListedColormap(colours),
+            vmin=0,
+            vmax=2,
+            extent=extent,
+            interpolation="nearest",
+            aspect="auto",
         )
         axes.set(xlim=(0, max(1, self.kv_len)), ylim=(max(1, self.q_len), 0), xlabel="key", ylabel="query")
         axes.set_title(f"density {self.density:.3f}, blocks {block_q} x {block_kv}")
@@ -465,7 +489,7 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _from_draft(draft: Draft, geometry: Geometry, flags: Tensor | None = None) -> BlockMask:
-    """The lists of a map of codes. On a CPU they are as long as needed; on a GPU nobody waits to see how long."""
+    """The lists of a map of codes: as long as needed on a CPU; on a GPU nobody waits to see how long."""
     codes, with_bits = draft.codes, len(draft.tables) > 0
     if _on_gpu(codes) or torch.compiler.is_compiling():
         capacities = [codes.shape[3], codes.shape[2]]
@@ -480,9 +504,7 @@ def _from_draft(draft: Draft, geometry: Geometry, flags: Tensor | None = None) -
     return BlockMask(*q2k, *k2q, draft.tables, size, geometry.q_len, geometry.kv_len, flags)
 
 
-def _build(
-    geometry: Geometry, device: torch.device | str | None, draft: Callable[[], Draft]
-) -> BlockMask:
+def _build(geometry: Geometry, device: torch.device | str | None, draft: Callable[[], Draft]) -> BlockMask:
     """The mask of a builder's map, which is made on the CPU, whatever the default device is."""
     target = torch.get_default_device() if device is None else torch.device(device)
     with torch.device("cpu"):
@@ -511,7 +533,8 @@ def _elements_of(mask_mod: Callable[..., Tensor], geometry: Geometry) -> Callabl
             return mask_mod(batch[block], head[block], q, k)
 
         sizes = (len(blocks), 1, geometry.block_q, geometry.block_kv)
-        return create_mask(mod, *sizes, device=str(blocks.device)).squeeze(1)
+        seen: Tensor = create_mask(mod, *sizes, device=str(blocks.device))
+        return seen.squeeze(1)
 
     return sees
 
@@ -582,10 +605,14 @@ def _check_list(name: str, tensor: Tensor) -> Tensor:
 
 def _check_entries(name: str, entries: Tensor, counts: Tensor, limit: int) -> Tensor:
     """Entries (..., capacity) that belong to these counts, as int32; what is out of range stays so."""
-    entries = _four_axes(name, _check_list(name, entries), 4, "(nq, capacity), with heads and batch before as counts")
+    entries = _four_axes(
+        name, _check_list(name, entries), 4, "(nq, capacity), with heads and batch before as counts"
+    )
     check_device(name, entries, counts.device, "counts")
     if entries.shape[:3] != counts.shape:
-        raise ValueError(f"{name} must have shape counts' {_sizes(counts)} + (capacity,), got {_sizes(entries)}")
+        raise ValueError(
+            f"{name} must have shape counts' {_sizes(counts)} + (capacity,), got {_sizes(entries)}"
+        )
     return entries.clamp(-2, limit).int()
 
 
@@ -612,7 +639,9 @@ def _raise_for(flags: Tensor, what: str) -> None:
     batch, head, row = wrong[0].tolist()
     value = int(flags[batch, head, row])
     faults = ", ".join(text for bit, text in _FAULTS.items() if value & bit)
-    raise ValueError(f"{what}list {row} of batch {batch}, head {head} is wrong ({faults}); {len(wrong)} lists are")
+    raise ValueError(
+        f"{what}list {row} of batch {batch}, head {head} is wrong ({faults}); {len(wrong)} lists are"
+    )
 
 
 def _check_mask_lists(name: str, lists: list[Any], blocks: int, tables: int) -> Tensor:
@@ -622,10 +651,13 @@ def _check_mask_lists(name: str, lists: list[Any], blocks: int, tables: int) -> 
         if tensor is not None and (tensor.dtype is not torch.int32 or not tensor.is_contiguous()):
             raise ValueError(f"{name}_{part} must be contiguous int32")
     if (bits is None) != (tables == 0):
-        raise ValueError(f"{name}_bits must be a tensor exactly if there are tables, of which there are {tables}")
+        raise ValueError(
+            f"{name}_bits must be a tensor exactly if there are tables, of which there are {tables}"
+        )
+    codes: Tensor
     codes, flags = torch.ops.tilewright.block_codes(counts, indices, bits, blocks, tables)
     _raise_for(flags, f"{name}: ")
-    behind = torch.arange(1, indices.shape[3], device=indices.device) < counts[..., None]
-    if bool((behind & (indices.diff(dim=3) <= 0)).any()):
+    listed = torch.arange(1, indices.shape[3], device=indices.device) < counts[..., None]
+    if bool((listed & (indices.diff(dim=3) <= 0)).any()):
         raise ValueError(f"{name}_indices must be ascending")
     return codes
