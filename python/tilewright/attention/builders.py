@@ -70,12 +70,11 @@ def sliding_window(geometry: Geometry, window: int, sink: int, is_causal: bool) 
     before = band(geometry, lambda d: (d >= 0) | (not is_causal))
     parts = [Draft(draft.codes[..., :reached], draft.tables) for draft in (near, first, before)]
     left = combine(lambda n, f, b: n | f & b, parts, geometry, edges=False)
-    right = (
-        torch.where(near.codes[..., reached:] < PARTIAL, 0, len(left.tables))
-        + near.codes[..., reached:].int()
-    )
-    codes = torch.cat([left.codes.int(), right], 3)
-    return settle(Draft(codes, torch.cat([left.tables, near.tables])), geometry)
+    tables = torch.cat([near.tables, left.tables])
+    codes = near.codes.to(code_dtype(len(tables)), copy=True)
+    after = left.codes.to(codes.dtype)
+    codes[..., :reached] = after + (after >= PARTIAL).to(codes.dtype) * len(near.tables)
+    return settle(Draft(codes, tables), geometry)
 
 
 def dilated(geometry: Geometry, window: int, dilation: int, is_causal: bool) -> Draft:

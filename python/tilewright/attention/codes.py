@@ -78,8 +78,10 @@ class Draft:
 
 
 def pack(seen: Tensor) -> Tensor:
-    """Bit tables (..., block_q, words) of bool (..., block_q, block_kv)."""
+    """Bit tables (n, block_q, words) of bool (n, block_q, block_kv)."""
     keys = seen.shape[-1]
+    if not len(seen):  # whose strides permit no view
+        return seen.new_empty((0, seen.shape[1], -(-keys // 32)), dtype=torch.int32)
     padded = torch.nn.functional.pad(seen, (0, -keys % 32)).contiguous().view(torch.uint8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=seen.device)
     octets = padded.view(*padded.shape[:-1], padded.shape[-1] // 8, 8) * weights
@@ -88,7 +90,9 @@ def pack(seen: Tensor) -> Tensor:
 
 
 def unpack(tables: Tensor, block_kv: int) -> Tensor:
-    """Bool (..., block_q, block_kv) of bit tables (..., block_q, words)."""
+    """Bool (n, block_q, block_kv) of bit tables (n, block_q, words)."""
+    if not len(tables):  # whose strides permit no view
+        return tables.new_empty((0, tables.shape[1], block_kv), dtype=torch.bool)
     shifts = torch.arange(8, dtype=torch.uint8, device=tables.device)
     bits = tables.contiguous().view(torch.uint8)[..., None] >> shifts & 1
     return bits.flatten(-2)[..., :block_kv].bool()
@@ -169,8 +173,20 @@ def _number(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 def settle(draft: Draft, geometry: Geometry) -> Draft:
-    """The same mask, where no block is partial that could be full or absent, and no table is there twice."""
-    return combine(lambda table: table, [draft], geometry)
+    """The same mask without tables that nobody names or that are there twice.
+
+    Tables are to be neither empty nor full, but on a ragged edge they may be: those are looked at here.
+    """
+    if geometry.is_ragged:
+        return combine(lambda table: table, [draft], geometry)
+    size = len(draft.tables) + PARTIAL
+    used = torch.bincount(draft.codes.flatten(), minlength=size)[PARTIAL:] > 0
+    kept, which = distinct(draft.tables[used])
+    if len(kept) == len(draft.tables):
+        return draft
+    renamed = torch.arange(size, device=used.device)
+    renamed[PARTIAL:][used] = which + PARTIAL
+    return Draft(renamed.to(code_dtype(len(kept)))[draft.codes.long()], kept)
 
 
 def evaluate(
@@ -201,4 +217,4 @@ def evaluate(
         known += len(kept)
     codes = kinds.to(torch.int32, copy=True)
     codes[partial] = (torch.cat(numbers)[which] + PARTIAL).int()
-    return settle(Draft(codes, torch.cat(tables)), geometry)
+    return combine(lambda table: table, [Draft(codes, torch.cat(tables))], geometry)

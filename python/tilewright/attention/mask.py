@@ -622,7 +622,7 @@ def _check_tables(tables: Tensor, geometry: Geometry, device: torch.device) -> T
     elements = (geometry.block_q, geometry.block_kv)
     words = (geometry.block_q, -(-geometry.block_kv // 32))
     if tables.dtype is torch.bool and _sizes(tables)[1:] == elements:
-        return pack(tables) if len(tables) else geometry.no_tables(device)
+        return pack(tables)
     if tables.dtype is torch.int32 and _sizes(tables)[1:] == words:
         return tables.contiguous()
     raise ValueError(
