@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .codes import ABSENT, FULL, PARTIAL, Draft, Geometry, combine, distinct, evaluate, pack, settle
+from .codes import ABSENT, FULL, PARTIAL, Draft, Geometry, combine, distinct, evaluate, pack, replace, settle
 from .ops import code_dtype
 
 
@@ -69,12 +69,9 @@ def sliding_window(geometry: Geometry, window: int, sink: int, is_causal: bool) 
     first = columns(geometry, torch.tensor([sink]))
     before = band(geometry, lambda d: (d >= 0) | (not is_causal))
     parts = [Draft(draft.codes[..., :reached], draft.tables) for draft in (near, first, before)]
-    left = combine(lambda n, f, b: n | f & b, parts, geometry, edges=False)
-    tables = torch.cat([near.tables, left.tables])
-    codes = near.codes.to(code_dtype(len(tables)), copy=True)
-    after = left.codes.to(codes.dtype)
-    codes[..., :reached] = after + (after >= PARTIAL).to(codes.dtype) * len(near.tables)
-    return settle(Draft(codes, tables), geometry)
+    inside = torch.zeros(1, 1, dtype=torch.int64)  # edges are settled together with all others
+    left = combine(lambda n, f, b: n | f & b, parts, geometry, inside)
+    return settle(replace(near, slice(None), slice(reached), left), geometry)
 
 
 def dilated(geometry: Geometry, window: int, dilation: int, is_causal: bool) -> Draft:

@@ -45,18 +45,18 @@ class Geometry:
         """Whether a last block is shorter than the others."""
         return self.q_len % self.block_q != 0 or self.kv_len % self.block_kv != 0
 
-    def edges(self, device: torch.device) -> Tensor:
-        """For each block: 2 if its queries are those of a shorter last block, plus 1 if its keys are."""
+    def edges(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(nq, 1), 2 for a shorter last block of queries, and (1, nk), 1 for one of keys; they are added."""
         rows = torch.zeros(self.q_blocks, 1, dtype=torch.int64, device=device)
         columns = torch.zeros(1, self.kv_blocks, dtype=torch.int64, device=device)
         if self.q_len % self.block_q:
             rows[-1] = 2
         if self.kv_len % self.block_kv:
             columns[:, -1] = 1
-        return rows + columns
+        return rows, columns
 
     def existing(self, device: torch.device) -> Tensor:
-        """Tables of what exists of a block, for each of the four kinds of `edges`."""
+        """Tables of what exists of a block, for each of the four sums of `edges`."""
         rows = torch.arange(self.block_q, device=device)[:, None]
         columns = torch.arange(self.block_kv, device=device)
         last_row = self.q_len % self.block_q or self.block_q
@@ -130,26 +130,26 @@ def classify(tables: Tensor, geometry: Geometry, edges: Tensor) -> tuple[Tensor,
 
 
 def combine(
-    op: Callable[..., Tensor], operands: Sequence[Draft], geometry: Geometry, edges: bool = True
+    op: Callable[..., Tensor], operands: Sequence[Draft], geometry: Geometry, edges: Tensor | None = None
 ) -> Draft:
     """What `op`, a bitwise function of tables, makes of maps that broadcast against each other.
 
-    Each combination of codes that meets somewhere is worked out once. `edges` is False for maps that are a
-    part of the whole: blocks then count as if none of them were ragged.
+    Each combination of codes that meets somewhere is worked out once. Maps that are a part of the whole come
+    with the kinds of their `edges`, int64 0 to 3, which broadcast against them.
     """
     device = operands[0].codes.device
     sizes = [len(operand.tables) + PARTIAL for operand in operands]
     met = operands[0].codes.long()
     for operand, size in zip(operands[1:], sizes[1:], strict=True):
         met = met * size + operand.codes
-    ragged = edges and geometry.is_ragged
-    if ragged:
-        met = met * 4 + geometry.edges(device)
-    combinations, which = _number(met, math.prod(sizes) * (4 if ragged else 1))
-    rest = combinations
-    edge = torch.zeros_like(rest)
-    if ragged:
-        edge, rest = rest % 4, rest // 4
+    if edges is None and geometry.is_ragged:
+        edges = torch.add(*geometry.edges(device))
+    if edges is not None:
+        met = met * 4 + edges
+    combinations, which = _number(met, math.prod(sizes) * (1 if edges is None else 4))
+    rest, edge = combinations, torch.zeros_like(combinations)
+    if edges is not None:
+        rest, edge = combinations // 4, combinations % 4
     full = geometry.existing(device)[:1]
     tables = []
     for operand, size in zip(reversed(operands), reversed(sizes), strict=True):
@@ -157,6 +157,15 @@ def combine(
         rest = rest // size
     codes, kept = classify(op(*reversed(tables)) & full, geometry, edge)
     return Draft(codes.to(code_dtype(len(kept)))[which], kept)
+
+
+def replace(draft: Draft, rows: slice, columns: slice, part: Draft) -> Draft:
+    """The draft with another part of its map, and the tables of both."""
+    tables = torch.cat([draft.tables, part.tables])
+    codes = draft.codes.to(code_dtype(len(tables)), copy=True)
+    new = part.codes.to(codes.dtype)
+    codes[:, :, rows, columns] = new + (new >= PARTIAL).to(codes.dtype) * len(draft.tables)
+    return Draft(codes, tables)
 
 
 def _number(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -177,8 +186,14 @@ def settle(draft: Draft, geometry: Geometry) -> Draft:
 
     Tables are to be neither empty nor full, but on a ragged edge they may be: those are looked at here.
     """
-    if geometry.is_ragged:
-        return combine(lambda table: table, [draft], geometry)
+    whole, last = slice(None), slice(-1, None)
+    rows, columns = geometry.edges(draft.codes.device)
+    parts = [(last, whole)] if geometry.q_len % geometry.block_q else []
+    parts += [(whole, last)] if geometry.kv_len % geometry.block_kv else []
+    for i, j in parts:
+        part = Draft(draft.codes[:, :, i, j], draft.tables)
+        edges = rows[i] + columns[:, j]
+        draft = replace(draft, i, j, combine(lambda table: table, [part], geometry, edges))
     size = len(draft.tables) + PARTIAL
     used = torch.bincount(draft.codes.flatten(), minlength=size)[PARTIAL:] > 0
     kept, which = distinct(draft.tables[used])

@@ -513,6 +513,7 @@ def _build(geometry: Geometry, device: torch.device | str | None, draft: Callabl
 
 def _listed(counts: Tensor, indices: Tensor, geometry: Geometry) -> Tensor:
     """1 for each block in FlexAttention's lists, int32 (batch, heads, nq, nk)."""
+    codes: Tensor
     codes, flags = torch.ops.tilewright.block_codes(counts.int(), indices.int(), None, geometry.kv_blocks, 0)
     _raise_for(flags, "block_mask: ")
     return codes.int()
