@@ -172,9 +172,7 @@ def test_flex_masks_of_other_sizes() -> None:
         theirs = flex_attention.create_block_mask(
             lambda b, h, q, k: q >= k, None, None, 1024, 1024, device="cpu", BLOCK_SIZE=size
         )
-        with pytest.raises(
-            ValueError, match=r"block_mask\.BLOCK_SIZE must be a multiple of 16"
-        ):
+        with pytest.raises(ValueError, match=r"block_mask\.BLOCK_SIZE must be a multiple of 16"):
             BlockMask.from_torch(theirs)
 
 
