@@ -83,8 +83,8 @@ def pack(seen: Tensor) -> Tensor:
     if not len(seen):  # whose strides permit no view
         return seen.new_empty((0, seen.shape[1], -(-keys // 32)), dtype=torch.int32)
     padded = torch.nn.functional.pad(seen, (0, -keys % 32)).contiguous().view(torch.uint8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=seen.device)
-    octets = padded.view(*padded.shape[:-1], padded.shape[-1] // 8, 8) * weights
+    shifts = torch.arange(8, dtype=torch.uint8, device=seen.device)
+    octets = padded.view(*padded.shape[:-1], padded.shape[-1] // 8, 8) << shifts
     words: Tensor = octets.sum(-1, dtype=torch.uint8).view(torch.int32)
     return words
 
