@@ -73,6 +73,8 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 
 inline uint32_t mul_hi(uint32_t a, uint32_t b) { return uint32_t(uint64_t{a} * b >> 32); }
 
+inline int count_bits(uint32_t a) { return __builtin_popcount(a); }
+
 inline uint32_t dot4(uint32_t a, uint32_t b, uint32_t c) {
   for (int byte = 0; byte < 32; byte += 8) c += (a >> byte & 0xffu) * (b >> byte & 0xffu);
   return c;
@@ -138,6 +140,9 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_
 }
 
 __device__ __forceinline__ uint32_t mul_hi(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// Those that are set.
+__device__ __forceinline__ int count_bits(uint32_t a) { return __popc(a); }
 
 // c plus the sum of the products of a's and b's unsigned bytes (DP4A).
 __device__ __forceinline__ uint32_t dot4(uint32_t a, uint32_t b, uint32_t c) { return __dp4a(a, b, c); }

@@ -1,5 +1,7 @@
 """Handwritten CUDA and C++ kernels that drop into existing PyTorch models.
 
+``tilewright.attention``
+    Masks of block-sparse attention.
 ``tilewright.optim``
     8-bit blockwise optimizers and quantization, with bitsandbytes' arguments and checkpoints.
 ``tilewright.scan``
@@ -22,16 +24,27 @@ from typing import TYPE_CHECKING, Any
 from tilewright._info import info
 
 if TYPE_CHECKING:
-    from tilewright import compat, nn, optim, scan
+    from tilewright import attention, compat, nn, optim, scan
     from tilewright.swapping import SwapReport, swap, unswap
 
 __version__ = "0.1.0"
-__all__ = ["SwapReport", "__version__", "compat", "info", "nn", "optim", "scan", "swap", "unswap"]
+__all__ = [
+    "SwapReport",
+    "__version__",
+    "attention",
+    "compat",
+    "info",
+    "nn",
+    "optim",
+    "scan",
+    "swap",
+    "unswap",
+]
 
 
 def __getattr__(name: str) -> Any:
     # Families load when first used, so that `tilewright info` can report on a broken torch or extension.
-    if name in ("compat", "nn", "optim", "scan"):
+    if name in ("attention", "compat", "nn", "optim", "scan"):
         return import_module(f"tilewright.{name}")
     if name in ("SwapReport", "swap", "unswap"):
         return getattr(import_module("tilewright.swapping"), name)
