@@ -5,8 +5,12 @@
 
 namespace tilewright {
 
+void bind_attention(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);
 void bind_scan(pybind11::module_& m);
+
+// Of the attention family, called by bind_attention.
+void bind_block_sparse(pybind11::module_& m);
 
 // Of the scan family, called by bind_scan.
 void bind_causal_conv1d(pybind11::module_& m);

@@ -53,6 +53,9 @@ py::dict build_info() {
 #endif
   info["cpu_levels"] = levels;
   py::list families;
+#if TILEWRIGHT_HAS_ATTENTION
+  families.append("attention");
+#endif
 #if TILEWRIGHT_HAS_OPTIM
   families.append("optim");
 #endif
@@ -108,6 +111,9 @@ PYBIND11_MODULE(TILEWRIGHT_MODULE_NAME, m) {
   m.def("build_info", &tilewright::build_info);
   m.def("cuda_runtime", &tilewright::cuda_runtime, "Driver and runtime versions; never raises.");
   tilewright::bind_cpu_levels(m);
+#if TILEWRIGHT_HAS_ATTENTION
+  tilewright::bind_attention(m);
+#endif
 #if TILEWRIGHT_HAS_OPTIM
   tilewright::bind_optim(m);
 #endif

@@ -1,0 +1,8 @@
+// Attention; each op has a file of its own beside this one.
+#include "bindings/families.h"
+
+namespace tilewright {
+
+void bind_attention(pybind11::module_& m) { bind_block_sparse(m); }
+
+}  // namespace tilewright
