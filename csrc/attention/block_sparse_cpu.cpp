@@ -221,7 +221,8 @@ inline void hide(float* s, int keys, const Visible& visible, int lane) {
 
 // Powers of two neighbouring keys, as the product with v wants them.
 template <class Units>
-inline void keep_powers(float* scores, [[maybe_unused]] float* pairs, int key, Float low, Float high, bool both) {
+inline void keep_powers(float* scores, [[maybe_unused]] float* pairs, int key, Float low, Float high,
+                        bool both) {
   if constexpr (Units::kPerUnit == 1) {
     store(scores + key * kQueries, low);
     if (both) store(scores + (key + 1) * kQueries, high);

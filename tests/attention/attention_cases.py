@@ -93,7 +93,14 @@ def random_mask(
 
 
 def make(
-    batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int, head_dim: int, value_dim: int, seed: int = 0
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    value_dim: int,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in float64, with values that half types hold exactly."""
     generator = torch.Generator().manual_seed(seed)

@@ -43,29 +43,30 @@ def block_sparse_attention(
         k: ``(batch, kv_heads, kv_len, head_dim)``; `kv_heads` divides `heads`, and query head h reads head
             ``h // (heads // kv_heads)``.
         v: ``(batch, kv_heads, kv_len, value_dim)``. Head dims are multiples of 8 up to 256 and may differ.
-        block_mask: a `BlockMask` for q_len queries and kv_len keys, of one batch entry or all, and of one head,
-            of each key head or of each query head.
+        block_mask: a `BlockMask` for q_len queries and kv_len keys, of one batch entry or all, and of one
+            head, of each key head or of each query head.
         scale: of the scores; default ``1 / sqrt(head_dim)``.
         causal: also hide the keys after a query; the last query and the last key are at the same position.
         softcap: bounds the scores; 0: none.
         cu_seqlens_q: int32 or int64 ``(sequences + 1,)``, ascending from 0 to q_len; batch must be 1. Queries
-            ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` see only keys of sequence s. The block mask still speaks
-            of positions in the packed tensors; `causal` is meant within each sequence.
+            ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` see only keys of sequence s. The block mask still
+            speaks of positions in the packed tensors; `causal` is meant within each sequence.
         cu_seqlens_k: the same for the keys. Both or neither.
         return_lse: also return lse.
 
     Returns:
-        out, ``(batch, heads, q_len, value_dim)`` of q's dtype, laid out as q; with `return_lse` (out, lse), lse
-        float32 (float64 where q is) ``(batch, heads, q_len)``.
+        out, ``(batch, heads, q_len, value_dim)`` of q's dtype, laid out as q; with `return_lse` (out, lse),
+        lse float32 (float64 where q is) ``(batch, heads, q_len)``.
 
-    Gradients flow to q, k and v, from out and from lse. There is no second derivative, vmap or torch.func.grad.
-    Sums are float32 whatever the dtype, and the same input gives the same bits for any number of threads. Under
-    autocast q, k and v are cast to its dtype, as `scaled_dot_product_attention` casts them; float64 stays.
+    Gradients flow to q, k and v, from out and from lse. There is no second derivative, vmap or
+    torch.func.grad. Sums are float32 (float64 where q is), and the same input gives the same bits for any
+    number of threads. Under autocast q, k and v are cast to its dtype, as `scaled_dot_product_attention`
+    casts them; float64 stays.
 
     Raises:
         TypeError: an argument is of a wrong type, or a tensor of a dtype that is not allowed.
-        ValueError: a shape or device that does not fit, an option that is not allowed, or on a CPU a list of the
-            mask with an index out of range or repeated.
+        ValueError: a shape or device that does not fit, an option that is not allowed, or on a CPU a list of
+            the mask with an index out of range or repeated.
         NotImplementedError: CUDA tensors, or a second derivative.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):

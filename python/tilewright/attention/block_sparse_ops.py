@@ -30,7 +30,7 @@ _INPUTS = len(_NAMES)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """New memory of a shape (batch, heads, length, dim), where heads lie inside of positions if `like`'s do."""
+    """New memory (batch, heads, length, dim), heads inside of positions where those of `like` are."""
     if like.shape[1] > 1 and like.stride(1) < like.stride(2):
         batch, heads, length, dim = shape
         return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
@@ -47,7 +47,9 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return _empty(q, tuple(q.shape)), _empty(k, tuple(k.shape)), _empty(v, tuple(v.shape))
 
 
-def _workspace(tensors: dict[str, Tensor | None], q: Tensor, sizes: tuple[int, int], backward: bool) -> Tensor:
+def _workspace(
+    tensors: dict[str, Tensor | None], q: Tensor, sizes: tuple[int, int], backward: bool
+) -> Tensor:
     bytes_needed = _backend.C.block_sparse_workspace(tensors, *sizes, backward, _backend.num_threads())
     return q.new_empty(bytes_needed, dtype=torch.uint8)
 
@@ -96,6 +98,7 @@ define(
     _backward,
     _fake_backward,
 )
+
 
 def _check_positions(name: str, positions: Tensor, length: int) -> None:
     """On a device the kernels take positions as they may be: looking at them would wait for the device."""
