@@ -3,6 +3,9 @@
 
 namespace tilewright {
 
-void bind_attention(pybind11::module_& m) { bind_block_mask(m); }
+void bind_attention(pybind11::module_& m) {
+  bind_block_mask(m);
+  bind_block_sparse(m);
+}
 
 }  // namespace tilewright

@@ -1,5 +1,7 @@
-"""Block-sparse attention: masks of blocks, with bits for the blocks that are visible in part."""
+"""Block-sparse attention: masks of blocks, with bits for the blocks that are visible in part, and the softmax
+attention that reads only what they keep."""
 
+from .block_sparse import block_sparse_attention
 from .mask import BlockMask
 
-__all__ = ["BlockMask"]
+__all__ = ["BlockMask", "block_sparse_attention"]

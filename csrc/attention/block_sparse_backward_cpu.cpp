@@ -1,0 +1,362 @@
+// Gradients of block-sparse attention, for float32 and the 16-bit floats, in float32. With P = exp(S - lse)
+// and delta[i] = dout[i] . out[i] - dlse[i], per tile of keys (rows) and queries (lanes):
+//
+//   S = K Q^T, dP = V dO^T, dS = P (dP - delta);  dV += P dO, dK += scale dS Q, dQ += scale dS^T K
+//
+// five products, each pair of query and key met once. The unit of work is a range of key blocks of one head
+// of k and v: its dK and dV are summed in one place, and dQ in the unit's own copy, which a second pass adds
+// up. How many ranges a head is cut into, and where, depends on shapes and lists alone, so results do not
+// depend on the threads. A tile takes its queries from several blocks of the list, without those that see no
+// key.
+//
+// Roofline: 10 D FLOPs a pair, 12 vector instructions of softmax beside 5 D / 16 of products: FMA-bound.
+#include "attention/block_sparse_simd.h"
+
+namespace tilewright::TW_ISA {
+namespace {
+
+constexpr int64_t kEnoughUnits = 32;                // for machines with many cores
+constexpr int64_t kMostCopies = int64_t{64} << 20;  // floats of dQ that more ranges may cost
+
+int64_t dq_width(const BlockSparseParams& p) { return round_up(p.head_dim, kLanes); }
+int64_t dq_size(const BlockSparseParams& p) { return p.q_len * dq_width(p); }
+
+int64_t range_count(const BlockSparseParams& p) {
+  const int64_t heads = p.batch * p.kv_heads, all = p.batch * p.heads * dq_size(p);
+  if (heads == 0 || all == 0) return 1;
+  int64_t wanted = (kEnoughUnits + heads - 1) / heads;
+  wanted = wanted < kMostCopies / all ? wanted : kMostCopies / all;
+  wanted = wanted < p.mask.k2q.rows ? wanted : p.mask.k2q.rows;
+  return wanted > 1 ? wanted : 1;
+}
+
+// What lies in the workspace for all units.
+struct Shared {
+  Arena arena;
+  float *exponents, *deltas;  // [batch][heads][q_len]: lse as an exponent of 2 (inf for empty rows), delta
+  float* dq;                  // [batch][heads][range][q_len][dq_width]
+  uint8_t* touched;           // [batch][heads][range][blocks of queries]: whether dq is set there
+
+  Shared(const BlockSparseParams& p, char* base) : arena{base} {
+    const int64_t rows = p.batch * p.heads, ranges = range_count(p);
+    exponents = arena.take<float>(rows * p.q_len);
+    deltas = arena.take<float>(rows * p.q_len);
+    dq = arena.take<float>(rows * ranges * dq_size(p));
+    touched = arena.take<uint8_t>(rows * ranges * p.mask.q2k.rows);
+  }
+};
+
+// ---- tiles of queries ----
+
+struct Run {
+  int64_t first;  // queries [first, first + count), at a place in the tile
+  int32_t count, offset;
+};
+
+struct QueryTile {
+  Run runs[kQueries];
+  int run_count, queries;
+  Visible visible;
+};
+
+// Goes along the list of a block of keys, for some keys of the block, past queries that see none of them.
+class QueryList {
+ public:
+  QueryList(const BlockSparseParams& params, int64_t batch, int64_t head, int64_t block, Keys keys)
+      : p(params), keys_(keys) {
+    const BlockLists& lists = p.mask.k2q;
+    const int64_t row = row_of(lists, batch, head, block);
+    count_ = lists.counts[row];
+    indices_ = lists.indices + row * lists.capacity;
+    tables_ = lists.bits == nullptr ? nullptr : lists.bits + row * lists.capacity;
+    everything_ = keys.count < 64 ? (uint64_t{1} << keys.count) - 1 : ~uint64_t{0};
+  }
+
+  bool next(QueryTile& tile) {
+    tile.run_count = tile.queries = 0;
+    tile.visible.all = true;
+    while (tile.queries < kQueries && at_ < count_) take(tile);
+    for (int i = tile.queries; i % kLanes != 0; ++i) tile.visible.set(i, everything_);
+    return tile.queries > 0;
+  }
+
+ private:
+  // The next run of the block of queries at hand; at its end, on to the next block.
+  void take(QueryTile& tile) {
+    const int64_t start = int64_t{indices_[at_]} * p.mask.block_q;
+    int64_t end = start + p.mask.block_q;
+    end = end < p.q_len ? end : p.q_len;
+    keys_.table = tables_ == nullptr ? -1 : tables_[at_];
+    int64_t query = done_ > start ? done_ : start;
+    while (query < end && bits_of_query(query) == 0) ++query;
+    Run run{query, 0, tile.queries};
+    for (; query < end && tile.queries < kQueries; ++query) {
+      const uint64_t bits = bits_of_query(query);
+      if (bits == 0) break;
+      tile.visible.all &= bits == everything_;
+      tile.visible.set(tile.queries++, bits);
+      ++run.count;
+    }
+    if (run.count > 0) tile.runs[tile.run_count++] = run;
+    done_ = query;
+    if (query >= end) ++at_;
+  }
+
+  uint64_t bits_of_query(int64_t query) const { return visible_bits(p, keys_, key_range(p, query), query); }
+
+  const BlockSparseParams& p;
+  Keys keys_;
+  const int32_t *indices_, *tables_;
+  uint64_t everything_;
+  int64_t count_, at_ = 0, done_ = 0;
+};
+
+// ---- scratch ----
+
+struct Scratch {
+  Arena arena;
+  float *k, *v, *dk, *dv;           // [kKeys][kStride]
+  float *q, *dout;                  // [kQueries][kStride]
+  float *q_lanes, *dout_lanes;      // transposed
+  float *scores, *dscores;          // [kKeys][kQueries]
+  float *exponents, *deltas, *row;  // [kQueries]; [kStride]
+  QueryTile* tile;
+
+  Scratch(const BlockSparseParams& p, char* base) : arena{base} {
+    for (float** rows : {&k, &v, &dk, &dv}) *rows = arena.take<float>(kKeys * kStride);
+    for (float** rows : {&q, &dout}) *rows = arena.take<float>(kQueries * kStride);
+    q_lanes = arena.take<float>(round_up(p.head_dim, kLanes) * kQueries);
+    dout_lanes = arena.take<float>(round_up(p.value_dim, kLanes) * kQueries);
+    for (float** rows : {&scores, &dscores}) *rows = arena.take<float>(kKeys * kQueries);
+    for (float** rows : {&exponents, &deltas}) *rows = arena.take<float>(kQueries);
+    row = arena.take<float>(kStride);
+    tile = arena.take<QueryTile>(1);
+  }
+};
+
+// ---- what each query brings ----
+
+template <class T>
+void prepare_query(const BlockSparseParams& p, const Shared& shared, float* out, float* dout, int64_t row,
+                   int64_t i) {
+  const int64_t batch = row / p.heads, head = row % p.heads, at = row * p.q_len + i;
+  read_floats(out, row_at<T>(p.out, batch, head, i), p.out.inner, p.value_dim);
+  read_floats(dout, row_at<T>(p.dout, batch, head, i), p.dout.inner, p.value_dim);
+  Float sum_of = splat(0.0f);
+  for (int64_t d = 0; d < p.value_dim; d += kLanes) sum_of = fma(load(out + d), load(dout + d), sum_of);
+  float delta = float(sum(sum_of));
+  if (p.dlse != nullptr) delta -= static_cast<const float*>(p.dlse)[at];
+  const float lse = static_cast<const float*>(p.lse)[at];
+  const bool empty = lse == -__builtin_inff();
+  shared.exponents[at] = empty ? __builtin_inff() : float(double(lse) * 1.4426950408889634);
+  shared.deltas[at] = empty ? 0 : delta;
+}
+
+template <class T>
+void pack_queries(const BlockSparseParams& p, const Shared& shared, Scratch& s, int64_t batch, int64_t head) {
+  const QueryTile& tile = *s.tile;
+  for (int i = 0; i < tile.run_count; ++i) {
+    const Run& run = tile.runs[i];
+    const int64_t at = run.offset * kStride, from = (batch * p.heads + head) * p.q_len + run.first;
+    read_rows<Singles, T>(s.q + at, p.q, batch, head, run.first, run.count, p.head_dim);
+    read_rows<Singles, T>(s.dout + at, p.dout, batch, head, run.first, run.count, p.value_dim);
+    std::memcpy(s.exponents + run.offset, shared.exponents + from, size_t(run.count) * sizeof(float));
+    std::memcpy(s.deltas + run.offset, shared.deltas + from, size_t(run.count) * sizeof(float));
+  }
+  const int64_t lanes = round_up(tile.queries, kLanes), unused = lanes - tile.queries;
+  clear_rows(s.q + tile.queries * kStride, unused, p.head_dim);
+  clear_rows(s.dout + tile.queries * kStride, unused, p.value_dim);
+  for (int64_t i = tile.queries; i < lanes; ++i) {
+    s.exponents[i] = __builtin_inff();
+    s.deltas[i] = 0;
+  }
+  transpose(s.q_lanes, kQueries, s.q, kStride, lanes, p.head_dim);
+  transpose(s.dout_lanes, kQueries, s.dout, kStride, lanes, p.value_dim);
+}
+
+// ---- scores to powers and their gradients ----
+
+template <bool kCapped>
+void weigh(const BlockSparseParams& p, Scratch& s, int keys, int lane) {
+  const float factor = float((kCapped ? p.softcap : p.scale) * 1.4426950408889634);
+  const float inner = kCapped ? float(p.scale / p.softcap) : 0;
+  const Float exponent = load(s.exponents + lane), delta = load(s.deltas + lane);
+  const Visible& visible = s.tile->visible;
+  for (int j = 0; j < keys; ++j) {
+    float* score = s.scores + j * kQueries + lane;
+    float* dscore = s.dscores + j * kQueries + lane;
+    Float x = load(score), slope = splat(1.0f);
+    if constexpr (kCapped) {
+      x = tanh(x * inner);
+      slope = 1.0f - x * x;
+    }
+    Float power = exp2(fma(x, splat(factor), -exponent));
+    if (!visible.all) {
+      const Int words = load_words(visible.words[j / 32] + lane);
+      power = where_bit(words, int32_t(uint32_t{1} << (j & 31)), power, splat(0.0f));
+    }
+    const Float gradient = power * (load(dscore) - delta);
+    store(score, power);
+    store(dscore, kCapped ? gradient * slope : gradient);
+  }
+}
+
+// ---- a unit of work ----
+
+struct Unit {
+  int64_t batch, kv_head, range;
+};
+
+float* dq_copy(const BlockSparseParams& p, const Shared& shared, int64_t row, int64_t range) {
+  return shared.dq + (row * range_count(p) + range) * dq_size(p);
+}
+
+uint8_t* touched_by(const BlockSparseParams& p, const Shared& shared, int64_t row, int64_t range) {
+  return shared.touched + (row * range_count(p) + range) * p.mask.q2k.rows;
+}
+
+void add_to_dq(const BlockSparseParams& p, const Shared& shared, const Scratch& s, int64_t row, int64_t range,
+               int keys) {
+  float* const dq = dq_copy(p, shared, row, range);
+  uint8_t* const touched = touched_by(p, shared, row, range);
+  const int64_t width = dq_width(p);
+  for (int i = 0; i < s.tile->run_count; ++i) {
+    const Run& run = s.tile->runs[i];
+    const int64_t block = run.first / p.mask.block_q;
+    if (!touched[block]) {
+      const int64_t start = block * p.mask.block_q, left = p.q_len - start;
+      const int64_t count = left < p.mask.block_q ? left : p.mask.block_q;
+      std::memset(dq + start * width, 0, size_t(count * width) * sizeof(float));
+      touched[block] = 1;
+    }
+    multiply<Singles, TileColumns>(
+        {dq + run.first * width, width, s.dscores + run.offset, s.k, kStride, run.count, keys, true}, width);
+  }
+}
+
+template <class T>
+void run_tile(const BlockSparseParams& p, const Shared& shared, Scratch& s, const Unit& unit, int64_t head,
+              int keys) {
+  const int queries = s.tile->queries;
+  const int64_t lanes = round_up(queries, kLanes);
+  pack_queries<T>(p, shared, s, unit.batch, head);
+  multiply<Singles, PackedRows>({s.scores, kQueries, s.k, s.q_lanes, kQueries, keys, p.head_dim, false},
+                                lanes);
+  multiply<Singles, PackedRows>({s.dscores, kQueries, s.v, s.dout_lanes, kQueries, keys, p.value_dim, false},
+                                lanes);
+  for (int lane = 0; lane < lanes; lane += kLanes)
+    p.softcap > 0 ? weigh<true>(p, s, keys, lane) : weigh<false>(p, s, keys, lane);
+  multiply<Singles, TileRows>({s.dv, kStride, s.scores, s.dout, kStride, keys, queries, true},
+                              round_up(p.value_dim, kLanes));
+  multiply<Singles, TileRows>({s.dk, kStride, s.dscores, s.q, kStride, keys, queries, true}, dq_width(p));
+  add_to_dq(p, shared, s, unit.batch * p.heads + head, unit.range, keys);
+}
+
+template <class T>
+void run_keys(const BlockSparseParams& p, const Shared& shared, Scratch& s, const Unit& unit, int64_t block,
+              const Keys& keys) {
+  read_rows<Singles, T>(s.k, p.k, unit.batch, unit.kv_head, keys.first, keys.count, p.head_dim);
+  read_rows<Singles, T>(s.v, p.v, unit.batch, unit.kv_head, keys.first, keys.count, p.value_dim);
+  clear_rows(s.dk, keys.count, p.head_dim);
+  clear_rows(s.dv, keys.count, p.value_dim);
+  const int64_t group = p.heads / p.kv_heads;
+  for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head) {
+    QueryList list(p, unit.batch, head, block, keys);
+    while (list.next(*s.tile)) run_tile<T>(p, shared, s, unit, head, keys.count);
+  }
+  for (int64_t j = 0; j < keys.count; ++j) {
+    write_row<T>(p.dk, unit.batch, unit.kv_head, keys.first + j, s.dk + j * kStride, p.head_dim,
+                 float(p.scale));
+    write_row<T>(p.dv, unit.batch, unit.kv_head, keys.first + j, s.dv + j * kStride, p.value_dim);
+  }
+}
+
+// Listed pairs of blocks of a block of keys, and one for the rest of its work.
+int64_t cost_of(const BlockSparseParams& p, int64_t batch, int64_t kv_head, int64_t block) {
+  const int64_t group = p.heads / p.kv_heads;
+  int64_t cost = 1;
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+    cost += p.mask.k2q.counts[row_of(p.mask.k2q, batch, head, block)];
+  return cost;
+}
+
+template <class T>
+void run(const BlockSparseParams& p, const Shared& shared, Scratch& s, const Unit& unit) {
+  const int64_t blocks = p.mask.k2q.rows, ranges = range_count(p), group = p.heads / p.kv_heads;
+  for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head)
+    std::memset(touched_by(p, shared, unit.batch * p.heads + head, unit.range), 0, size_t(p.mask.q2k.rows));
+  int64_t total = 0, before = 0;
+  for (int64_t block = 0; block < blocks; ++block) total += cost_of(p, unit.batch, unit.kv_head, block);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t cost = cost_of(p, unit.batch, unit.kv_head, block);
+    const bool mine = (2 * before + cost) * ranges / (2 * total) == unit.range;
+    before += cost;
+    if (!mine) continue;
+    const int64_t start = block * p.mask.block_kv, end = start + p.mask.block_kv;
+    const int64_t length = end < p.kv_len ? end : p.kv_len;
+    for (int64_t first = start; first < length; first += kKeys) {
+      const int64_t left = length - first, count = left < kKeys ? left : kKeys;
+      run_keys<T>(p, shared, s, unit, block, {first, int32_t(count), 0, -1, int32_t(first - start)});
+    }
+  }
+}
+
+// The sum of the copies.
+template <class T>
+void finish_queries(const BlockSparseParams& p, const Shared& shared, float* sums, int64_t row,
+                    int64_t block) {
+  const int64_t start = block * p.mask.block_q, end = start + p.mask.block_q, width = dq_width(p);
+  for (int64_t i = start; i < end && i < p.q_len; ++i) {
+    std::memset(sums, 0, size_t(width) * sizeof(float));
+    for (int64_t range = 0; range < range_count(p); ++range) {
+      if (!touched_by(p, shared, row, range)[block]) continue;
+      const float* copy = dq_copy(p, shared, row, range) + i * width;
+      for (int64_t d = 0; d < width; d += kLanes) store(sums + d, load(sums + d) + load(copy + d));
+    }
+    write_row<T>(p.dq, row / p.heads, row % p.heads, i, sums, p.head_dim, float(p.scale));
+  }
+}
+
+template <class T>
+void backward(const BlockSparseParams& p, int threads) {
+  const Shared shared(p, static_cast<char*>(p.workspace));
+  char* const base = shared.arena.base + shared.arena.used;
+  const int64_t bytes = Scratch(p, nullptr).arena.used;
+  const int64_t rows = p.batch * p.heads, blocks = p.mask.q2k.rows, ranges = range_count(p);
+  parallel_slots(rows * blocks, threads, [&](int64_t task, int slot) {
+    Scratch s(p, base + slot * bytes);
+    const int64_t start = task % blocks * p.mask.block_q, end = start + p.mask.block_q;
+    for (int64_t i = start; i < end && i < p.q_len; ++i)
+      prepare_query<T>(p, shared, s.row, s.q, task / blocks, i);
+  });
+  parallel_slots(p.batch * p.kv_heads * ranges, threads, [&](int64_t task, int slot) {
+    Scratch s(p, base + slot * bytes);
+    run<T>(p, shared, s, {task / ranges / p.kv_heads, task / ranges % p.kv_heads, task % ranges});
+  });
+  parallel_slots(rows * blocks, threads, [&](int64_t task, int slot) {
+    Scratch s(p, base + slot * bytes);
+    finish_queries<T>(p, shared, s.row, task / blocks, task % blocks);
+  });
+}
+
+}  // namespace
+
+int64_t block_sparse_bwd_workspace_cpu(const BlockSparseParams& p, int threads) {
+  if (p.dtype == DType::kFloat64) return 0;
+  return Shared(p, nullptr).arena.used + (threads > 1 ? threads : 1) * Scratch(p, nullptr).arena.used;
+}
+
+void block_sparse_bwd_cpu(const BlockSparseParams& p, int threads) {
+  switch (p.dtype) {
+    case DType::kFloat64:
+      return block_sparse_bwd_float64_cpu(p, threads);
+    case DType::kFloat16:
+      return backward<fp16>(p, threads);
+    case DType::kBFloat16:
+      return backward<bf16>(p, threads);
+    default:
+      return backward<float>(p, threads);
+  }
+}
+
+}  // namespace tilewright::TW_ISA

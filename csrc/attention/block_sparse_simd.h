@@ -1,0 +1,345 @@
+// What attention's passes on a CPU share: products of small matrices in cache, rows of tensors brought into
+// units, transposition, and which keys of a tile a query sees.
+//
+// A unit is what one lane of a vector holds in a product: a float, or (Pairs) two bf16 neighbours along the
+// axis that is summed over, which one instruction multiplies and adds. Either is moved as a float.
+#pragma once
+
+#include "attention/block_sparse.h"
+#include "core/simd.h"
+#include "core/simd_math.h"
+#include "core/threads.h"
+
+namespace tilewright::TW_ISA {
+namespace {
+
+using attention::BlockLists;
+using attention::BlockSparseParams;
+using attention::HeadsTensor;
+using attention::KeyRange;
+
+// A tile of results is kept in registers: rows_for(vectors) times `vectors`.
+#if defined(__AVX512F__)
+constexpr int kVectors = 4;
+constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 2 ? 12 : 16; }
+#else
+constexpr int kVectors = 2;
+constexpr int rows_for(int vectors) { return vectors == 2 ? 6 : 12; }
+#endif
+constexpr int kQueries = kVectors * kLanes;               // of a tile, along the lanes
+constexpr int kKeys = 64;                                 // of a tile, one a row
+constexpr int64_t kStride = attention::kMaxHeadDim + 16;  // of packed rows: no power of 2, so no aliases
+
+struct Singles {
+  static constexpr int kPerUnit = 1;
+  static Float step(Float a, Float b, Float sum) { return fma(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static constexpr int kPerUnit = 2;
+  static Float step(Float a, Float b, Float sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
+// The units in which tensors of T are multiplied.
+template <class T>
+struct UnitsOf {
+  using Type = Singles;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct UnitsOf<bf16> {
+  using Type = Pairs;
+};
+#endif
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// ---- products ----
+
+// How to walk through an operand read unit by unit.
+template <int64_t kRow, int64_t kDepth>
+struct Walk {
+  static constexpr int64_t kRowStep = kRow, kDepthStep = kDepth;
+};
+using PackedRows = Walk<kStride, 1>;     // a row of it for a row of the result
+using PackedColumns = Walk<1, kStride>;  // its transpose
+using TileRows = Walk<kQueries, 1>;      // the same for a tile of scores
+using TileColumns = Walk<1, kQueries>;
+
+struct Product {
+  float* c;  // [rows][c_stride]
+  int64_t c_stride;
+  const float* a;  // in units, as its Walk says
+  const float* b;  // [depth][b_stride] in units
+  int64_t b_stride;
+  int rows, depth;
+  bool accumulate;
+};
+
+template <class Units, class A, int kRows, int kColumns>
+__attribute__((always_inline)) inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
+  Float sums[kRows][kColumns];
+  float* c = p.c + row * p.c_stride + column;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kColumns; ++v)
+      sums[r][v] = p.accumulate ? load(c + r * p.c_stride + v * kLanes) : splat(0.0f);
+  }
+  const float* a = p.a + row * A::kRowStep;
+  const float* b = p.b + column;
+  const int64_t b_stride = p.b_stride;
+  for (int k = p.depth; k > 0; --k, a += A::kDepthStep, b += b_stride) {
+    Float columns[kColumns];
+#pragma GCC unroll 4
+    for (int v = 0; v < kColumns; ++v) columns[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Float factor = splat(a[r * A::kRowStep]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) sums[r][v] = Units::step(factor, columns[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kColumns; ++v) store(c + r * p.c_stride + v * kLanes, sums[r][v]);
+  }
+}
+
+template <class Units, class A, int kColumns>
+__attribute__((noinline)) void multiply_panel(const Product& p, int64_t column) {
+  constexpr int kRows = rows_for(kColumns);
+  int row = 0;
+  for (; row + kRows <= p.rows; row += kRows) multiply_tile<Units, A, kRows, kColumns>(p, row, column);
+  for (; row + 2 <= p.rows; row += 2) multiply_tile<Units, A, 2, kColumns>(p, row, column);
+  if (row < p.rows) multiply_tile<Units, A, 1, kColumns>(p, row, column);
+}
+
+// c = (c +) a b. A panel of b's columns is finished before the next, so that it stays in the first cache.
+// Columns are whole vectors.
+template <class Units, class A>
+void multiply(const Product& p, int64_t columns) {
+  int64_t column = 0;
+  if constexpr (kVectors == 4) {
+    for (; column + 4 * kLanes <= columns; column += 4 * kLanes) multiply_panel<Units, A, 4>(p, column);
+  }
+  for (; column + 2 * kLanes <= columns; column += 2 * kLanes) multiply_panel<Units, A, 2>(p, column);
+  if (column < columns) multiply_panel<Units, A, 1>(p, column);
+}
+
+// ---- transposition ----
+
+#if defined(__AVX512F__)
+inline Float interleave_low(Float a, Float b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline Float interleave_high(Float a, Float b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(__AVX2__)
+inline Float interleave_low(Float a, Float b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+inline Float interleave_high(Float a, Float b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#else
+inline Float interleave_low(Float a, Float b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline Float interleave_high(Float a, Float b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+// A square of kLanes: every pass halves the distance of what has to become neighbours.
+__attribute__((always_inline)) inline void transpose_square(float* to, int64_t to_stride, const float* from,
+                                                            int64_t from_stride) {
+  Float x[kLanes], y[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) x[i] = load(from + i * from_stride);
+#pragma GCC unroll 4
+  for (int done = 1; done < kLanes; done *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      y[2 * i] = interleave_low(x[i], x[i + kLanes / 2]);
+      y[2 * i + 1] = interleave_high(x[i], x[i + kLanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, x[i]);
+}
+
+// to[j][i] = from[i][j]; both sizes are rounded up to kLanes.
+inline void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
+                      int64_t columns) {
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    for (int64_t j = 0; j < columns; j += kLanes)
+      transpose_square(to + j * to_stride + i, to_stride, from + i * from_stride + j, from_stride);
+  }
+}
+
+// ---- rows of tensors ----
+
+inline void narrow_to(float* target, float value) { *target = value; }
+inline void narrow_to(bf16* target, float value) { *target = narrow_bf16(value); }
+inline void narrow_to(fp16* target, float value) { *target = narrow_fp16(value); }
+
+template <class T>
+const T* row_at(const HeadsTensor& t, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<const T*>(t.data) + batch * t.batch + head * t.head + row * t.row;
+}
+
+// A row as floats, times factor, with zeros up to whole vectors.
+template <class T>
+void read_floats(float* to, const T* from, int64_t stride, int64_t count, float factor = 1.0f) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i) * factor);
+    if (i < count) store(to + i, load_some(from + i, count - i) * factor);
+    return;
+  }
+  for (; i < count; ++i) to[i] = widen(from[i * stride]) * factor;
+  for (; i % kLanes != 0; ++i) to[i] = 0.0f;
+}
+
+// The same without a factor in any unit: as it is, where units are pairs.
+template <class Units, class T>
+void read_units(float* to, const T* from, int64_t stride, int64_t count) {
+  if constexpr (Units::kPerUnit == 1) {
+    read_floats(to, from, stride, count);
+  } else {
+    T* halves = reinterpret_cast<T*>(to);
+    int64_t i = 0;
+    if (stride == 1) {
+      for (; i + 2 * kLanes <= count; i += 2 * kLanes)
+        store(to + i / 2, load(reinterpret_cast<const float*>(from + i)));
+    }
+    for (; i < count; ++i) {
+      if (i % (2 * kLanes) == 0) std::memset(halves + i, 0, sizeof(float) * kLanes);
+      halves[i] = from[i * stride];
+    }
+  }
+}
+
+// Rows [row, row + count) of a head one behind the other, kStride apart.
+template <class Units, class T>
+void read_rows(float* to, const HeadsTensor& t, int64_t batch, int64_t head, int64_t row, int64_t count,
+               int64_t dim) {
+  const T* from = row_at<T>(t, batch, head, row);
+  for (int64_t i = 0; i < count; ++i, from += t.row, to += kStride) read_units<Units>(to, from, t.inner, dim);
+}
+
+inline void clear_rows(float* to, int64_t count, int64_t dim) {
+  for (int64_t i = 0; i < count; ++i) std::memset(to + i * kStride, 0, size_t(round_up(dim, kLanes)) * 4);
+}
+
+template <class T>
+void write_row(const HeadsTensor& t, int64_t batch, int64_t head, int64_t row, const float* from, int64_t dim,
+               float factor = 1.0f) {
+  T* to = static_cast<T*>(t.data) + batch * t.batch + head * t.head + row * t.row;
+  int64_t i = 0;
+  if (t.inner == 1) {
+    for (; i + kLanes <= dim; i += kLanes) store_fast(to + i, load(from + i) * factor);
+  }
+  for (; i < dim; ++i) narrow_to(to + i * t.inner, from[i] * factor);
+}
+
+// ---- which keys a query sees ----
+
+// Some keys of a block, side by side in a tile.
+struct Keys {
+  int64_t first;
+  int32_t count, offset;  // offset: place in the tile
+  int32_t table, column;  // table -1: the block is full; column: place in the block
+};
+
+// Bit j: the query sees key j of them.
+inline uint64_t visible_bits(const BlockSparseParams& p, const Keys& keys, const KeyRange& range,
+                             int64_t query) {
+  const int64_t from = range.from - keys.first, to = range.to - keys.first;
+  if (from >= keys.count || to <= 0) return 0;
+  uint64_t result = ~uint64_t{0};
+  if (to < keys.count || keys.count < 64) {
+    const int64_t end = to < keys.count ? to : keys.count;
+    result = (uint64_t{1} << end) - 1;
+  }
+  if (from > 0) result &= ~uint64_t{0} << from;
+  if (keys.table >= 0) {
+    result &= table_bits(p.mask, keys.table, query % p.mask.block_q, keys.column, keys.count);
+  }
+  return result;
+}
+
+inline bool range_covers(const KeyRange& range, const Keys& keys) {
+  return range.from <= keys.first && keys.first + keys.count <= range.to;
+}
+
+// What a query sees of a tile of keys, lane by lane: bit j of word j / 32.
+struct Visible {
+  alignas(64) int32_t words[2][kQueries];
+  bool all;  // then the words are not to be looked at
+
+  void set(int lane, uint64_t bits) {
+    words[0][lane] = int32_t(uint32_t(bits));
+    words[1][lane] = int32_t(uint32_t(bits >> 32));
+  }
+};
+
+// x where the bit is set, else `otherwise`.
+inline Float where_bit(Int words, int32_t bit, Float x, Float otherwise) {
+#if defined(__AVX512F__)
+  return _mm512_mask_mov_ps(otherwise, _mm512_test_epi32_mask((__m512i)words, _mm512_set1_epi32(bit)), x);
+#else
+  const Int set = (words & bit) != 0;
+  return from_bits((bits(x) & set) | (bits(otherwise) & ~set));
+#endif
+}
+
+inline Int load_words(const int32_t* p) {
+  Int x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline bool any_above(Float a, Float b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+#else
+  const Int above = a > b;
+  return (above[0] | above[1] | above[2] | above[3]) != 0;
+#endif
+}
+
+inline Float tanh(Float x) {
+  const Float size = abs(x);
+  const Float e = exp(size * -2.0f);
+  const Float large = (1.0f - e) / (1.0f + e);
+  // Below 1/16, x - x^3/3 + 2 x^5/15 - 17 x^7/315: the quotient would cancel.
+  const Float square = x * x;
+  Float series = fma(square, splat(-17.0f / 315), splat(2.0f / 15));
+  series = fma(series, square, splat(-1.0f / 3));
+  series = fma(series * square, size, size);
+  const Float result = select_above(size, splat(0.0625f), large, series);
+  return from_bits(bits(result) | (bits(x) & int32_t(0x80000000)));
+}
+
+// ---- scratch memory ----
+
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const result = reinterpret_cast<T*>(base + used);
+    used += round_up(count * int64_t(sizeof(T)), 64);
+    return result;
+  }
+};
+
+}  // namespace
+}  // namespace tilewright::TW_ISA

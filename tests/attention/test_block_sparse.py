@@ -1,0 +1,316 @@
+"""Block-sparse attention against its formula in float64, on every CPU level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import lists_of, make, random_mask, window
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reference.attention import attention, bottom_right
+from tilewright import _C
+from tilewright.attention import block_sparse_attention
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=_C.cpu_levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.cpu_level()
+    _C.set_cpu_level(request.param)
+    yield request.param
+    _C.set_cpu_level(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def results(function: Any, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Outputs, and the gradients of a sum that weighs both (finite logarithms alone)."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out, lse = function(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(out.shape, generator=generator).bfloat16().to(out)
+    log_weights = torch.randn(lse.shape, generator=generator).to(lse)
+    loss = (out * weights).sum() + (torch.where(lse == -math.inf, 0, lse) * log_weights).sum()
+    return dict(zip(NAMES, (out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)), strict=True))
+
+
+def assert_close(found: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
+    """The rule of error; sums of few elements, where luck decides, are held to a share of their size."""
+    for name, value in found.items():
+        finite = exact[name].isfinite()
+        assert torch.equal(value[~finite].double(), exact[name][~finite]), name
+        if not finite.any():
+            continue
+        error = (value.double() - exact[name])[finite].abs().max().item()
+        allowed = (plain[name].double() - exact[name])[finite].abs().max().item()
+        size = exact[name][finite].abs().max().item()
+        assert error <= 2 * allowed + 2e-6 * size + 1e-6, f"{name}: {error} > 2 * {allowed}"
+
+
+def check(
+    inputs: tuple[Tensor, ...], visible: Tensor, block: tuple[int, int], dtype: torch.dtype, **options: Any
+) -> None:
+    mask = lists_of(visible, *block)
+    if options.get("causal"):
+        visible = visible & bottom_right(*visible.shape[2:])
+    formula = {name: value for name, value in options.items() if name in ("scale", "softcap")}
+    exact = results(lambda *t: attention(*t, visible, **formula), inputs)
+    low = tuple(t.to(dtype) for t in inputs)
+    plain = results(lambda *t: attention(*t, visible, **formula), low)
+    found = results(lambda *t: block_sparse_attention(*t, mask, return_lse=True, **options), low)
+    assert found["out"].dtype == dtype
+    assert found["lse"].dtype == torch.float32
+    assert_close(found, exact, plain)
+
+
+# batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, block
+SHAPES = [
+    (1, 1, 1, 1, 1, 8, 8, (16, 16)),
+    (2, 4, 2, 7, 65, 64, 64, (16, 32)),
+    (1, 2, 1, 65, 127, 40, 96, (64, 64)),
+    (1, 3, 3, 129, 63, 24, 256, (128, 48)),
+    (2, 2, 2, 130, 300, 128, 64, (32, 128)),
+    (1, 6, 2, 257, 129, 80, 16, (256, 256)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(level: str, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
+    *sizes, block = shape
+    batch, heads, _, q_len, kv_len = sizes[:5]
+    check(make(*sizes), random_mask(batch, heads, q_len, kv_len, *block), block, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask_heads", [1, 2, 6])
+@pytest.mark.parametrize("mask_batch", [1, 2])
+def test_shared_masks(level: str, mask_batch: int, mask_heads: int, dtype: torch.dtype) -> None:
+    """A mask of all batch rows or heads, of key heads, of query heads."""
+    visible = random_mask(mask_batch, mask_heads, 70, 90, 16, 16)
+    mask = lists_of(visible, 16, 16)
+    whole = visible.repeat_interleave(6 // mask_heads, 1).expand(2, 6, 70, 90)
+    inputs = make(2, 6, 2, 70, 90, 16, 16)
+    low = tuple(t.to(dtype) for t in inputs)
+    assert_close(
+        results(lambda *t: block_sparse_attention(*t, mask, return_lse=True), low),
+        results(lambda *t: attention(*t, whole), inputs),
+        results(lambda *t: attention(*t, whole), low),
+    )
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"scale": -0.7}, {"scale": 0.0}, {"softcap": 3.0}, {"softcap": 15.0, "scale": -1.0}],
+    ids=str,
+)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(100, 140), (140, 100)])
+def test_options(level: str, q_len: int, kv_len: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    visible = random_mask(1, 2, q_len, kv_len, 32, 32, seed=3)
+    check(make(1, 2, 1, q_len, kv_len, 32, 48), visible, (32, 32), dtype, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2047, 2049])
+def test_long_windows(length: int) -> None:
+    visible = window(length, length, 300)[None, None]
+    check(make(1, 1, 1, length, length, 64, 64), visible, (128, 128), torch.float32)
+    check(make(1, 1, 1, length, length, 64, 64), visible, (64, 128), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
+def test_nothing_visible(level: str, dtype: torch.dtype) -> None:
+    q, k, v = (t.to(dtype) for t in make(1, 2, 2, 33, 40, 16, 16))
+    found = results(
+        lambda *t: block_sparse_attention(
+            *t, lists_of(torch.zeros(1, 1, 33, 40).bool(), 16, 16), return_lse=True
+        ),
+        (q, k, v),
+    )
+    assert (found.pop("lse") == -math.inf).all()
+    assert all((t == 0).all() for t in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
+@pytest.mark.parametrize("sizes", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)])
+def test_empty_tensors(level: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    batch, q_len, kv_len = sizes
+    inputs = tuple(t.to(dtype) for t in make(batch, 2, 1, q_len, kv_len, 16, 8))
+    mask = lists_of(torch.ones(1, 1, q_len, kv_len, dtype=torch.bool), 16, 16)
+    found = results(lambda *t: block_sparse_attention(*t, mask, return_lse=True), inputs)
+    assert found["out"].shape == (batch, 2, q_len, 8)
+    assert all((t == 0).all() for name, t in found.items() if name != "lse")
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_rising_scores(level: str, dtype: torch.dtype) -> None:
+    """Maxima that grow from tile to tile, by little and by much, and rows of large scores."""
+    q, k, v = make(1, 1, 1, 70, 400, 16, 16)
+    q = q.abs()
+    k = (k.abs() * torch.linspace(0, 6, 400)[:, None]).bfloat16().double()
+    visible = random_mask(1, 1, 70, 400, 16, 16, seed=5)
+    check((q, k, v), visible, (16, 16), dtype)
+    check((-q, k, v), visible, (16, 16), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides(level: str, dtype: torch.dtype) -> None:
+    """Heads inside of positions, dims not innermost, elements apart; k and v expanded."""
+    q, k, v = (t.to(dtype) for t in make(2, 4, 4, 50, 70, 16, 24))
+    visible = random_mask(1, 1, 50, 70, 16, 16)
+    mask = lists_of(visible, 16, 16)
+    k, v = k[:, :1].expand_as(k), v[:1].expand_as(v)
+    expected = results(lambda *t: block_sparse_attention(*t, mask, return_lse=True), (q.contiguous(), k, v))
+    layouts = (
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: t.mT.contiguous().mT,
+        lambda t: torch.stack([t, t], -1)[..., 0],
+    )
+    for layout in layouts:
+        strided = tuple(layout(t) for t in (q, k, v))
+        found = results(lambda *t: block_sparse_attention(*t, mask, return_lse=True), strided)
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), name
+    inside = layouts[0](q)
+    assert block_sparse_attention(inside, k, v, mask).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences(level: str, causal: bool, dtype: torch.dtype) -> None:
+    """As each sequence by itself; some have no queries, no keys, or more queries than keys."""
+    bounds_q, bounds_k = [0, 20, 20, 61, 80, 97], [0, 35, 40, 40, 52, 120]
+    visible = random_mask(1, 2, 97, 120, 32, 16)
+    same = torch.zeros(97, 120, dtype=torch.bool)
+    for a, b, c, d in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
+        same[a:b, c:d] = bottom_right(b - a, d - c) if causal else True
+    positions = {"cu_seqlens_q": torch.tensor(bounds_q), "cu_seqlens_k": torch.tensor(bounds_k).int()}
+    inputs = make(1, 2, 1, 97, 120, 16, 16)
+    low = tuple(t.to(dtype) for t in inputs)
+    mask = lists_of(visible, 32, 16)
+    assert_close(
+        results(
+            lambda *t: block_sparse_attention(*t, mask, causal=causal, return_lse=True, **positions), low
+        ),
+        results(lambda *t: attention(*t, visible & same), inputs),
+        results(lambda *t: attention(*t, visible & same), low),
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 2.0, "scale": 0.4}], ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_gradcheck(heads: tuple[int, int], options: dict[str, Any]) -> None:
+    inputs = tuple(t.requires_grad_() for t in make(1, *heads, 19, 23, 8, 8))
+    visible = random_mask(1, heads[0], 19, 23, 16, 16)
+    visible[:, :, 4:, :2] = True  # lse of an empty row is -inf, which no difference quotient survives
+    mask = lists_of(visible, 16, 16)
+    seen = visible & bottom_right(19, 23) if options else visible
+    rows = seen.any(-1).expand(1, heads[0], 19)
+
+    def function(*t: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = block_sparse_attention(*t, mask, return_lse=True, **options)
+        return out, lse[rows]
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+def test_float64_is_the_formula() -> None:
+    inputs = make(2, 4, 2, 45, 70, 24, 16)
+    visible = random_mask(2, 4, 45, 70, 16, 32)
+    mask = lists_of(visible, 16, 32)
+    exact = results(lambda *t: attention(*t, visible, softcap=4.0), inputs)
+    found = results(lambda *t: block_sparse_attention(*t, mask, softcap=4.0, return_lse=True), inputs)
+    for name, value in found.items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_same_bits(level: str, dtype: torch.dtype, threads: None) -> None:
+    """Repeated, and with any number of threads; ragged lists, so that units differ."""
+    inputs = tuple(t.to(dtype) for t in make(1, 4, 2, 300, 280, 32, 40))
+    mask = lists_of(random_mask(1, 4, 300, 280, 64, 32), 64, 32)
+    first: dict[str, Tensor] = {}
+    for count in (1, 2, 3, 1):
+        torch.set_num_threads(count)
+        found = results(lambda *t: block_sparse_attention(*t, mask, causal=True, return_lse=True), inputs)
+        first = first or found
+        assert all(torch.equal(found[name], first[name]) for name in NAMES)
+
+
+def test_not_a_number_stays_in_its_row(level: str) -> None:
+    q, k, v = (t.float() for t in make(1, 1, 1, 40, 40, 16, 16))
+    q[0, 0, 5, 3] = math.nan
+    out, lse = block_sparse_attention(
+        q, k, v, lists_of(window(40, 40, 9)[None, None], 16, 16), return_lse=True
+    )
+    assert out[0, 0, 5].isnan().all()
+    assert lse[0, 0, 5].isnan()
+    others = torch.arange(40) != 5
+    assert out[0, 0, others].isfinite().all()
+    assert lse[0, 0, others].isfinite().all()
+
+
+def test_flex_attention() -> None:
+    """FlexAttention's eager result under the same mask_mod."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+
+    def sees(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (i >= j) & ((i - j < 50) | (j < 4))
+
+    q, k, v = make(1, 2, 2, 150, 150, 16, 16)
+    expected = flex.flex_attention(
+        q, k, v, block_mask=flex.create_block_mask(sees, 1, 1, 150, 150, device="cpu")
+    )
+    i, j = torch.arange(150)[:, None], torch.arange(150)
+    out = block_sparse_attention(q, k, v, lists_of(sees(0, 0, i, j)[None, None], 64, 32))
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 100), st.integers(1, 130)),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    dims=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    block=st.tuples(st.sampled_from([16, 32, 48, 64, 128]), st.sampled_from([16, 48, 64, 80, 256])),
+    dtype=st.sampled_from(LOW),
+    level=st.sampled_from(_C.cpu_levels()),
+    causal=st.booleans(),
+    softcap=st.sampled_from([0.0, 2.5]),
+    seed=st.integers(0, 99),
+)
+def test_property(
+    sizes: tuple[int, int, int],
+    kv_heads: int,
+    group: int,
+    dims: tuple[int, int],
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    level: str,
+    causal: bool,
+    softcap: float,
+    seed: int,
+) -> None:
+    batch, q_len, kv_len = sizes
+    heads = kv_heads * group
+    visible = random_mask(batch, heads, q_len, kv_len, *block, seed=seed)
+    inputs = make(batch, heads, kv_heads, q_len, kv_len, 8 * dims[0], 8 * dims[1], seed=seed)
+    before = _C.cpu_level()
+    _C.set_cpu_level(level)
+    try:
+        check(inputs, visible, block, dtype, causal=causal, softcap=softcap)
+    finally:
+        _C.set_cpu_level(before)
