@@ -12,6 +12,7 @@ void bind_scan(pybind11::module_& m);
 // Of the attention family, called by bind_attention.
 void bind_block_mask(pybind11::module_& m);
 void bind_block_sparse(pybind11::module_& m);
+void bind_select_blocks(pybind11::module_& m);
 
 // Of the scan family, called by bind_scan.
 void bind_causal_conv1d(pybind11::module_& m);
