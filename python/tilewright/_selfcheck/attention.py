@@ -42,9 +42,10 @@ def _error(found: Tensor, truth: Tensor) -> float:
 
 def _check_attention(device: torch.device) -> tuple[float, float]:
     ours, exact = _inputs(device, torch.float32), _inputs(torch.device("cpu"), torch.float64)
-    out = block_sparse_attention(*ours, _window().to(device))
+    q, k, v = ours
+    out = block_sparse_attention(q, k, v, _window().to(device))
     assert isinstance(out, Tensor)
-    truth = _plain(*exact, _window().to_mask())
+    truth = _plain(exact[0], exact[1], exact[2], _window().to_mask())
     weight = torch.randn(truth.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     found = [out, *torch.autograd.grad(out, ours, weight.to(out))]
     expected = [truth, *torch.autograd.grad(truth, exact, weight)]
@@ -65,7 +66,7 @@ def _check_estimators(device: torch.device) -> tuple[float, float]:
     """What is kept when all is to be kept: all of it, with the keys in any order."""
     q, k, v = (t.detach() for t in _inputs(device, torch.float32))
     causal = torch.ones(_LENGTH, _LENGTH, dtype=torch.bool).tril()
-    truth = _plain(*(t.double().cpu() for t in (q, k, v)), causal)
+    truth = _plain(q.double().cpu(), k.double().cpu(), v.double().cpu(), causal)
     out = permuted_block_sparse_attention(q, k, v, block_size=16, segment_size=64, threshold=1.0)
     assert isinstance(out, Tensor)
     mask = estimate.mean_pool_top_p(q, k, block_size=16, threshold=1.0)
