@@ -184,7 +184,7 @@ def changed(name: str, place: tuple[int, ...], value: int, mask: BlockMask = FUL
             {"block_mask": replace(PARTIAL, q2k_bits=PARTIAL.q2k_bits + 99)},
             ValueError, "q2k_bits: row . names table .*but there are",
         ),
-        ({"block_mask": replace(FULL, block_size=(32, 16))}, ValueError, r"tables: got shape \(0, 16, 1\), exp"),
+        ({"block_mask": replace(FULL, block_size=(32, 16))}, ValueError, r"tables: got shape .0, 16, 1"),
         ({"scale": "1"}, TypeError, "scale must be a number, got str"),
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         ({"softcap": -1.0}, ValueError, "softcap must be 0 .none. or a positive number, got -1.0"),

@@ -3,5 +3,6 @@ attention that reads only what they keep."""
 
 from .block_sparse import block_sparse_attention
 from .mask import BlockMask
+from .specification import BlockSparse
 
-__all__ = ["BlockMask", "block_sparse_attention"]
+__all__ = ["BlockMask", "BlockSparse", "block_sparse_attention"]
