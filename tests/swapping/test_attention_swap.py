@@ -243,7 +243,11 @@ def test_dropout() -> None:
     [
         (torch.rand(2, 1, 70, 70), NotImplementedError, "0 where a key is seen and -inf .*take no bias"),
         (torch.ones(2, 1, 70, 70).int(), NotImplementedError, "attention_mask must be bool"),
-        (torch.ones(2, 1, 70, 60).bool(), ValueError, r"attention_mask must be \(batch, heads, 70, 70\), got"),
+        (
+            torch.ones(2, 1, 70, 60).bool(),
+            ValueError,
+            r"attention_mask must be \(batch, heads, 70, 70\), got",
+        ),
     ],
 )
 def test_masks_of_elements_that_are_none(mask: torch.Tensor, error: type[Exception], message: str) -> None:
@@ -266,8 +270,8 @@ def test_a_window_without_a_mask_that_says_so() -> None:
     ("make", "error", "message"),
     [
         (lambda: BlockSparse("causal"), TypeError, "mask must be a builder .*got str"),
-        (lambda: BlockSparse(BlockMask.sliding_window, windw=3), TypeError, "has no argument 'windw'; it has"),
-        (lambda: BlockSparse(BlockMask.causal(64), window=3), TypeError, r"takes no options, got \['window'\]"),
+        (lambda: BlockSparse(BlockMask.sliding_window, windw=3), TypeError, "has no argument 'windw'; "),
+        (lambda: BlockSparse(BlockMask.causal(64), window=3), TypeError, "takes no options, got .'window"),
         (lambda: BlockSparse(BlockMask.causal, takes="q"), ValueError, "takes must be 'lengths', .*got 'q'"),
         (lambda: BlockSparse(BlockMask.causal, decode=1), ValueError, "decode must be 'sparse', .*got 1"),
         (
@@ -296,7 +300,9 @@ def test_builders_of_other_lengths(mask: Any, message: str) -> None:
 
 
 def test_what_it_is() -> None:
-    assert repr(WINDOW()) == "BlockSparse(BlockMask.sliding_window, window=10, block_size=16, decode='sparse')"
+    assert (
+        repr(WINDOW()) == "BlockSparse(BlockMask.sliding_window, window=10, block_size=16, decode='sparse')"
+    )
     assert BlockSparse(lambda q, k: None).decode == "dense"
     assert BlockSparse(lambda a, b: None, takes="tensors").takes == "tensors"
     assert repr(BlockSparse(BlockMask.causal(64))).startswith("BlockSparse(a mask of 64 queries and 64 keys")

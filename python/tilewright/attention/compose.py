@@ -1,9 +1,8 @@
-"""Masks made from others: what a model hides (padding, other documents, later tokens) on top of a block mask."""
+"""Masks made from others: a block mask, and what a model hides besides (padding, other documents)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def hide_keys(mask: BlockMask, visible: Tensor) -> BlockMask:
     """The mask without the keys where `visible`, bool (batch, kv_len), is False."""
     geometry = mask._geometry
     padded = torch.nn.functional.pad(visible, (0, -geometry.kv_len % geometry.block_kv))
-    blocks = padded.unflatten(1, (geometry.kv_blocks, geometry.block_kv))
+    blocks = padded.view(-1, geometry.kv_blocks, geometry.block_kv)
     exists = torch.arange(geometry.kv_blocks * geometry.block_kv, device=visible.device) < geometry.kv_len
     whole = (blocks | ~exists.view(blocks.shape[1:])).all(-1)
     partial = blocks.any(-1) & ~whole
@@ -89,8 +88,8 @@ def _both(mask: BlockMask, draft: Draft) -> BlockMask:
     return _from_draft(combine(torch.bitwise_and, [mask._draft(), draft], geometry), geometry)
 
 
-def _in_blocks(seen: Tensor, geometry: Geometry) -> Any:
+def _in_blocks(seen: Tensor, geometry: Geometry) -> Tensor:
     g = geometry
-    padding = (0, -g.kv_len % g.block_kv, 0, -g.q_len % g.block_q)
-    padded = torch.nn.functional.pad(seen, padding)
-    return padded.unflatten(3, (g.kv_blocks, g.block_kv)).unflatten(2, (g.q_blocks, g.block_q)).transpose(3, 4)
+    padded = torch.nn.functional.pad(seen, (0, -g.kv_len % g.block_kv, 0, -g.q_len % g.block_q))
+    shape = (*seen.shape[:2], g.q_blocks, g.block_q, g.kv_blocks, g.block_kv)
+    return padded.reshape(shape).transpose(3, 4)

@@ -137,9 +137,7 @@ class BlockSparse:
             return rows(self.of_lengths(q_len, kv_len, device), 0)
         # What a position sees of those before it does not depend on the length: rows of steps to come, too.
         end = (last // _SPAN + 1) * _SPAN
-        span: Tensor = self.kept(
-            ("rows", end, device), lambda: rows(self.of_lengths(_SPAN, end, device), 0)
-        )
+        span: Tensor = self.kept(("rows", end, device), lambda: rows(self.of_lengths(_SPAN, end, device), 0))
         start = first - end + _SPAN
         return span[:, :, start : start + q_len, :kv_len]
 

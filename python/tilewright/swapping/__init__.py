@@ -169,9 +169,7 @@ def _plan_attention(model: nn.Module, include: Include, report: SwapReport) -> l
             why = None if _included(path, module, include) else "not included"
         why = why or replaced_forward(module) or _device_obstacle(module)
         if why is None:
-            report.swapped.append(
-                Swapped(path, type(module).__name__, attention_layers.OP, _kernel(module))
-            )
+            report.swapped.append(Swapped(path, type(module).__name__, attention_layers.OP, _kernel(module)))
             chosen.append(module)
         else:
             report.skipped.append(Skipped(path, type(module).__name__, why))

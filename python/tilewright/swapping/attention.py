@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import BlockMask, BlockSparse, block_sparse_attention
-from ..attention.compose import from_elements, hide_keys, rows
+from ..attention.compose import from_elements, rows
 
 NAME = "tilewright"
 OP = "block_sparse_attention"
 _ATTRIBUTE = "_tilewright_attention"
+_ABSENT = object()
 _FEW = 16  # queries that a decode step has at most
 _HARMLESS = frozenset({
     "cache_position", "deterministic", "is_causal", "labels", "logits_to_keep", "num_items_in_batch",
@@ -107,36 +108,43 @@ def _may_cross(module: Any) -> bool:
     return bool({"key_value_states", "encoder_hidden_states"} & set(parameters))
 
 
-def install(model: nn.Module, chosen: Iterable[nn.Module], spec: BlockSparse) -> Callable[[], None]:
+def install(model: nn.Module, chosen: Sequence[nn.Module], spec: BlockSparse) -> Callable[[], None]:
     """Gives these layers the specification; returns what undoes exactly that."""
     register()
-    chosen = list(chosen)
-    undo: list[Callable[[], None]] = []
+    changes, known = _Changes(), {id(module) for module in chosen}
     if any(_config(module)._attn_implementation != NAME for module in chosen):
-        undo += _own_configs(model)
+        _own_configs(model, changes)
     configs = {id(_config(module)) for module in chosen}
     for _, module in layers(model):
-        config = _config(module)
-        if id(config) in configs:
-            before = vars(module).get(_ATTRIBUTE)
-            former = before.former if before is not None else config._attn_implementation
-            undo.append(lambda module=module, before=before: _put(module, before))  # type: ignore[misc]
-            ours = any(module is other for other in chosen)
-            _put(module, Choice(spec, former or "sdpa") if ours else before or Choice(None, former or "sdpa"))
+        config, before = _config(module), vars(module).get(_ATTRIBUTE)
+        if id(config) not in configs:
+            continue
+        former = (before.former if before else config._attn_implementation) or "sdpa"
+        if id(module) in known:
+            changes.put(vars(module), _ATTRIBUTE, Choice(spec, former))
+        elif before is None:
+            changes.put(vars(module), _ATTRIBUTE, Choice(None, former))
     for module in chosen:
-        config = _config(module)
-        undo.append(
-            lambda config=config, name=config._attn_implementation: setattr(  # type: ignore[misc]
-                config, "_attn_implementation_internal", name
-            )
-        )
-        config._attn_implementation_internal = NAME
+        changes.put(vars(_config(module)), "_attn_implementation_internal", NAME)
+    return changes.undo
 
-    def undone() -> None:
-        for step in reversed(undo):
-            step()
 
-    return undone
+class _Changes:
+    """Entries of dictionaries that were set, and what they were."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def put(self, where: dict[str, Any], name: str, value: Any) -> None:
+        self._before.append((where, name, where.get(name, _ABSENT)))
+        where[name] = value
+
+    def undo(self) -> None:
+        for where, name, value in reversed(self._before):
+            if value is _ABSENT:
+                del where[name]
+            else:
+                where[name] = value
 
 
 def remove(model: nn.Module) -> int:
@@ -147,7 +155,7 @@ def remove(model: nn.Module) -> int:
         if choice is None:
             continue
         count += choice.spec is not None
-        _put(module, None)
+        del vars(module)[_ATTRIBUTE]
         config = _config(module)
         if config is not None and config._attn_implementation == NAME:
             config._attn_implementation_internal = choice.former
@@ -198,7 +206,7 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     spec = cast("BlockSparse", choice.spec)
     if isinstance(mask, Tensor):
-        block_mask, causal = _of_elements(mask, spec, q, k), False
+        block_mask = _of_elements(mask, spec, q, k)
         if choice.by_elements:
             return _by_elements(q, k, v, rows(block_mask, 0), scale, softcap)
         return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)  # type: ignore[return-value]
@@ -221,7 +229,14 @@ def _attention(
 
 
 def _estimated(
-    choice: Choice, spec: BlockSparse, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, softcap: float
+    choice: Choice,
+    spec: BlockSparse,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    scale: float,
+    softcap: float,
 ) -> Tensor:
     mask.total()
     estimate = spec.of_tensors(q, k, mask.causal)
@@ -326,25 +341,15 @@ def _wants_weights() -> bool:
     return isinstance(collected, dict) and "attentions" in collected
 
 
-def _own_configs(model: nn.Module) -> list[Callable[[], None]]:
-    """Gives the model copies of its configs, whose parts stay shared as they were; returns what undoes it."""
+def _own_configs(model: nn.Module, changes: _Changes) -> None:
+    """Gives the model copies of its configs, whose parts stay shared as they were."""
     from transformers import PreTrainedConfig
 
     memo: dict[int, Any] = {}
-    undo: list[Callable[[], None]] = []
     for module in model.modules():
         for name, config in list(vars(module).items()):
             if isinstance(config, PreTrainedConfig):
-                undo.append(lambda own=vars(module), name=name, config=config: own.update({name: config}))  # type: ignore[misc]
-                vars(module)[name] = copy.deepcopy(config, memo)
-    return undo
-
-
-def _put(module: nn.Module, choice: Choice | None) -> None:
-    if choice is None:
-        vars(module).pop(_ATTRIBUTE, None)
-    else:
-        vars(module)[_ATTRIBUTE] = choice
+                changes.put(vars(module), name, copy.deepcopy(config, memo))
 
 
 def _config(module: Any) -> Any:

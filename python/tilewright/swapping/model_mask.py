@@ -1,8 +1,8 @@
 """What a model of transformers lets its attention see, before it becomes a mask of blocks or of elements.
 
 transformers asks the mask function of the implementation that the config names for a mask, once a forward
-pass, and hands what it gets to every layer. That is a `ModelMask` here: the lengths, offsets and mask function
-as they came. A layer turns it into what its kernel reads; layers that see the same share the result.
+pass, and hands what it gets to every layer. That is a `ModelMask` here: lengths, offsets and mask function as
+they came. A layer turns it into what its kernel reads; layers that see the same share the result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..attention.compose import from_elements, hide_keys, restrict, same_documen
 class ModelMask(FlexBlockMask):
     """Lengths, offsets and visibility of one forward pass.
 
-    Derived from FlexAttention's BlockMask because models hand on what is one of these, or a tensor, untouched.
+    Derived from FlexAttention's BlockMask, because models hand on untouched what is one, or a tensor.
 
     Attributes:
         q_len: queries.
@@ -62,6 +62,11 @@ class ModelMask(FlexBlockMask):
         """(batch, 1, queries, keys), as of a mask of elements."""
         return self.batch, 1, self.q_len, self.kv_length
 
+    @property
+    def ndim(self) -> int:
+        """As of a mask of elements."""
+        return 4
+
     def __repr__(self) -> str:
         return f"ModelMask(shape={self.shape}, q_offset={self.q_offset}, kv_offset={self.kv_offset})"
 
@@ -71,7 +76,7 @@ class ModelMask(FlexBlockMask):
             "call tilewright.unswap(model)"
         )
 
-    def to(self, *args: Any, **kwargs: Any) -> ModelMask:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> ModelMask:
         """Itself: it is made where the layers are."""
         return self
 
@@ -109,7 +114,7 @@ class ModelMask(FlexBlockMask):
         return total
 
     def rows(self, spec: BlockSparse) -> Tensor:
-        """Bool (batch or 1, heads, q_len, kv_len): what a mask of lengths and the model let the queries see."""
+        """Bool (batch or 1, heads, q_len, kv_len): what builder and model let the queries see."""
 
         def make() -> Tensor:
             seen = spec.rows_of_lengths(self.q_len, self.total(), self.where)[..., self.kv_offset :]
@@ -155,10 +160,12 @@ class ModelMask(FlexBlockMask):
         return mask
 
     def _windowed(self, mask: BlockMask, causal: bool) -> BlockMask:
-        lengths = {"kv_len": self.kv_len, "block_size": mask.block_size, "device": mask.device}
-        if self.window is not None and self.window < self.kv_len:
-            return mask & BlockMask.sliding_window(self.q_len, self.window, **lengths)
-        return mask & BlockMask.causal(self.q_len, **lengths) if causal else mask
+        q_len, kv_len, size, device = self.q_len, self.kv_len, mask.block_size, mask.device
+        if self.window is not None and self.window < kv_len:
+            return mask & BlockMask.sliding_window(
+                q_len, self.window, kv_len=kv_len, block_size=size, device=device
+            )
+        return mask & BlockMask.causal(q_len, kv_len, block_size=size, device=device) if causal else mask
 
 
 def _parts(function: Any) -> tuple[bool, int | None, Tensor | None, list[Any]]:
