@@ -80,8 +80,8 @@ def _draw_scan(figure: Any, record: dict[str, Any]) -> None:
 
 def _draw_attention(figure: Any, record: dict[str, Any], masks: dict[str, Any]) -> None:
     results = record["training"]
-    grid = figure.add_gridspec(2, max(3, len(masks) + 1), height_ratios=[1, 1])
-    curves = figure.add_subplot(grid[0, :-1])
+    grid = figure.add_gridspec(2, 2, width_ratios=[3, 1], height_ratios=[1, 1.2])
+    curves, below = figure.add_subplot(grid[0, 0]), grid[1, :].subgridspec(1, len(masks))
     for (name, result), style in zip(results.items(), _STYLES, strict=True):
         curves.plot(range(1, len(result["losses"]) + 1), result["losses"], label=f"{name}: training", **style)
         curves.plot(record["steps"], result["validation"], "o", color=style["color"], markerfacecolor="white")
@@ -90,9 +90,9 @@ def _draw_attention(figure: Any, record: dict[str, Any], masks: dict[str, Any]) 
     curves.legend(frameon=False, fontsize=8.5)
     _tidy(curves)
     times = [result["step_ms"] for result in results.values()]
-    _draw_bars(figure.add_subplot(grid[0, -1]), times, ["dense", "window"], "a training step, ms")
+    _draw_bars(figure.add_subplot(grid[0, 1]), times, ["dense", "window"], "a training step, ms")
     for column, (name, mask) in enumerate(masks.items()):
-        axis = mask.plot(ax=figure.add_subplot(grid[1, column]))
+        axis = mask.plot(ax=figure.add_subplot(below[column]))
         axis.set_title(f"{name}: density {mask.density:.3f}", fontsize=9.5, color=_INK)
     parameters = record["parameters"] / 1e6
     _draw_title(figure, f"Byte-level Llama of transformers, {parameters:.2f}M parameters")
