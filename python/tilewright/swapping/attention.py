@@ -220,12 +220,13 @@ def _attention(
     k, v = k[:, :, : mask.kv_len], v[:, :, : mask.kv_len]  # a static cache has room at its end
     decoding = q.shape[2] <= _FEW and q.shape[2] < k.shape[2]
     if decoding and spec.decode == "dense":
-        return _by_elements(q, k, v, mask.elements(), scale, softcap)
+        return _by_elements(q, k, v, mask.elements().to(q.device), scale, softcap)
     if spec.takes == "tensors":
         return _estimated(choice, spec, q, k, v, mask, scale, softcap)
     if decoding or choice.by_elements:
-        return _by_elements(q, k, v, mask.rows(spec), scale, softcap)
-    return block_sparse_attention(q, k, v, mask.blocks(spec), scale=scale, softcap=softcap)  # type: ignore[return-value]
+        return _by_elements(q, k, v, mask.rows(spec).to(q.device), scale, softcap)
+    block_mask = mask.blocks(spec).to(q.device)  # a layer of a model on several devices may be elsewhere
+    return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)  # type: ignore[return-value]
 
 
 def _estimated(

@@ -194,7 +194,7 @@ def _parts(function: Any) -> tuple[bool, int | None, Tensor | None, list[Any]]:
         else:
             others.append(part)
     if window is not None and not causal:  # then it is not one of `sliding_window`'s
-        return False, None, documents, [function] if documents is None else others + [function]
+        return False, None, documents, [*others, function] if documents is not None else [function]
     return causal, window, documents, others
 
 
