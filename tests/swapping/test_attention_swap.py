@@ -162,7 +162,7 @@ def test_verify_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     config = model.config
     right = layers.block_sparse_attention
     monkeypatch.setattr(layers, "block_sparse_attention", lambda *a, **k: right(*a, **k) * 1.5)
-    with pytest.raises(RuntimeError, match="verify: output.* differs by"):
+    with pytest.raises(RuntimeError, match=r"verify: output.* differs by"):
         tw.swap(model, attention=WINDOW(), verify=tokens())
     assert model.config is config
     assert config._attn_implementation == "sdpa"
@@ -234,7 +234,7 @@ def test_dropout() -> None:
     model = tiny("llama", attention_dropout=0.1)
     tw.swap(model, attention=FULL)
     logits(model, tokens())
-    with pytest.raises(NotImplementedError, match="dropout must be 0 .*LlamaAttention has 0.1"):
+    with pytest.raises(NotImplementedError, match=r"dropout must be 0 .*LlamaAttention has 0.1"):
         model.train()(tokens())
 
 
