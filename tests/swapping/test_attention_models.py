@@ -279,21 +279,36 @@ def test_masks_of_elements(kind: str) -> None:
     assert_rule(*found, logits(exact, ids, attention_mask=seen))
 
 
-def test_a_mask_function_of_the_users() -> None:
-    """Extra conditions on the model's mask, evaluated on blocks that the specification keeps."""
-    from transformers import masking_utils
+def mask_functions() -> dict[str, tuple[Any, bool]]:
+    """Functions of transformers' kind that are no plain pattern, and whether they need vmap."""
+    from transformers import masking_utils as utils
 
+    images = torch.full((2, 70), -1)
+    images[0, 10:20], images[1, 40:55] = 0, 3
+    chunked = utils.chunked_causal_mask_function(24, torch.tensor([0, 5]))
+    prefix = utils.or_masks(utils.causal_mask_function, lambda b, h, q, k: (q < 20) & (k < 20))
+    return {
+        "prefix": (prefix, True),
+        "chunks": (chunked, False),
+        "images": (utils.or_masks(utils.causal_mask_function, utils.blockwise_overlay(images)), False),
+        "near, both ways": (utils.sliding_window_bidirectional_mask_function(9), False),
+        "window and chunks": (utils.and_masks(utils.sliding_window_causal_mask_function(30), chunked), False),
+    }
+
+
+@pytest.mark.parametrize("name", ["prefix", "chunks", "images", "near, both ways", "window and chunks"])
+@pytest.mark.parametrize("offset", [0, 30])
+def test_other_mask_functions(name: str, offset: int) -> None:
+    """What is no plain pattern is evaluated on the blocks that the specification keeps."""
     from tilewright.swapping.model_mask import ModelMask
 
-    function = masking_utils.or_masks(
-        masking_utils.causal_mask_function, lambda b, h, q, k: (q < 20) & (k < 20)
-    )
-    mask = ModelMask(2, 70, 70, mask_function=function, use_vmap=True)
-    seen = torch.ones(70, 70).tril().bool()
-    seen[:20, :20] = True
-    assert torch.equal(mask.elements(), seen.expand(2, 1, -1, -1))
-    assert torch.equal(mask.blocks(FULL).to_mask(), seen.expand(2, 1, -1, -1))
-    assert torch.equal(mask.blocks(WINDOW()).to_mask(), (seen & window(70, 70)).expand(2, 1, -1, -1))
+    function, use_vmap = mask_functions()[name]
+    whole = ModelMask(2, 70, 70, mask_function=function, use_vmap=use_vmap)
+    mask = ModelMask(2, 70 - offset, 70, offset, 0, function, None, use_vmap)
+    seen = mask.elements().expand(2, -1, -1, -1)
+    assert torch.equal(seen, whole.elements()[:, :, offset:])
+    assert torch.equal(mask.blocks(FULL).to_mask().expand_as(seen), seen)
+    assert torch.equal(mask.blocks(WINDOW()).to_mask().expand_as(seen), seen & window(70 - offset, 70))
 
 
 def first_half(q: Tensor, k: Tensor, *, block_size: int = 16, causal: bool = True) -> BlockMask:
