@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_attention import DECODERS, ENCODERS, assert_rule, inputs_of, logits, padding, tiny, tokens, twins
 from torch import Tensor
 
 import tilewright as tw
 from tilewright.attention import BlockMask, BlockSparse
+from tilewright.attention.compose import from_elements
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -98,8 +101,8 @@ def test_gradients_of_a_window() -> None:
     tw.swap(ours, attention=WINDOW())
     ids = tokens(length=130)
     mask = padding(ids, left=21)
-    for model, given in ((ours, mask), (stock, visible(mask)), (exact, visible(mask))):
-        model(ids, attention_mask=given).logits[mask.bool()].square().sum().backward()
+    for model, own_mask in ((ours, mask), (stock, visible(mask)), (exact, visible(mask))):
+        model(ids, attention_mask=own_mask).logits[mask.bool()].square().sum().backward()
     for (name, a), b, c in zip(ours.named_parameters(), stock.parameters(), exact.parameters(), strict=True):
         assert_rule(a.grad, b.grad, c.grad, name)
 
@@ -309,6 +312,72 @@ def test_other_mask_functions(name: str, offset: int) -> None:
     assert torch.equal(seen, whole.elements()[:, :, offset:])
     assert torch.equal(mask.blocks(FULL).to_mask().expand_as(seen), seen)
     assert torch.equal(mask.blocks(WINDOW()).to_mask().expand_as(seen), seen & window(70 - offset, 70))
+
+
+@given(
+    q_len=st.integers(1, 90),
+    past=st.sampled_from([0, 0, 1, 16, 37, 64]),
+    room=st.sampled_from([0, 0, 25]),
+    dropped=st.sampled_from([0, 0, 10]),
+    pattern=st.sampled_from(["causal", "window", "packed", "bidirectional"]),
+    padding=st.sampled_from(["none", "left", "right", "holes"]),
+    builder=st.sampled_from(["full", "window", "square", "heads"]),
+    blocks=st.sampled_from([16, 32, (16, 48)]),
+    seed=st.integers(0, 9),
+)
+def test_blocks_and_rows_are_the_elements(
+    q_len: int, past: int, room: int, dropped: int, pattern: str, padding: str, builder: str, blocks: Any,
+    seed: int,
+) -> None:  # fmt: skip
+    """Any pattern, cache, padding and builder: the mask of blocks shows what the elements of all show."""
+    from transformers import masking_utils as utils
+
+    from tilewright.swapping.model_mask import ModelMask
+
+    generator = torch.Generator().manual_seed(seed)
+    if pattern in ("packed", "bidirectional"):
+        past = room = dropped = 0
+    dropped = min(dropped, past)
+    length = past + q_len
+    starts = (torch.rand(2, q_len, generator=generator) < 0.1).cumsum(1)
+    function = {
+        "causal": utils.causal_mask_function,
+        "window": utils.sliding_window_causal_mask_function(30),
+        "packed": utils.packed_sequence_compatibility_function(
+            utils.causal_mask_function, torch.arange(q_len).expand(2, -1), starts
+        ),
+        "bidirectional": utils.bidirectional_mask_function,
+    }[pattern]
+    given = {
+        "none": None,
+        "left": torch.arange(length).expand(2, -1) >= torch.tensor([[length // 3], [0]]),
+        "right": torch.arange(length).expand(2, -1) < torch.tensor([[length - length // 4], [length]]),
+        "holes": torch.rand(2, length, generator=generator) < 0.7,
+    }[padding]
+    mask = ModelMask(2, q_len, length - dropped + room, past, dropped, function, given)
+
+    def two_heads(q_len: int, kv_len: int) -> BlockMask:
+        windows = [window(q_len, kv_len), window(q_len, kv_len) & (torch.arange(kv_len) % 3 != 0)]
+        return from_elements(torch.stack(windows)[None], blocks)
+
+    spec, shown = {
+        "full": (BlockSparse.full(blocks), torch.ones(q_len, length).bool()),
+        "window": (WINDOW(block_size=blocks), window(q_len, length)),
+        "square": (
+            BlockSparse(lambda n: BlockMask.sliding_window(n, 10, sink=3, block_size=blocks)),
+            window(q_len, length),
+        ),
+        "heads": (
+            BlockSparse(two_heads),
+            torch.stack([window(q_len, length), window(q_len, length) & (torch.arange(length) % 3 != 0)]),
+        ),
+    }[builder]
+    expected = (shown[..., dropped:] & mask.elements()).expand(2, 2, -1, -1)
+    assert mask.kv_len == length - dropped
+    found = mask.blocks(spec)
+    assert torch.equal(found.to_mask().expand_as(expected), expected)
+    assert torch.equal(mask.rows(spec).expand_as(expected), expected)
+    found.validate()
 
 
 def first_half(q: Tensor, k: Tensor, *, block_size: int = 16, causal: bool = True) -> BlockMask:

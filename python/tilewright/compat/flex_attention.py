@@ -51,7 +51,8 @@ def flex_attention(
         value: ``(batch or 1, kv_heads, kv_len, value_dim)``.
         score_mod: None; the kernels compute no functions of the caller's.
         block_mask: torch's, whose block size is 16 to 256 and which is converted once for each object, or a
-            `tilewright.attention.BlockMask`. None: every query sees every key.
+            `tilewright.attention.BlockMask`. None: every query sees every key. What its mask_mod reads is
+            read then: if that changes later, make a new mask.
         scale: of the scores; default ``1 / sqrt(head_dim)``.
         enable_gqa: allow fewer heads in key and value than in query.
         return_lse: also return the logarithm of each query's sum of exponentials, as torch before 2.10 does.
