@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +20,15 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 
 FULL = BlockSparse.full(block_size=16)
 WINDOW = functools.partial(BlockSparse, BlockMask.sliding_window, window=10, block_size=16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other crawl where the tests share their cores with something else."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_report() -> None:
@@ -101,6 +111,12 @@ def test_other_models_are_untouched() -> None:
     heir = cls(model.config).eval()
     heir.load_state_dict(sibling.state_dict())
     torch.testing.assert_close(logits(heir, ids), before, rtol=1e-4, atol=1e-4)
+    sparse = logits(model, ids)
+    assert len(tw.swap(heir, attention=FULL, include="*.0.self_attn").swapped) == 1
+    torch.testing.assert_close(logits(heir, ids), before, rtol=1e-4, atol=1e-4)
+    assert tw.unswap(heir) == 1
+    assert heir.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model, ids), sparse)
 
 
 def test_parameters_and_saved_models_are_the_same(tmp_path: Any) -> None:
@@ -149,6 +165,13 @@ def test_a_layer_alone() -> None:
         torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-4)
     options = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), stock.generate(ids, **options))
+    tw.swap(model, attention=WINDOW())
+    whole = tiny("llama")
+    tw.swap(whole, attention=FULL, include="*.1.self_attn")
+    tw.swap(whole, attention=WINDOW())
+    torch.testing.assert_close(logits(model, ids), logits(whole, ids))
+    assert tw.unswap(model) == tw.unswap(whole) == 2
+    assert torch.equal(logits(model, ids), logits(stock, ids))
 
 
 @pytest.mark.parametrize("spec", [FULL, WINDOW()], ids=["full", "window"])

@@ -112,14 +112,15 @@ def install(model: nn.Module, chosen: Sequence[nn.Module], spec: BlockSparse) ->
     """Gives these layers the specification; returns what undoes exactly that."""
     register()
     changes, known = _Changes(), {id(module) for module in chosen}
-    if any(_config(module)._attn_implementation != NAME for module in chosen):
-        _own_configs(model, changes)
+    _own_configs(model, changes)
     configs = {id(_config(module)) for module in chosen}
     for _, module in layers(model):
         config, before = _config(module), vars(module).get(_ATTRIBUTE)
         if id(config) not in configs:
             continue
-        former = (before.former if before else config._attn_implementation) or "sdpa"
+        former = before.former if before else config._attn_implementation
+        if former in (None, NAME):  # a model made from the config of a swapped one
+            former = "sdpa"
         if id(module) in known:
             changes.put(vars(module), _ATTRIBUTE, Choice(spec, former))
         elif before is None:
