@@ -16,6 +16,7 @@ void bind_block_sparse(pybind11::module_& m);
 // Of the scan family, called by bind_scan.
 void bind_causal_conv1d(pybind11::module_& m);
 void bind_linear_scan(pybind11::module_& m);
+void bind_mamba_step(pybind11::module_& m);
 void bind_selective_scan(pybind11::module_& m);
 void bind_selective_state_update(pybind11::module_& m);
 void bind_ssd_chunk_scan(pybind11::module_& m);
