@@ -5,5 +5,12 @@ from . import estimate
 from .block_sparse import block_sparse_attention
 from .mask import BlockMask
 from .permuted import permuted_block_sparse_attention
+from .specification import BlockSparse
 
-__all__ = ["BlockMask", "block_sparse_attention", "estimate", "permuted_block_sparse_attention"]
+__all__ = [
+    "BlockMask",
+    "BlockSparse",
+    "block_sparse_attention",
+    "estimate",
+    "permuted_block_sparse_attention",
+]
