@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright.attention import permuted, permuted_block_sparse_attention
-from tilewright.attention.codes import Geometry
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -46,10 +45,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> tuple[
 def seen_by(q: Tensor, k: Tensor, block: int, segment: int, threshold: float) -> Tensor:
     """The elements that are seen, at the keys' true positions."""
     scale = 1 / math.sqrt(q.shape[3])
-    geometry = Geometry(block, block, q.shape[2], k.shape[2])
-    order = permuted.key_order(q, k, block, segment, scale)
-    layout = permuted._layout(geometry, segment, True, q.device)
-    mask = permuted._mask(q, k, order, geometry, layout, scale, threshold)
+    order, mask = permuted.choose(q, k, block, segment, threshold, True, scale)
     mask.validate()
     arranged = mask.to_mask()
     order = order.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None].expand_as(arranged)

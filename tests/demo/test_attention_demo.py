@@ -48,6 +48,7 @@ def record(step_ms: float = 20.0, validation: float = 3.0) -> dict[str, Any]:
         "settings": {"window": 32, "sink": 16, "length": 256},
         "masks": {attention.THEIRS: {"density": 0.5}, attention.OURS: {"density": 0.2}},
         "training": {attention.THEIRS: side(100.0, 3.0), attention.OURS: side(step_ms, validation)},
+        "estimators": {"top_k": [{"setting": 4, "density": 0.25, "mass": 0.875, "ms": 1.0}] * 2},
         "peak_rss_bytes": 700_000_000,
     }
 
@@ -62,6 +63,11 @@ def test_the_whole_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert ours["validation"] < 5.0, "it learned something"
     assert found["masks"][attention.OURS]["density"] < found["masks"][attention.THEIRS]["density"]
     assert ours["bytes_kept"] > 1e6
+    for rows in found["estimators"].values():
+        masses = [row["mass"] for row in rows]
+        assert masses == sorted(masses)
+        assert all(0 < mass <= 1.0001 for mass in masses)
+        assert rows[0]["density"] < rows[-1]["density"]
     said = capsys.readouterr().out
     assert "Only seed 0 is used" in said
     assert "ms per training step" in said

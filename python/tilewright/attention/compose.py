@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from .codes import ABSENT, FULL, PARTIAL, Draft, Geometry, combine, distinct, evaluate, pack, unpack
-from .mask import BlockMask, _check_block_size, _elements_of, _from_draft
+from .mask import BlockMask, _elements_of, check_block_size, mask_of
 from .ops import code_dtype
 
 
 def from_elements(seen: Tensor, block_size: int | tuple[int, int]) -> BlockMask:
     """The mask of bool (Bm, Hm, q_len, kv_len), True where the query sees the key: a byte a pair is read."""
-    geometry = Geometry(*_check_block_size(block_size), *seen.shape[2:])
+    geometry = Geometry(*check_block_size(block_size), *seen.shape[2:])
     blocks = _in_blocks(seen, geometry)
     some = blocks.flatten(-2).any(-1)
     which = some.nonzero()
     codes = torch.zeros(some.shape, dtype=torch.int32, device=seen.device)
     codes[some] = torch.arange(len(which), dtype=torch.int32, device=seen.device) + PARTIAL
     tables = pack(blocks[some])
-    return _from_draft(combine(lambda table: table, [Draft(codes, tables)], geometry), geometry)
+    return mask_of(combine(lambda table: table, [Draft(codes, tables)], geometry), geometry)
 
 
 def rows(mask: BlockMask, first: int) -> Tensor:
@@ -85,7 +85,7 @@ def restrict(mask: BlockMask, mask_mod: Callable[..., Tensor], batch: int) -> Bl
 
 def _both(mask: BlockMask, draft: Draft) -> BlockMask:
     geometry = mask._geometry
-    return _from_draft(combine(torch.bitwise_and, [mask._draft(), draft], geometry), geometry)
+    return mask_of(combine(torch.bitwise_and, [mask._draft(), draft], geometry), geometry)
 
 
 def _in_blocks(seen: Tensor, geometry: Geometry) -> Tensor:

@@ -74,14 +74,21 @@ def permuted_block_sparse_attention(
             f"{tuple(k.shape)}, got {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}"
         )
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    with torch.no_grad():
-        order = key_order(q, k, block, segment_size, scale)
-        geometry = Geometry(block, block, q.shape[2], k.shape[2])
-        layout = _layout(geometry, segment_size, bool(causal), q.device)
-        mask = _mask(q, k, order, geometry, layout, scale, threshold)
+    order, mask = choose(q, k, block, segment_size, threshold, bool(causal), scale)
     keys: Tensor = _Rows.apply(k, order)  # type: ignore[no-untyped-call]
     values: Tensor = _Rows.apply(v, order)  # type: ignore[no-untyped-call]
     return block_sparse_attention(q, keys, values, mask, scale=scale, return_lse=return_lse)
+
+
+@torch.no_grad()
+def choose(
+    q: Tensor, k: Tensor, block: int, segment: int, threshold: float, causal: bool, scale: float
+) -> tuple[Tensor, BlockMask]:
+    """The order of the keys, and the mask of the blocks that are seen of keys in that order."""
+    order = key_order(q, k, block, segment, scale)
+    geometry = Geometry(block, block, q.shape[2], k.shape[2])
+    layout = _layout(geometry, segment, causal, q.device)
+    return order, _mask(q, k, order, geometry, layout, scale, threshold)
 
 
 def key_order(q: Tensor, k: Tensor, block: int, segment: int, scale: float) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tilewright.attention import BlockMask, BlockSparse
 from tilewright.bench import environment
 
+from .estimators import measure
 from .host import NO_SPECIAL_BYTES, transformers_for, without_warnings
 from .plot import plot_attention
 from .text import load_text, random_batches, windows
@@ -156,6 +157,7 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
         train_both(trainings, batches, console)
         for training in trainings.values():
             training.validate(windows(held_out, size.length, 1)[: size.validation])
+        estimators = measure(trainings[THEIRS].model, windows(held_out, size.length, 1)[0][0], size.block)
     record = {
         "schema": SCHEMA, "demo": "attention",
         **environment.describe(torch.device("cpu"), ["transformers"]),
@@ -163,6 +165,7 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
         "settings": {**_MODEL, **_SETTINGS, **vars(size), "batch": 1},
         "masks": {name: described(mask) for name, mask in size.masks().items()},
         "training": {name: {**t.result(), "bytes_kept": kept[name]} for name, t in trainings.items()},
+        "estimators": estimators,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
@@ -252,6 +255,7 @@ def print_table(record: dict[str, Any], console: Console) -> None:
     for row in summary_rows(record):
         table.add_row(*row)
     console.print(table)
+    console.print(estimator_table(record))
     for line in verdicts(record):
         console.print(line, highlight=False)
     console.print()
@@ -272,6 +276,20 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         (f"loss, step {record['steps']}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"),
         (f"validation loss, step {record['steps']}", f"{x:.4f}", f"{y:.4f}", f"{y - x:+.4f}"),
     ]
+
+
+def estimator_table(record: dict[str, Any]) -> Table:
+    """What each estimator keeps of the dense model's attention, for which share of the causal blocks."""
+    title = "On the dense model's heads: attention kept, % / causal blocks read, %"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=title, title_justify="left")
+    table.add_column("estimator", no_wrap=True)
+    settings = max(len(found) for found in record["estimators"].values())
+    for index in range(settings):
+        table.add_column("fewer" if index == 0 else "more" if index == settings - 1 else "", justify="right")
+    for name, found in record["estimators"].items():
+        cells = (f"{100 * row['mass']:.1f} / {100 * row['density']:.0f}" for row in found)
+        table.add_row(name, *cells)
+    return table
 
 
 def _row(title: str, pattern: str, theirs: float, ours: float) -> tuple[str, str, str, str]:

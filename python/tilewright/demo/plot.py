@@ -81,7 +81,7 @@ def _draw_scan(figure: Any, record: dict[str, Any]) -> None:
 def _draw_attention(figure: Any, record: dict[str, Any], masks: dict[str, Any]) -> None:
     results = record["training"]
     grid = figure.add_gridspec(2, 2, width_ratios=[3, 1], height_ratios=[1, 1.2])
-    curves, below = figure.add_subplot(grid[0, 0]), grid[1, :].subgridspec(1, len(masks))
+    curves, below = figure.add_subplot(grid[0, 0]), grid[1, :].subgridspec(1, len(masks) + 1)
     for (name, result), style in zip(results.items(), _STYLES, strict=True):
         curves.plot(range(1, len(result["losses"]) + 1), result["losses"], label=f"{name}: training", **style)
         curves.plot(record["steps"], result["validation"], "o", color=style["color"], markerfacecolor="white")
@@ -94,8 +94,21 @@ def _draw_attention(figure: Any, record: dict[str, Any], masks: dict[str, Any]) 
     for column, (name, mask) in enumerate(masks.items()):
         axis = mask.plot(ax=figure.add_subplot(below[column]))
         axis.set_title(f"{name}: density {mask.density:.3f}", fontsize=9.5, color=_INK)
+    _draw_estimators(figure.add_subplot(below[len(masks)]), record["estimators"])
     parameters = record["parameters"] / 1e6
     _draw_title(figure, f"Byte-level Llama of transformers, {parameters:.2f}M parameters")
+
+
+def _draw_estimators(axis: Any, estimators: dict[str, list[dict[str, float]]]) -> None:
+    for name, rows in estimators.items():
+        axis.plot(
+            [row["density"] for row in rows], [row["mass"] for row in rows], "o-", label=name, markersize=3
+        )
+    axis.set_title("what estimators keep on the dense model's heads", fontsize=9.5, color=_INK)
+    axis.set_xlabel("causal blocks read")
+    axis.set_ylabel("attention kept")
+    axis.legend(frameon=False, fontsize=7.5)
+    _tidy(axis)
 
 
 def _draw_title(figure: Any, text: str) -> None:
