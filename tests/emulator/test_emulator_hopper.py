@@ -1,4 +1,4 @@
-"""What Hopper adds to the emulator: barriers that count bytes, tiles by the copy engine, warpgroup products."""
+"""What Hopper adds to the emulator: barriers that count bytes, tiles by the copy engine, matrix products."""
 
 import math
 
@@ -34,14 +34,16 @@ def test_ring_of_mbarriers(seed):
 
 
 def test_missing_mbarrier_wait_shows():
+    """As values nobody wrote, or because arrivals that came too soon let phases pass unseen."""
     values = floats(2, 64)
-    found = set()
     for seed in SEEDS:
         _C_emulated.emulator_set_seed(seed)
-        out = np.array(selftest.mbarrier_ring(values.ravel(), with_waits=False), np.float32)
-        found.add(out.tobytes())
-        assert np.isnan(out).any()
-    assert len(found) > 1
+        try:
+            out = selftest.mbarrier_ring(values.ravel(), with_waits=False)
+        except RuntimeError as error:
+            assert "deadlock" in str(error)  # noqa: PT017
+        else:
+            assert np.isnan(np.array(out, np.float32)).any()
 
 
 # ---- Tiles ---------------------------------------------------------------------------------------
