@@ -1,0 +1,190 @@
+// Which tiles of keys a tile of queries goes through: the walk along the block lists, done by the producer,
+// and what it tells the consumers.
+//
+// A tile of queries is two groups of 64 rows, each within one block row. Where these are two block rows the
+// walk goes through the union of their lists, and a group passes over what only the other sees. A tile of
+// keys is made of pieces, as many rows as divide the block and the tile, so that small blocks fill tiles as
+// well as large ones.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/block_sparse.h"
+#include "device/math.h"
+#include "device/qualifiers.h"
+
+namespace tilewright::attention::sm90 {
+
+constexpr int kGroups = 2;      // warpgroups that consume
+constexpr int kGroupRows = 64;  // queries of each
+constexpr int kQueries = kGroups * kGroupRows;
+constexpr int kKeys = 128;
+constexpr int kMaxPieces = 8;
+constexpr int kFull = -1;    // in place of a table's number
+constexpr int kAbsent = -2;  // likewise
+
+// The rows of a piece: what divides block_kv and a tile.
+__host__ __device__ __forceinline__ int piece_rows(int32_t block_kv) {
+  int rows = kKeys;
+  while (block_kv % rows != 0) rows /= 2;
+  return rows;
+}
+
+enum class Seen : int32_t { kNothing, kMasked, kAll };
+
+// What is in a tile of keys.
+struct KeyTile {
+  int32_t key[kMaxPieces];             // first key of a piece
+  int32_t column[kMaxPieces];          // of the block, which that is
+  int32_t table[kGroups][kMaxPieces];  // or kFull, kAbsent
+  Seen seen[kGroups];
+  int32_t is_last;
+};
+
+// A unit of work: a tile of queries of a head; tile -1 ends.
+struct Item {
+  int32_t batch, head, tile, has_keys;
+};
+
+__device__ __forceinline__ Item item_at(const BlockSparseParams& p, int32_t tiles, int32_t number) {
+  const int32_t head = number / tiles;
+  return {head / p.heads, head % p.heads, number % tiles, 0};
+}
+
+// The queries of a group that exist, and what they may see by their position: some of them keys from..to, all
+// of them keys all_from..all_to.
+struct GroupRange {
+  int64_t row;  // of the lists
+  int32_t rows, from, to, all_from, all_to;
+};
+
+__device__ __forceinline__ GroupRange group_range(const BlockSparseParams& p, const Item& item, int group) {
+  const int64_t first = int64_t{item.tile} * kQueries + group * kGroupRows;
+  if (first >= p.q_len) return {-1, 0, 0, 0, 0, 0};
+  const int64_t left = p.q_len - first, rows = left < kGroupRows ? left : kGroupRows;
+  const KeyRange early = key_range(p, first), late = key_range(p, first + rows - 1);
+  return {row_of(p.mask.q2k, item.batch, item.head, first / p.mask.block_q),
+          int32_t(rows),
+          int32_t(early.from),
+          int32_t(late.to),
+          int32_t(late.from),
+          int32_t(early.to)};
+}
+
+__device__ __forceinline__ int32_t list_length(const BlockLists& lists, int64_t row) {
+  if (row < 0) return 0;
+  const int64_t count = lists.counts[row];
+  return int32_t(count < lists.capacity ? count : lists.capacity);
+}
+
+class KeyWalk {
+ public:
+  __device__ __forceinline__ KeyWalk(const BlockSparseParams& params, const Item& item)
+      : p(params), rows_(piece_rows(params.mask.block_kv)), column_(params.mask.block_kv) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      range_[g] = group_range(p, item, g);
+      left_[g] = list_length(p.mask.q2k, range_[g].row);
+      entry_[g] = range_[g].row * p.mask.q2k.capacity;
+    }
+    shared_ = range_[0].row == range_[1].row;
+    if (shared_) left_[1] = 0;
+    advance();
+  }
+
+  // Whether there are no further pieces.
+  __device__ __forceinline__ bool is_done() const { return done_; }
+
+  // Takes the next pieces, and fills the tile up with keys that do not exist.
+  __device__ __forceinline__ void take(KeyTile& tile) {
+    bool sees[kGroups] = {}, all[kGroups] = {true, true};
+    for (int i = 0; i < kKeys / rows_; ++i) {
+      tile.key[i] = done_ ? int32_t(p.kv_len) : key_;
+      tile.column[i] = column_;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const int32_t table = done_ || !visible(g) ? kAbsent : table_[g];
+        tile.table[g][i] = table;
+        sees[g] = sees[g] || table != kAbsent;
+        all[g] = all[g] && table == kFull && key_ >= range_[g].all_from && key_ + rows_ <= range_[g].all_to;
+      }
+      if (!done_) advance();
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      tile.seen[g] = all[g] ? Seen::kAll : sees[g] ? Seen::kMasked : Seen::kNothing;
+    }
+    tile.is_last = done_;
+  }
+
+ private:
+  __device__ __forceinline__ bool visible(int g) const {
+    return table_[g] != kAbsent && key_ < range_[g].to && key_ + rows_ > range_[g].from;
+  }
+
+  // To the next piece that any group sees.
+  __device__ __forceinline__ void advance() {
+    do {
+      column_ += rows_;
+      key_ += rows_;
+      if (column_ >= p.mask.block_kv && !next_block()) {
+        done_ = true;
+        return;
+      }
+    } while (!visible(0) && !visible(1));
+  }
+
+  __device__ __forceinline__ bool next_block() {
+    int32_t block[kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) block[g] = left_[g] > 0 ? p.mask.q2k.indices[entry_[g]] : 0x7fffffff;
+    const int32_t chosen = device::min(block[0], block[1]);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      table_[g] = kAbsent;
+      if (left_[g] == 0 || block[g] != chosen) continue;
+      table_[g] = p.mask.q2k.bits == nullptr ? kFull : p.mask.q2k.bits[entry_[g]];
+      ++entry_[g];
+      --left_[g];
+    }
+    if (shared_) table_[1] = table_[0];
+    key_ = chosen * p.mask.block_kv;
+    column_ = 0;
+    return table_[0] != kAbsent || table_[1] != kAbsent;
+  }
+
+  const BlockSparseParams& p;
+  GroupRange range_[kGroups];
+  int64_t entry_[kGroups];
+  int32_t left_[kGroups];
+  int32_t table_[kGroups] = {kAbsent, kAbsent};
+  int32_t rows_, column_, key_ = 0;
+  bool shared_, done_ = false;
+};
+
+// Which of 32 keys of a tile, from `slot` on, a query sees.
+__device__ __forceinline__ uint32_t visible_word(const BlockSparseParams& p, const KeyTile& tile, int group,
+                                                 int64_t row, int slot) {
+  const int rows = piece_rows(p.mask.block_kv), step = rows < 32 ? rows : 32;
+  const KeyRange range = key_range(p, row);
+  const int words = (p.mask.block_kv + 31) / 32;
+  uint32_t result = 0;
+  for (int at = 0; at < 32; at += step) {
+    const int piece = (slot + at) / rows, behind = slot + at - piece * rows;
+    const int32_t table = tile.table[group][piece], column = tile.column[piece] + behind;
+    if (table == kAbsent) continue;
+    uint32_t bits = ~0u;
+    if (table >= 0) {
+      const int64_t line = int64_t{table} * p.mask.block_q + row % p.mask.block_q;
+      bits = p.mask.tables[line * words + column / 32] >> column % 32;
+    }
+    const int64_t key = tile.key[piece] + behind, from = range.from - key, to = range.to - key;
+    if (from > 0) bits = from < 32 ? bits >> from << from : 0;
+    const int64_t count = to < step ? to : step;
+    if (count < 32) bits = count > 0 ? bits & ((1u << count) - 1u) : 0;
+    result |= bits << at;
+  }
+  return result;
+}
+
+}  // namespace tilewright::attention::sm90
