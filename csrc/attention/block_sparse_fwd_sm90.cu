@@ -11,6 +11,8 @@
 // Roofline, for 128 x 128 pairs of query and key at head dim 128: 8.4 MFLOP, 2048 cycles of the tensor cores;
 // 64 KB of K and V, 32 bytes a cycle out of the L2 cache; 16384 powers of two, 1024 cycles of the special
 // function units.
+#include <algorithm>
+
 #include "attention/block_sparse_sm90.h"
 #include "attention/block_sparse_tiles_sm90.h"
 #include "device/atomics.h"
@@ -37,9 +39,9 @@ constexpr int kConsumerWarps = kGroups * device::kWarpgroup / device::kWarpSize;
 constexpr int kPanel = 64;     // elements of a row of a tile in shared memory
 constexpr int kTileSlots = 2;  // of keys, and of values
 constexpr int kItemSlots = 2;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // 168 each at first
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 168 each at first
 
-struct alignas(64) FwdParams {
+struct FwdParams {
   device::TensorMap q, k, v;
   BlockSparseParams attention;
   int32_t q_tiles, items;
@@ -106,6 +108,7 @@ __device__ __forceinline__ void load_tile(T (&to)[kDim / kPanel][kKeys][kPanel],
                                           Mbarrier& barrier, const KeyTile& tile, int rows, int32_t head,
                                           int32_t batch) {
   device::mbarrier_arrive_expect(barrier, int(sizeof to));
+#pragma unroll 1
   for (int piece = 0; piece < kKeys / rows; ++piece) {
 #pragma unroll
     for (int panel = 0; panel < kDim / kPanel; ++panel) {
@@ -147,6 +150,7 @@ __device__ __forceinline__ void produce(const FwdParams& p, Smem<T, kDim>& smem)
     Item item = item_at(p.attention, p.q_tiles, p.order == nullptr ? int32_t(place) : p.order[place]);
     KeyWalk walk(p.attention, item);
     item.has_keys = !walk.is_done();
+    item.in_turns = walk.is_shared();
     load_queries(p, smem, items, item);
     const int32_t kv_head = item.head / group;
     for (; !walk.is_done(); turn.advance()) {
@@ -213,11 +217,11 @@ __device__ __forceinline__ void begin_values(float (&o)[kDim / 2], const Powers&
 }
 
 // This thread's share of what its two rows see: a word of 32 keys of each, by its number in the quad.
-__device__ __forceinline__ void visible_words(const FwdParams& p, const KeyTile& tile, int group, int64_t row,
+__device__ __forceinline__ void visible_words(const FwdParams& p, const KeyTile& tile, int group, int32_t row,
                                               uint32_t (&words)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int64_t last = p.attention.q_len - 1, at = row + 8 * i < last ? row + 8 * i : last;
+    const int32_t at = device::min(row + 8 * i, int32_t(p.attention.q_len) - 1);
     words[i] = visible_word(p.attention, tile, group, at, device::lane_id() % 4 * 32);
   }
 }
@@ -305,6 +309,16 @@ struct Sums {
   bool owed = false;
 };
 
+// Where both warpgroups go through the same tiles they begin their products in turns, so that the softmax of
+// the one runs beside the products of the other. Warpgroup g waits for its turn at barrier 1 + g, for which
+// the other has arrived.
+__device__ __forceinline__ void take_turn(int group) {
+  device::barrier_sync(1 + group, kGroups * device::kWarpgroup);
+}
+__device__ __forceinline__ void pass_turn(int group) {
+  device::barrier_arrive(1 + (group ^ 1), kGroups * device::kWarpgroup);
+}
+
 // Adds the values that are owed.
 template <class T, int kDim>
 __device__ __forceinline__ void settle(Sums<T, kDim>& sums, Smem<T, kDim>& smem, TileTurn& v) {
@@ -320,8 +334,12 @@ __device__ __forceinline__ void settle(Sums<T, kDim>& sums, Smem<T, kDim>& smem,
 
 // A tile that this warpgroup does not see, but the other does.
 template <class T, int kDim>
-__device__ __forceinline__ void pass_over(Sums<T, kDim>& sums, Smem<T, kDim>& smem, const TileTurn& k,
-                                          TileTurn& v) {
+__device__ __forceinline__ void pass_over(Sums<T, kDim>& sums, Smem<T, kDim>& smem, const Item& item,
+                                          const TileTurn& k, TileTurn& v, int group) {
+  if (item.in_turns) {
+    take_turn(group);
+    pass_turn(group);
+  }
   release(smem.k_empty[k.slot]);
   settle(sums, smem, v);
   device::mbarrier_wait(smem.v_full[v.slot], v.parity);
@@ -331,16 +349,19 @@ __device__ __forceinline__ void pass_over(Sums<T, kDim>& sums, Smem<T, kDim>& sm
 
 template <class T, int kDim>
 __device__ __forceinline__ void attend(const FwdParams& p, Sums<T, kDim>& sums, Smem<T, kDim>& smem,
-                                       int q_slot, const TileTurn& k, TileTurn& v, int group, int64_t row) {
+                                       const Item& item, int q_slot, const TileTurn& k, TileTurn& v,
+                                       int group, int32_t row) {
   const KeyTile& tile = smem.tiles[k.slot];
   const bool masked = tile.seen[group] == Seen::kMasked;
   uint32_t words[2];
   Scores s;
   if (sums.owed) {
     device::mbarrier_wait(smem.v_full[v.slot], v.parity);
+    if (item.in_turns) take_turn(group);
     device::wgmma_fence(sums.o, sums.powers);
     begin_scores<T, kDim>(s, smem, q_slot, k.slot, group);
     begin_values<T, kDim>(sums.o, sums.powers, smem, v.slot);
+    if (item.in_turns) pass_turn(group);
     if (masked) visible_words(p, tile, group, row, words);
     device::wgmma_wait<1>(s);
     release(smem.k_empty[k.slot]);
@@ -349,8 +370,10 @@ __device__ __forceinline__ void attend(const FwdParams& p, Sums<T, kDim>& sums, 
     release(smem.v_empty[v.slot]);
     v.advance();
   } else {
+    if (item.in_turns) take_turn(group);
     device::wgmma_fence();
     begin_scores<T, kDim>(s, smem, q_slot, k.slot, group);
+    if (item.in_turns) pass_turn(group);
     if (masked) visible_words(p, tile, group, row, words);
     device::wgmma_wait<0>(s);
     release(smem.k_empty[k.slot]);
@@ -362,7 +385,7 @@ __device__ __forceinline__ void attend(const FwdParams& p, Sums<T, kDim>& sums, 
 }
 
 template <class T, int kDim>
-__device__ __forceinline__ void write_rows(const FwdParams& p, const Item& item, int64_t row,
+__device__ __forceinline__ void write_rows(const FwdParams& p, const Item& item, int32_t row,
                                            const Sums<T, kDim>& sums) {
   const BlockSparseParams& a = p.attention;
   const int lane = device::lane_id();
@@ -371,7 +394,7 @@ __device__ __forceinline__ void write_rows(const FwdParams& p, const Item& item,
     float sum = sums.rows.sum[i];
     sum += device::shfl_xor(sum, 1);
     sum += device::shfl_xor(sum, 2);
-    const int64_t at = row + 8 * i;
+    const int64_t at = int64_t{row} + 8 * i;
     if (at >= a.q_len) continue;
     const float scale = sum == 0.0f ? 0.0f : device::div_rn(1.0f, sum);
     T* out = static_cast<T*>(a.out.data) + item.batch * a.out.batch + item.head * a.out.head + at * a.out.row;
@@ -394,26 +417,28 @@ __device__ __forceinline__ void consume(const FwdParams& p, Smem<T, kDim>& smem,
   const int within = group * kGroupRows + device::warp_id() % 4 * 16 + device::lane_id() / 4;
   ItemTurn items;
   TileTurn k, v;
+  if (group != 0) pass_turn(group);
   for (;; items.advance()) {
     device::mbarrier_wait(smem.q_full[items.slot], items.parity);
     const Item item = smem.items[items.slot];
-    if (item.tile < 0) return;
-    const int64_t row = int64_t{item.tile} * kQueries + within;
+    if (item.tile < 0) break;
+    const int32_t row = item.tile * kQueries + within;
     Sums<T, kDim> sums;
     for (bool more = item.has_keys; more; k.advance()) {
       device::mbarrier_wait(smem.k_full[k.slot], k.parity);
       const KeyTile& tile = smem.tiles[k.slot];
       more = !tile.is_last;
       if (tile.seen[group] == Seen::kNothing) {
-        pass_over(sums, smem, k, v);
+        pass_over(sums, smem, item, k, v, group);
       } else {
-        attend(p, sums, smem, items.slot, k, v, group, row);
+        attend(p, sums, smem, item, items.slot, k, v, group, row);
       }
     }
     release(smem.q_empty[items.slot]);
     settle(sums, smem, v);
     write_rows(p, item, row, sums);
   }
+  if (group == 0) take_turn(group);  // which nobody takes any more
 }
 
 template <class T, int kDim>
@@ -549,12 +574,13 @@ void run(const BlockSparseParams& p, int device, Stream stream) {
   device::preload(order_kernel);
   f.next_item = static_cast<uint32_t*>(p.workspace);
   device::fill_zero(p.workspace, kCounterBytes, stream);
-  const int32_t blocks = device::min(f.items, int32_t(device::multiprocessor_count(device)));
+  const int32_t blocks = std::min(f.items, int32_t(device::multiprocessor_count(device)));
   if (f.items > blocks) {
     int32_t* order = reinterpret_cast<int32_t*>(static_cast<char*>(p.workspace) + kCounterBytes);
-    const int64_t longest = device::min(kGroups * p.mask.q2k.capacity, kGroups * p.mask.k2q.rows);
+    const int64_t longest =
+        kGroups * std::clamp(p.mask.q2k.capacity, int64_t{1}, std::max(p.mask.k2q.rows, int64_t{1}));
     device::launch(order_kernel, 1, kOrderThreads, sizeof(OrderSmem), stream,
-                   {p, f.q_tiles, f.items, int32_t(device::max(longest, int64_t{1})), order});
+                   {p, f.q_tiles, f.items, int32_t(longest), order});
     f.order = order;
   }
   device::launch(kernel, unsigned(blocks), kThreads, sizeof(Smem<T, kDim>), stream, f);

@@ -43,12 +43,13 @@ struct KeyTile {
 
 // A unit of work: a tile of queries of a head; tile -1 ends.
 struct Item {
-  int32_t batch, head, tile, has_keys;
+  int32_t batch, head, tile;
+  bool has_keys, in_turns;
 };
 
 __device__ __forceinline__ Item item_at(const BlockSparseParams& p, int32_t tiles, int32_t number) {
   const int32_t head = number / tiles;
-  return {head / p.heads, head % p.heads, number % tiles, 0};
+  return {head / p.heads, head % p.heads, number % tiles, false, false};
 }
 
 // The queries of a group that exist, and what they may see by their position: some of them keys from..to, all
@@ -89,8 +90,13 @@ class KeyWalk {
     }
     shared_ = range_[0].row == range_[1].row;
     if (shared_) left_[1] = 0;
+    end_ = device::max(range_[0].to, range_[1].to);
+    pass_unseen();
     advance();
   }
+
+  // Whether both groups go through the same list.
+  __device__ __forceinline__ bool is_shared() const { return shared_; }
 
   // Whether there are no further pieces.
   __device__ __forceinline__ bool is_done() const { return done_; }
@@ -98,6 +104,7 @@ class KeyWalk {
   // Takes the next pieces, and fills the tile up with keys that do not exist.
   __device__ __forceinline__ void take(KeyTile& tile) {
     bool sees[kGroups] = {}, all[kGroups] = {true, true};
+#pragma unroll 1
     for (int i = 0; i < kKeys / rows_; ++i) {
       tile.key[i] = done_ ? int32_t(p.kv_len) : key_;
       tile.column[i] = column_;
@@ -120,6 +127,25 @@ class KeyWalk {
  private:
   __device__ __forceinline__ bool visible(int g) const {
     return table_[g] != kAbsent && key_ < range_[g].to && key_ + rows_ > range_[g].from;
+  }
+
+  // Blocks before those that the queries may see by their position, as in packed sequences.
+  __device__ __forceinline__ void pass_unseen() {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int32_t first = range_[g].from / p.mask.block_kv;
+      int32_t low = 0, high = first == 0 ? 0 : left_[g];
+      while (low < high) {
+        const int32_t middle = (low + high) / 2;
+        if (p.mask.q2k.indices[entry_[g] + middle] < first) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      entry_[g] += low;
+      left_[g] -= low;
+    }
   }
 
   // To the next piece that any group sees.
@@ -148,9 +174,10 @@ class KeyWalk {
       --left_[g];
     }
     if (shared_) table_[1] = table_[0];
+    if (table_[0] == kAbsent && table_[1] == kAbsent) return false;
     key_ = chosen * p.mask.block_kv;
     column_ = 0;
-    return table_[0] != kAbsent || table_[1] != kAbsent;
+    return key_ < end_;
   }
 
   const BlockSparseParams& p;
@@ -158,29 +185,30 @@ class KeyWalk {
   int64_t entry_[kGroups];
   int32_t left_[kGroups];
   int32_t table_[kGroups] = {kAbsent, kAbsent};
-  int32_t rows_, column_, key_ = 0;
+  int32_t rows_, column_, end_, key_ = 0;
   bool shared_, done_ = false;
 };
 
 // Which of 32 keys of a tile, from `slot` on, a query sees.
 __device__ __forceinline__ uint32_t visible_word(const BlockSparseParams& p, const KeyTile& tile, int group,
-                                                 int64_t row, int slot) {
+                                                 int32_t row, int slot) {
   const int rows = piece_rows(p.mask.block_kv), step = rows < 32 ? rows : 32;
   const KeyRange range = key_range(p, row);
-  const int words = (p.mask.block_kv + 31) / 32;
+  const int32_t from = int32_t(range.from), to = int32_t(range.to);
+  const int32_t line = row % p.mask.block_q, words = (p.mask.block_kv + 31) / 32;
   uint32_t result = 0;
+#pragma unroll 1
   for (int at = 0; at < 32; at += step) {
     const int piece = (slot + at) / rows, behind = slot + at - piece * rows;
     const int32_t table = tile.table[group][piece], column = tile.column[piece] + behind;
     if (table == kAbsent) continue;
     uint32_t bits = ~0u;
     if (table >= 0) {
-      const int64_t line = int64_t{table} * p.mask.block_q + row % p.mask.block_q;
-      bits = p.mask.tables[line * words + column / 32] >> column % 32;
+      const int64_t at_line = int64_t{table} * p.mask.block_q + line;
+      bits = p.mask.tables[at_line * words + column / 32] >> column % 32;
     }
-    const int64_t key = tile.key[piece] + behind, from = range.from - key, to = range.to - key;
-    if (from > 0) bits = from < 32 ? bits >> from << from : 0;
-    const int64_t count = to < step ? to : step;
+    const int32_t key = tile.key[piece] + behind, before = from - key, count = device::min(to - key, step);
+    if (before > 0) bits = before < 32 ? bits >> before << before : 0;
     if (count < 32) bits = count > 0 ? bits & ((1u << count) - 1u) : 0;
     result |= bits << at;
   }
