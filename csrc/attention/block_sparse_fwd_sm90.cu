@@ -48,7 +48,7 @@ struct FwdParams {
   // 0 where a tensor is the same for all heads or batch rows, else 1: no map has a stride of 0.
   int32_t q_batch_step, q_head_step, k_batch_step, k_head_step, v_batch_step, v_head_step;
   // Scores are multiples of `unit` as powers of two. Where the scale is not positive, or with softcap, they
-  // are brought to that first: by `factor`, or to cap * tanh(half_slope * s * ln 2).
+  // are brought to that first: by `factor`, or to cap * tanh(s * slope * ln 2 / 2).
   float unit, factor, cap, slope;
   uint32_t* next_item;   // zero at first
   const int32_t* order;  // [items]; null: as they are
@@ -168,8 +168,8 @@ __device__ __forceinline__ void produce(const FwdParams& p, Smem<T, kDim>& smem)
 
 // ---- the consumers ----
 
-// Of the two rows of a thread: the greatest score and the sum of the powers so far, the latter of this
-// thread's own columns; and by what the last step scaled.
+// Of the two rows of a thread: the greatest score and the sum of the powers so far, and by what the last step
+// scaled.
 struct Rows {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {};
@@ -245,13 +245,15 @@ __device__ __forceinline__ void mask_scores(Scores& s, const uint32_t (&words)[2
 }
 
 __device__ __forceinline__ void transform_scores(const FwdParams& p, Scores& s) {
+  if (p.cap == 0.0f) {
+#pragma unroll
+    for (float& x : s) x *= p.factor;
+    return;
+  }
+  // tanh y = 1 - 2 / (exp 2y + 1)
 #pragma unroll
   for (float& x : s) {
-    if (p.cap == 0.0f) {
-      x *= p.factor;
-    } else {  // tanh y = 1 - 2 / (exp 2y + 1)
-      x = p.cap - 2.0f * p.cap * device::rcp_approx(device::exp2_approx(x * p.slope) + 1.0f);
-    }
+    x = p.cap - 2.0f * p.cap * device::rcp_approx(device::exp2_approx(x * p.slope) + 1.0f);
   }
 }
 
@@ -281,6 +283,10 @@ __device__ __forceinline__ void softmax(const FwdParams& p, Scores& s, bool mask
         sum += x;
       }
     }
+    // Not once at the end: the compiler moves arithmetic behind the wait for products that follows, but not
+    // the shuffles, so what they need is done beside the products.
+    sum += device::shfl_xor(sum, 1);
+    sum += device::shfl_xor(sum, 2);
     rows.sum[i] = device::fma_rn(rows.sum[i], rows.scale[i], sum);
   }
 }
@@ -391,9 +397,7 @@ __device__ __forceinline__ void write_rows(const FwdParams& p, const Item& item,
   const int lane = device::lane_id();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float sum = sums.rows.sum[i];
-    sum += device::shfl_xor(sum, 1);
-    sum += device::shfl_xor(sum, 2);
+    const float sum = sums.rows.sum[i];
     const int64_t at = int64_t{row} + 8 * i;
     if (at >= a.q_len) continue;
     const float scale = sum == 0.0f ? 0.0f : device::div_rn(1.0f, sum);

@@ -104,8 +104,8 @@ void give_registers(Site site = Site::current()) {
 
 #else
 
-// Holds the compiler to the order of what it does with the registers: instructions that the asm does not name
-// could pass it otherwise.
+// Holds the compiler to the order of what it does with the registers: it moves instructions past asm that
+// does not name what they compute, as past wgmma_wait, and then nothing runs beside the products.
 __device__ __forceinline__ void pin(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 __device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
 
