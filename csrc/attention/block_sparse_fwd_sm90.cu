@@ -11,9 +11,12 @@
 // Roofline, for 128 x 128 pairs of query and key at head dim 128: 8.4 MFLOP, 2048 cycles of the tensor cores;
 // 64 KB of K and V, 32 bytes a cycle out of the L2 cache; 16384 powers of two, 1024 cycles of the special
 // function units.
+#include "attention/block_sparse_sm90.h"
+
 #include <algorithm>
 
-#include "attention/block_sparse_sm90.h"
+#include "attention/block_sparse_rings_sm90.h"
+#include "attention/block_sparse_softmax_sm90.h"
 #include "attention/block_sparse_tiles_sm90.h"
 #include "device/atomics.h"
 #include "device/half.h"
@@ -35,7 +38,6 @@ using device::Major;
 using device::Mbarrier;
 
 constexpr int kThreads = (1 + kGroups) * device::kWarpgroup;
-constexpr int kConsumerWarps = kGroups * device::kWarpgroup / device::kWarpSize;
 constexpr int kPanel = 64;     // elements of a row of a tile in shared memory
 constexpr int kTileSlots = 2;  // of keys, and of values
 constexpr int kItemSlots = 2;
@@ -47,9 +49,7 @@ struct FwdParams {
   int32_t q_tiles, items;
   // 0 where a tensor is the same for all heads or batch rows, else 1: no map has a stride of 0.
   int32_t q_batch_step, q_head_step, k_batch_step, k_head_step, v_batch_step, v_head_step;
-  // Scores are multiples of `unit` as powers of two. Where the scale is not positive, or with softcap, they
-  // are brought to that first: by `factor`, or to cap * tanh(s * slope * ln 2 / 2).
-  float unit, factor, cap, slope;
+  ScoreScale scale;
   uint32_t* next_item;   // zero at first
   const int32_t* order;  // [items]; null: as they are
 };
@@ -64,19 +64,6 @@ struct Smem {
   Mbarrier v_full[kTileSlots], v_empty[kTileSlots];
   KeyTile tiles[kTileSlots];  // as k
   Item items[kItemSlots];     // as q
-};
-
-// A place in a ring, and the parity of its turn.
-template <int kSlots>
-struct Turn {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot < kSlots) return;
-    slot = 0;
-    parity ^= 1;
-  }
 };
 
 using ItemTurn = Turn<kItemSlots>;
@@ -168,26 +155,6 @@ __device__ __forceinline__ void produce(const FwdParams& p, Smem<T, kDim>& smem)
 
 // ---- the consumers ----
 
-// Of the two rows of a thread: the greatest score and the sum of the powers so far, and by what the last step
-// scaled.
-struct Rows {
-  float max[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {};
-  float scale[2];
-};
-
-constexpr int kScores = kKeys / 2;  // a thread's share of a tile
-constexpr int kSteps = kKeys / device::kWgmmaDepth;
-
-using Scores = float[kScores];
-using Powers = uint32_t[kSteps][4];
-
-// Gives the slot back: this warp has read all that it wants of it.
-__device__ __forceinline__ void release(Mbarrier& empty) {
-  device::sync_warp();
-  if (device::lane_id() == 0) device::mbarrier_arrive(empty);
-}
-
 template <class T, int kDim>
 __device__ __forceinline__ void begin_scores(Scores& s, const Smem<T, kDim>& smem, int q_slot, int k_slot,
                                              int group) {
@@ -216,96 +183,6 @@ __device__ __forceinline__ void begin_values(float (&o)[kDim / 2], const Powers&
   device::wgmma_commit();
 }
 
-// This thread's share of what its two rows see: a word of 32 keys of each, by its number in the quad.
-__device__ __forceinline__ void visible_words(const FwdParams& p, const KeyTile& tile, int group, int32_t row,
-                                              uint32_t (&words)[2]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int32_t at = device::min(row + 8 * i, int32_t(p.attention.q_len) - 1);
-    words[i] = visible_word(p.attention, tile, group, at, device::lane_id() % 4 * 32);
-  }
-}
-
-__device__ __forceinline__ void mask_scores(Scores& s, const uint32_t (&words)[2]) {
-  const int lane = device::lane_id();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t word = device::shfl(words[i], lane / 4 * 4 + w) >> lane % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          if ((word >> (8 * j + c) & 1u) == 0) s[16 * w + 4 * j + 2 * i + c] = -INFINITY;
-        }
-      }
-    }
-  }
-}
-
-__device__ __forceinline__ void transform_scores(const FwdParams& p, Scores& s) {
-  if (p.cap == 0.0f) {
-#pragma unroll
-    for (float& x : s) x *= p.factor;
-    return;
-  }
-  // tanh y = 1 - 2 / (exp 2y + 1)
-#pragma unroll
-  for (float& x : s) {
-    x = p.cap - 2.0f * p.cap * device::rcp_approx(device::exp2_approx(x * p.slope) + 1.0f);
-  }
-}
-
-// Turns scores into powers, and notes by what sums over the keys before have to be scaled.
-__device__ __forceinline__ void softmax(const FwdParams& p, Scores& s, bool masked,
-                                        const uint32_t (&words)[2], Rows& rows) {
-  if (p.unit == 1.0f) transform_scores(p, s);
-  if (masked) mask_scores(s, words);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float max = rows.max[i];
-#pragma unroll
-    for (int j = 0; j < kScores / 4; ++j)
-      max = device::max(max, device::max(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
-    max = device::max(max, device::shfl_xor(max, 1));
-    max = device::max(max, device::shfl_xor(max, 2));
-    const float base = max == -INFINITY ? 0.0f : max * p.unit;
-    rows.scale[i] = device::exp2_approx(device::fma_rn(rows.max[i], p.unit, -base));
-    rows.max[i] = max;
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kScores / 4; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& x = s[4 * j + 2 * i + c];
-        x = device::exp2_approx(device::fma_rn(x, p.unit, -base));
-        sum += x;
-      }
-    }
-    // Not once at the end: the compiler moves arithmetic behind the wait for products that follows, but not
-    // the shuffles, so what they need is done beside the products.
-    sum += device::shfl_xor(sum, 1);
-    sum += device::shfl_xor(sum, 2);
-    rows.sum[i] = device::fma_rn(rows.sum[i], rows.scale[i], sum);
-  }
-}
-
-template <int kCount>
-__device__ __forceinline__ void scale_rows(float (&o)[kCount], const Rows& rows) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) o[i] *= rows.scale[i / 2 % 2];
-}
-
-template <class T>
-__device__ __forceinline__ void narrow(Powers& powers, const Scores& s) {
-#pragma unroll
-  for (int i = 0; i < kScores / 2; ++i) {
-    const auto pair = device::from_float2<T>(device::Vector<float, 2>{s[2 * i], s[2 * i + 1]});
-    memcpy(&powers[i / 4][i % 4], &pair, sizeof pair);
-  }
-}
-
 // What a warpgroup carries from tile to tile: the sums, and the powers of a tile whose values they lack.
 template <class T, int kDim>
 struct Sums {
@@ -314,16 +191,6 @@ struct Sums {
   Powers powers;
   bool owed = false;
 };
-
-// Where both warpgroups go through the same tiles they begin their products in turns, so that the softmax of
-// the one runs beside the products of the other. Warpgroup g waits for its turn at barrier 1 + g, for which
-// the other has arrived.
-__device__ __forceinline__ void take_turn(int group) {
-  device::barrier_sync(1 + group, kGroups * device::kWarpgroup);
-}
-__device__ __forceinline__ void pass_turn(int group) {
-  device::barrier_arrive(1 + (group ^ 1), kGroups * device::kWarpgroup);
-}
 
 // Adds the values that are owed.
 template <class T, int kDim>
@@ -368,10 +235,10 @@ __device__ __forceinline__ void attend(const FwdParams& p, Sums<T, kDim>& sums, 
     begin_scores<T, kDim>(s, smem, q_slot, k.slot, group);
     begin_values<T, kDim>(sums.o, sums.powers, smem, v.slot);
     if (item.in_turns) pass_turn(group);
-    if (masked) visible_words(p, tile, group, row, words);
+    if (masked) visible_words(p.attention, tile, group, row, words);
     device::wgmma_wait<1>(s);
     release(smem.k_empty[k.slot]);
-    softmax(p, s, masked, words, sums.rows);
+    softmax(p.scale, s, masked, words, sums.rows);
     device::wgmma_wait<0>(sums.o);
     release(smem.v_empty[v.slot]);
     v.advance();
@@ -380,10 +247,10 @@ __device__ __forceinline__ void attend(const FwdParams& p, Sums<T, kDim>& sums, 
     device::wgmma_fence();
     begin_scores<T, kDim>(s, smem, q_slot, k.slot, group);
     if (item.in_turns) pass_turn(group);
-    if (masked) visible_words(p, tile, group, row, words);
+    if (masked) visible_words(p.attention, tile, group, row, words);
     device::wgmma_wait<0>(s);
     release(smem.k_empty[k.slot]);
-    softmax(p, s, masked, words, sums.rows);
+    softmax(p.scale, s, masked, words, sums.rows);
   }
   scale_rows(sums.o, sums.rows);
   narrow<T>(sums.powers, s);
@@ -411,7 +278,7 @@ __device__ __forceinline__ void write_rows(const FwdParams& p, const Item& item,
     }
     if (lane % 4 != 0) continue;
     constexpr float kLn2 = 0.693147180559945309f;
-    const float lse = sum == 0.0f ? -INFINITY : sums.rows.max[i] * p.unit * kLn2 + device::log(sum);
+    const float lse = sum == 0.0f ? -INFINITY : sums.rows.max[i] * p.scale.unit * kLn2 + device::log(sum);
     static_cast<float*>(a.lse)[(int64_t{item.batch} * a.heads + item.head) * a.q_len + at] = lse;
   }
 }
@@ -563,10 +430,10 @@ FwdParams fwd_params(const BlockSparseParams& p) {
   f.q_tiles = tiles_of(p);
   f.items = int32_t(items_of(p));
   const bool is_plain = p.softcap == 0 && float(p.scale * kLog2e) > 0;
-  f.unit = is_plain ? float(p.scale * kLog2e) : 1.0f;
-  f.factor = float(p.scale * kLog2e);
-  f.cap = float(p.softcap * kLog2e);
-  f.slope = p.softcap == 0 ? 0.0f : float(2 * kLog2e * p.scale / p.softcap);
+  f.scale.unit = is_plain ? float(p.scale * kLog2e) : 1.0f;
+  f.scale.factor = float(p.scale * kLog2e);
+  f.scale.cap = float(p.softcap * kLog2e);
+  f.scale.slope = p.softcap == 0 ? 0.0f : float(2 * kLog2e * p.scale / p.softcap);
   return f;
 }
 
