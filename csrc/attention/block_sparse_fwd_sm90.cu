@@ -119,14 +119,40 @@ __device__ __forceinline__ void load_queries(const FwdParams& p, Smem<T, kDim>& 
 }
 
 template <class T, int kDim>
+__device__ __forceinline__ void load_values(const FwdParams& p, Smem<T, kDim>& smem, TileTurn& turn,
+                                            const Item& item, int32_t kv_head) {
+  device::mbarrier_wait(smem.v_empty[turn.slot], turn.parity ^ 1);
+  load_tile<T, kDim>(smem.v[turn.slot], p.v, smem.v_full[turn.slot], smem.tiles[turn.slot],
+                     piece_rows(p.attention.mask.block_kv), kv_head * p.v_head_step,
+                     item.batch * p.v_batch_step);
+  turn.advance();
+}
+
+// The keys of a tile go before the values of the one before: that is how they are used, and a slot of keys is
+// free sooner.
+template <class T, int kDim>
+__device__ __forceinline__ void load_keys_and_values(const FwdParams& p, Smem<T, kDim>& smem, KeyWalk& walk,
+                                                     TileTurn& k, TileTurn& v, const Item& item) {
+  const int32_t kv_head = item.head / (p.attention.heads / p.attention.kv_heads);
+  for (bool first = true; !walk.is_done(); first = false) {
+    device::mbarrier_wait(smem.k_empty[k.slot], k.parity ^ 1);
+    walk.take(smem.tiles[k.slot]);
+    load_tile<T, kDim>(smem.k[k.slot], p.k, smem.k_full[k.slot], smem.tiles[k.slot],
+                       piece_rows(p.attention.mask.block_kv), kv_head * p.k_head_step,
+                       item.batch * p.k_batch_step);
+    k.advance();
+    if (!first) load_values(p, smem, v, item, kv_head);
+  }
+  if (item.has_keys) load_values(p, smem, v, item, kv_head);
+}
+
+template <class T, int kDim>
 __device__ __forceinline__ void produce(const FwdParams& p, Smem<T, kDim>& smem) {
-  const int rows = piece_rows(p.attention.mask.block_kv);
-  const int32_t group = p.attention.heads / p.attention.kv_heads;
   device::tma_prefetch_map(p.q);
   device::tma_prefetch_map(p.k);
   device::tma_prefetch_map(p.v);
   ItemTurn items;
-  TileTurn turn;
+  TileTurn k, v;
   for (;; items.advance()) {
     const uint32_t place = device::atomic_add(p.next_item, 1u);
     device::mbarrier_wait(smem.q_empty[items.slot], items.parity ^ 1);
@@ -139,17 +165,7 @@ __device__ __forceinline__ void produce(const FwdParams& p, Smem<T, kDim>& smem)
     item.has_keys = !walk.is_done();
     item.in_turns = walk.is_shared();
     load_queries(p, smem, items, item);
-    const int32_t kv_head = item.head / group;
-    for (; !walk.is_done(); turn.advance()) {
-      KeyTile& tile = smem.tiles[turn.slot];
-      device::mbarrier_wait(smem.k_empty[turn.slot], turn.parity ^ 1);
-      walk.take(tile);
-      load_tile<T, kDim>(smem.k[turn.slot], p.k, smem.k_full[turn.slot], tile, rows, kv_head * p.k_head_step,
-                         item.batch * p.k_batch_step);
-      device::mbarrier_wait(smem.v_empty[turn.slot], turn.parity ^ 1);
-      load_tile<T, kDim>(smem.v[turn.slot], p.v, smem.v_full[turn.slot], tile, rows, kv_head * p.v_head_step,
-                         item.batch * p.v_batch_step);
-    }
+    load_keys_and_values(p, smem, walk, k, v, item);
   }
 }
 

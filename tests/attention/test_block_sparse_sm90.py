@@ -140,6 +140,14 @@ def test_full_and_causal(target: tuple[Any, str]) -> None:
         assert torch.equal(run(target, inputs, mask)[0], found[0])
 
 
+def test_long_lists(target: tuple[Any, str]) -> None:
+    """Each slot has many turns."""
+    visible = torch.ones(1, 1, 128, 1100, dtype=torch.bool)
+    visible[..., 30:60, 400:500] = visible[..., 64:, 700:800] = False
+    for block in ((128, 128), (64, 64)):
+        check(target, make(1, 1, 1, 128, 1100, 64, 64), visible, block, torch.bfloat16)
+
+
 def test_rows_that_share_no_block(target: tuple[Any, str]) -> None:
     """Of a tile's two block rows one or the other has its turn, several times in a row."""
     blocks = torch.zeros(4, 10, dtype=torch.bool)
