@@ -64,6 +64,7 @@ struct Smem {
   Mbarrier v_full[kTileSlots], v_empty[kTileSlots];
   KeyTile tiles[kTileSlots];  // as k
   Item items[kItemSlots];     // as q
+  KeyTile open[kAudiences];   // the producer's own
 };
 
 using ItemTurn = Turn<kItemSlots>;
@@ -161,7 +162,7 @@ __device__ __forceinline__ void produce(const FwdParams& p, Smem<T, kDim>& smem)
       return device::mbarrier_arrive(smem.q_full[items.slot]);
     }
     Item item = item_at(p.attention, p.q_tiles, p.order == nullptr ? int32_t(place) : p.order[place]);
-    KeyWalk walk(p.attention, item);
+    KeyWalk walk(p.attention, item, smem.open);
     item.has_keys = !walk.is_done();
     item.in_turns = walk.is_shared();
     load_queries(p, smem, items, item);
@@ -199,78 +200,81 @@ __device__ __forceinline__ void begin_values(float (&o)[kDim / 2], const Powers&
   device::wgmma_commit();
 }
 
-// What a warpgroup carries from tile to tile: the sums, and the powers of a tile whose values they lack.
+// What a warpgroup carries from tile to tile: the sums, and the powers of a tile whose values they lack,
+// and its turn.
 template <class T, int kDim>
 struct Sums {
   float o[kDim / 2] = {};
   Rows rows;
   Powers powers;
+  TileTurn owed_turn;
   bool owed = false;
 };
 
 // Adds the values that are owed.
 template <class T, int kDim>
-__device__ __forceinline__ void settle(Sums<T, kDim>& sums, Smem<T, kDim>& smem, TileTurn& v) {
+__device__ __forceinline__ void settle(Sums<T, kDim>& sums, Smem<T, kDim>& smem) {
   if (!sums.owed) return;
+  const TileTurn v = sums.owed_turn;
   device::mbarrier_wait(smem.v_full[v.slot], v.parity);
   device::wgmma_fence(sums.o, sums.powers);
   begin_values<T, kDim>(sums.o, sums.powers, smem, v.slot);
   device::wgmma_wait<0>(sums.o);
   release(smem.v_empty[v.slot]);
-  v.advance();
   sums.owed = false;
 }
 
-// A tile that this warpgroup does not see, but the other does.
+// A tile that this warpgroup does not see, but the other does. What is owed can wait, until its slot is that
+// of the values here.
 template <class T, int kDim>
 __device__ __forceinline__ void pass_over(Sums<T, kDim>& sums, Smem<T, kDim>& smem, const Item& item,
-                                          const TileTurn& k, TileTurn& v, int group) {
+                                          const TileTurn& turn, int group) {
   if (item.in_turns) {
     take_turn(group);
     pass_turn(group);
   }
-  release(smem.k_empty[k.slot]);
-  settle(sums, smem, v);
-  device::mbarrier_wait(smem.v_full[v.slot], v.parity);
-  release(smem.v_empty[v.slot]);
-  v.advance();
+  release(smem.k_empty[turn.slot]);
+  if (sums.owed_turn.slot == turn.slot) settle(sums, smem);
+  device::mbarrier_wait(smem.v_full[turn.slot], turn.parity);
+  release(smem.v_empty[turn.slot]);
 }
 
 template <class T, int kDim>
 __device__ __forceinline__ void attend(const FwdParams& p, Sums<T, kDim>& sums, Smem<T, kDim>& smem,
-                                       const Item& item, int q_slot, const TileTurn& k, TileTurn& v,
-                                       int group, int32_t row) {
-  const KeyTile& tile = smem.tiles[k.slot];
+                                       const Item& item, int q_slot, const TileTurn& turn, int group,
+                                       int32_t row) {
+  const KeyTile& tile = smem.tiles[turn.slot];
   const bool masked = tile.seen[group] == Seen::kMasked;
   uint32_t words[2];
   Scores s;
   if (sums.owed) {
+    const TileTurn v = sums.owed_turn;
     device::mbarrier_wait(smem.v_full[v.slot], v.parity);
     if (item.in_turns) take_turn(group);
     device::wgmma_fence(sums.o, sums.powers);
-    begin_scores<T, kDim>(s, smem, q_slot, k.slot, group);
+    begin_scores<T, kDim>(s, smem, q_slot, turn.slot, group);
     begin_values<T, kDim>(sums.o, sums.powers, smem, v.slot);
     if (item.in_turns) pass_turn(group);
     if (masked) visible_words(p.attention, tile, group, row, words);
     device::wgmma_wait<1>(s);
-    release(smem.k_empty[k.slot]);
+    release(smem.k_empty[turn.slot]);
     softmax(p.scale, s, masked, words, sums.rows);
     device::wgmma_wait<0>(sums.o);
     release(smem.v_empty[v.slot]);
-    v.advance();
   } else {
     if (item.in_turns) take_turn(group);
     device::wgmma_fence();
-    begin_scores<T, kDim>(s, smem, q_slot, k.slot, group);
+    begin_scores<T, kDim>(s, smem, q_slot, turn.slot, group);
     if (item.in_turns) pass_turn(group);
     if (masked) visible_words(p.attention, tile, group, row, words);
     device::wgmma_wait<0>(s);
-    release(smem.k_empty[k.slot]);
+    release(smem.k_empty[turn.slot]);
     softmax(p.scale, s, masked, words, sums.rows);
   }
   scale_rows(sums.o, sums.rows);
   narrow<T>(sums.powers, s);
   sums.owed = true;
+  sums.owed_turn = turn;
 }
 
 template <class T, int kDim>
@@ -303,7 +307,7 @@ template <class T, int kDim>
 __device__ __forceinline__ void consume(const FwdParams& p, Smem<T, kDim>& smem, int group) {
   const int within = group * kGroupRows + device::warp_id() % 4 * 16 + device::lane_id() / 4;
   ItemTurn items;
-  TileTurn k, v;
+  TileTurn turn;
   if (group != 0) pass_turn(group);
   for (;; items.advance()) {
     device::mbarrier_wait(smem.q_full[items.slot], items.parity);
@@ -311,18 +315,18 @@ __device__ __forceinline__ void consume(const FwdParams& p, Smem<T, kDim>& smem,
     if (item.tile < 0) break;
     const int32_t row = item.tile * kQueries + within;
     Sums<T, kDim> sums;
-    for (bool more = item.has_keys; more; k.advance()) {
-      device::mbarrier_wait(smem.k_full[k.slot], k.parity);
-      const KeyTile& tile = smem.tiles[k.slot];
+    for (bool more = item.has_keys; more; turn.advance()) {
+      device::mbarrier_wait(smem.k_full[turn.slot], turn.parity);
+      const KeyTile& tile = smem.tiles[turn.slot];
       more = !tile.is_last;
       if (tile.seen[group] == Seen::kNothing) {
-        pass_over(sums, smem, item, k, v, group);
+        pass_over(sums, smem, item, turn, group);
       } else {
-        attend(p, sums, smem, item, items.slot, k, v, group, row);
+        attend(p, sums, smem, item, items.slot, turn, group, row);
       }
     }
     release(smem.q_empty[items.slot]);
-    settle(sums, smem, v);
+    settle(sums, smem);
     write_rows(p, item, row, sums);
   }
   if (group == 0) take_turn(group);  // which nobody takes any more

@@ -2,9 +2,10 @@
 // and what it tells the consumers.
 //
 // A tile of queries is two groups of 64 rows, each within one block row. Where these are two block rows the
-// walk goes through the union of their lists, and a group passes over what only the other sees. A tile of
-// keys is made of pieces, as many rows as divide the block and the tile, so that small blocks fill tiles as
-// well as large ones.
+// walk goes through the union of their lists. A tile of keys is made of pieces, as many rows as divide the
+// block and the tile, so that small blocks fill tiles as well as large ones. Pieces are collected by who sees
+// them: both groups, or one of them. So a tile is full for whoever multiplies it, and the other passes over
+// it.
 #pragma once
 
 #include <cstdint>
@@ -37,9 +38,14 @@ struct KeyTile {
   int32_t key[kMaxPieces];             // first key of a piece
   int32_t column[kMaxPieces];          // of the block, which that is
   int32_t table[kGroups][kMaxPieces];  // or kFull, kAbsent
+  int32_t pieces;                      // that exist
   Seen seen[kGroups];
   int32_t is_last;
 };
+
+// Who sees a piece; tiles are collected for each.
+constexpr int kBoth = 0;
+constexpr int kAudiences = 1 + kGroups;  // then one group alone
 
 // A unit of work: a tile of queries of a head; tile -1 ends.
 struct Item {
@@ -80,8 +86,10 @@ __device__ __forceinline__ int32_t list_length(const BlockLists& lists, int64_t 
 
 class KeyWalk {
  public:
-  __device__ __forceinline__ KeyWalk(const BlockSparseParams& params, const Item& item)
-      : p(params), rows_(piece_rows(params.mask.block_kv)), column_(params.mask.block_kv) {
+  // `open` is scratch: the tiles that are being collected.
+  __device__ __forceinline__ KeyWalk(const BlockSparseParams& params, const Item& item,
+                                     KeyTile (&open)[kAudiences])
+      : p(params), open_(open), rows_(piece_rows(params.mask.block_kv)), column_(params.mask.block_kv) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       range_[g] = group_range(p, item, g);
@@ -91,6 +99,7 @@ class KeyWalk {
     shared_ = range_[0].row == range_[1].row;
     if (shared_) left_[1] = 0;
     end_ = device::max(range_[0].to, range_[1].to);
+    for (KeyTile& tile : open_) clear(tile);
     pass_unseen();
     advance();
   }
@@ -98,33 +107,70 @@ class KeyWalk {
   // Whether both groups go through the same list.
   __device__ __forceinline__ bool is_shared() const { return shared_; }
 
-  // Whether there are no further pieces.
-  __device__ __forceinline__ bool is_done() const { return done_; }
+  // Whether there are no further tiles.
+  __device__ __forceinline__ bool is_done() const { return exhausted_ && collected_ == 0; }
 
-  // Takes the next pieces, and fills the tile up with keys that do not exist.
+  // The next tile: one that is full, or at the end what is left, and keys that do not exist.
   __device__ __forceinline__ void take(KeyTile& tile) {
-    bool sees[kGroups] = {}, all[kGroups] = {true, true};
+    KeyTile& from = open_[collect()];
 #pragma unroll 1
     for (int i = 0; i < kKeys / rows_; ++i) {
-      tile.key[i] = done_ ? int32_t(p.kv_len) : key_;
-      tile.column[i] = column_;
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        const int32_t table = done_ || !visible(g) ? kAbsent : table_[g];
-        tile.table[g][i] = table;
-        sees[g] = sees[g] || table != kAbsent;
-        all[g] = all[g] && table == kFull && key_ >= range_[g].all_from && key_ + rows_ <= range_[g].all_to;
-      }
-      if (!done_) advance();
+      const bool exists = i < from.pieces;
+      tile.key[i] = exists ? from.key[i] : int32_t(p.kv_len);
+      tile.column[i] = exists ? from.column[i] : 0;
+      for (int g = 0; g < kGroups; ++g) tile.table[g][i] = exists ? from.table[g][i] : kAbsent;
     }
-#pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      tile.seen[g] = all[g] ? Seen::kAll : sees[g] ? Seen::kMasked : Seen::kNothing;
+      const bool is_part = from.pieces * rows_ < kKeys && from.seen[g] == Seen::kAll;
+      tile.seen[g] = is_part ? Seen::kMasked : from.seen[g];
     }
-    tile.is_last = done_;
+    collected_ -= from.pieces;
+    clear(from);
+    tile.is_last = is_done();
   }
 
  private:
+  static __device__ __forceinline__ void clear(KeyTile& tile) {
+    tile.pieces = 0;
+    for (Seen& seen : tile.seen) seen = Seen::kNothing;
+  }
+
+  __device__ __forceinline__ bool is_full(const KeyTile& tile) const { return tile.pieces * rows_ == kKeys; }
+
+  // The audience whose tile is next.
+  __device__ __forceinline__ int collect() {
+    while (!exhausted_) {
+      const int audience = visible(0) ? (visible(1) ? kBoth : 1) : 2;
+      add(open_[audience], key_, column_, visible(0) ? table_[0] : kAbsent, visible(1) ? table_[1] : kAbsent);
+      ++collected_;
+      advance();
+      if (is_full(open_[audience])) return audience;
+    }
+    for (int audience = kBoth + 1; audience < kAudiences; ++audience) {
+      for (KeyTile& from = open_[audience]; from.pieces > 0 && !is_full(open_[kBoth]);) {
+        const int i = --from.pieces;
+        add(open_[kBoth], from.key[i], from.column[i], from.table[0][i], from.table[1][i]);
+      }
+    }
+    return kBoth;
+  }
+
+  __device__ __forceinline__ void add(KeyTile& tile, int32_t key, int32_t column, int32_t table0,
+                                      int32_t table1) {
+    const int32_t table[kGroups] = {table0, table1};
+    const bool is_first = tile.pieces == 0;
+    tile.key[tile.pieces] = key;
+    tile.column[tile.pieces] = column;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      tile.table[g][tile.pieces] = table[g];
+      const bool all = table[g] == kFull && key >= range_[g].all_from && key + rows_ <= range_[g].all_to;
+      const Seen seen = all ? Seen::kAll : table[g] == kAbsent ? Seen::kNothing : Seen::kMasked;
+      tile.seen[g] = is_first || tile.seen[g] == seen ? seen : Seen::kMasked;
+    }
+    ++tile.pieces;
+  }
+
   __device__ __forceinline__ bool visible(int g) const {
     return table_[g] != kAbsent && key_ < range_[g].to && key_ + rows_ > range_[g].from;
   }
@@ -154,7 +200,7 @@ class KeyWalk {
       column_ += rows_;
       key_ += rows_;
       if (column_ >= p.mask.block_kv && !next_block()) {
-        done_ = true;
+        exhausted_ = true;
         return;
       }
     } while (!visible(0) && !visible(1));
@@ -181,12 +227,13 @@ class KeyWalk {
   }
 
   const BlockSparseParams& p;
+  KeyTile (&open_)[kAudiences];
   GroupRange range_[kGroups];
   int64_t entry_[kGroups];
   int32_t left_[kGroups];
   int32_t table_[kGroups] = {kAbsent, kAbsent};
-  int32_t rows_, column_, end_, key_ = 0;
-  bool shared_, done_ = false;
+  int32_t rows_, column_, end_, key_ = 0, collected_ = 0;
+  bool shared_, exhausted_ = false;
 };
 
 // Which of 32 keys of a tile, from `slot` on, a query sees.

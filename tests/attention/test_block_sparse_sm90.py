@@ -153,8 +153,20 @@ def test_rows_that_share_no_block(target: tuple[Any, str]) -> None:
     blocks = torch.zeros(4, 10, dtype=torch.bool)
     blocks[0, [0, 1, 5, 6]] = blocks[1, [2, 3, 4, 9]] = True
     blocks[2, 5:] = True
+    blocks[3, 6:8] = True
     visible = blocks.repeat_interleave(64, 0).repeat_interleave(128, 1)[None, None]
     check(target, make(1, 1, 1, 256, 1280, 64, 64), visible, (64, 128), torch.bfloat16)
+
+
+@pytest.mark.parametrize("block_kv", [16, 32, 64])
+@pytest.mark.parametrize("density", [0.2, 0.7])
+def test_neighbours_with_lists_of_their_own(target: tuple[Any, str], block_kv: int, density: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    blocks = torch.rand(1, 1, 3, 800 // block_kv, generator=generator) < density
+    visible = blocks.repeat_interleave(64, 2).repeat_interleave(block_kv, 3)
+    visible[..., 9::17, 3::5] = False
+    length = visible.shape[3]
+    check(target, make(1, 1, 1, 192, length, 64, 64), visible, (64, block_kv), torch.bfloat16)
 
 
 def test_nothing_visible(target: tuple[Any, str]) -> None:
