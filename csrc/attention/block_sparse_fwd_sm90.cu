@@ -15,6 +15,7 @@
 
 #include <algorithm>
 
+#include "attention/block_sparse_order_sm90.h"
 #include "attention/block_sparse_rings_sm90.h"
 #include "attention/block_sparse_softmax_sm90.h"
 #include "attention/block_sparse_tiles_sm90.h"
@@ -348,62 +349,7 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
   }
 }
 
-// ---- the order of the items ----
-
-constexpr int kOrderThreads = 1024;
-constexpr int kBuckets = 256;
-
-struct OrderParams {
-  BlockSparseParams attention;
-  int32_t q_tiles, items, longest;
-  int32_t* order;
-};
-
-struct OrderSmem {
-  int32_t counts[kBuckets], places[kBuckets];
-};
-
-// The lists' lengths, as far as their queries may see, from 0 (none) to kBuckets - 1.
-__device__ __forceinline__ int bucket_of(const OrderParams& p, int32_t number) {
-  const BlockSparseParams& a = p.attention;
-  const Item item = item_at(a, p.q_tiles, number);
-  int64_t length = 0, before = -1;
-  for (int g = 0; g < kGroups; ++g) {
-    const GroupRange range = group_range(a, item, g);
-    if (range.row == before) continue;
-    before = range.row;
-    const int64_t in_reach = (range.to - range.from + a.mask.block_kv - 1) / a.mask.block_kv + 1;
-    length += device::min(int64_t{list_length(a.mask.q2k, range.row)}, in_reach);
-  }
-  return int(device::min(length * (kBuckets - 1) / p.longest, int64_t{kBuckets - 1}));
-}
-
-// By one thread block: counts the items of each length, then gives each its place, the longest first. Items
-// of about one length stay in about their order, so neighbours share keys in the cache.
-__global__ void __launch_bounds__(kOrderThreads) order_kernel(const __grid_constant__ OrderParams p) {
-  OrderSmem& smem = device::shared_memory<OrderSmem>();
-  const int thread = int(threadIdx.x);
-  if (thread < kBuckets) smem.counts[thread] = 0;
-  device::sync_block();
-  for (int32_t item = thread; item < p.items; item += kOrderThreads) {
-    device::atomic_add(&smem.counts[bucket_of(p, item)], 1);
-  }
-  device::sync_block();
-  if (thread < kBuckets) {
-    int32_t place = 0;
-    for (int bucket = kBuckets - 1; bucket > thread; --bucket) place += smem.counts[bucket];
-    smem.places[thread] = place;
-  }
-  for (int32_t first = 0; first < p.items; first += kOrderThreads) {
-    device::sync_block();
-    const int32_t item = first + thread;
-    if (item < p.items) p.order[device::atomic_add(&smem.places[bucket_of(p, item)], 1)] = item;
-  }
-}
-
 // ---- the host's side ----
-
-constexpr int64_t kCounterBytes = 64;
 
 int32_t tiles_of(const BlockSparseParams& p) { return int32_t((p.q_len + kQueries - 1) / kQueries); }
 int64_t items_of(const BlockSparseParams& p) { return p.batch * p.heads * tiles_of(p); }
@@ -461,18 +407,14 @@ template <class T, int kDim>
 void run(const BlockSparseParams& p, int device, Stream stream) {
   const auto kernel = fwd_kernel<T, kDim>;
   FwdParams f = fwd_params<T>(p);
+  const OrderWorkspace workspace(p.workspace, f.items);
   device::preload(kernel);
-  device::preload(order_kernel);
-  f.next_item = static_cast<uint32_t*>(p.workspace);
-  device::fill_zero(p.workspace, kCounterBytes, stream);
+  device::fill_zero(p.workspace, OrderWorkspace::kZeroBytes, stream);
+  f.next_item = workspace.next_item;
   const int32_t blocks = std::min(f.items, int32_t(device::multiprocessor_count(device)));
   if (f.items > blocks) {
-    int32_t* order = reinterpret_cast<int32_t*>(static_cast<char*>(p.workspace) + kCounterBytes);
-    const int64_t longest =
-        kGroups * std::clamp(p.mask.q2k.capacity, int64_t{1}, std::max(p.mask.k2q.rows, int64_t{1}));
-    device::launch(order_kernel, 1, kOrderThreads, sizeof(OrderSmem), stream,
-                   {p, f.q_tiles, f.items, int32_t(longest), order});
-    f.order = order;
+    order_items(p, workspace, f.q_tiles, f.items, stream);
+    f.order = workspace.order;
   }
   device::launch(kernel, unsigned(blocks), kThreads, sizeof(Smem<T, kDim>), stream, f);
 }
@@ -503,7 +445,7 @@ bool block_sparse_fwd_sm90_fits(const BlockSparseParams& p) {
 }
 
 int64_t block_sparse_fwd_workspace_sm90(const BlockSparseParams& p) {
-  return kCounterBytes + items_of(p) * int64_t{sizeof(int32_t)};
+  return OrderWorkspace::bytes(items_of(p));
 }
 
 void block_sparse_fwd_sm90(const BlockSparseParams& p, int device, Stream stream) {

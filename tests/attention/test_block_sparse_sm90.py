@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import lists_of, make, random_mask, window
+from attention_cases import Lists, lists_of, make, random_mask, window
 from torch import Tensor
 
 from reference.attention import attention, bottom_right
@@ -39,7 +39,7 @@ def run(
     tensors = {name: getattr(mask, name) for name in [*names, "tables"]}
     tensors |= {"key_from": options.pop("key_from", None), "key_to": options.pop("key_to", None)}
     tensors = {name: t if t is None else t.to(device) for name, t in tensors.items()}
-    workspace = torch.empty(1 << 16, dtype=torch.uint8, device=device)
+    workspace = options.pop("workspace", torch.empty(1 << 16, dtype=torch.uint8, device=device))
     tensors |= {"q": q, "k": k, "v": v, "out": out, "lse": lse, "workspace": workspace}
     scale = options.get("scale", 1 / math.sqrt(q.shape[3]))
     softcap, causal = options.get("softcap", 0.0), options.get("causal", False)
@@ -241,6 +241,24 @@ def test_many_items_in_any_order() -> None:
     _C_emulated.emulator_set_threads(0)
     _C_emulated.emulator_set_multiprocessors(2)
     assert len(found) == 1
+
+
+def test_longest_lists_come_first() -> None:
+    heads, tiles, kv_blocks = 3, 100, 12
+    lengths = torch.randint(0, kv_blocks + 1, (1, heads, tiles), generator=torch.Generator().manual_seed(0))
+    indices = torch.arange(kv_blocks).int().expand(1, heads, tiles, kv_blocks).contiguous()
+    unused = torch.zeros(1, 1, kv_blocks, 1, dtype=torch.int32)
+    mask = Lists(
+        lengths.int(), indices, None, unused[..., 0].contiguous(), unused, None, None,
+        (128, 16), tiles * 128, kv_blocks * 16,
+    )  # fmt: skip
+    inputs = tuple(t.half() for t in make(1, heads, 1, tiles * 128, kv_blocks * 16, 8, 8))
+    workspace = torch.empty(1 << 12, dtype=torch.uint8)
+    run((_C_emulated, "cpu"), inputs, mask, workspace=workspace)
+    order = workspace[64 + 2048 :][: 4 * heads * tiles].view(torch.int32).long()
+    assert sorted(order.tolist()) == list(range(heads * tiles))
+    taken = lengths.flatten()[order]
+    assert (taken[:-1] >= taken[1:]).all()
 
 
 @pytest.mark.parametrize(
