@@ -60,7 +60,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, int panel
 
 // The descriptor of what lies so many bytes behind: 2 bytes a depth along, 128 across, up to a panel.
 __device__ __forceinline__ uint64_t wgmma_advance(uint64_t descriptor, int bytes) {
-  return descriptor + uint64_t(bytes >> 4);
+  // Only the lower half changes, and the compiler need not carry.
+  return descriptor >> 32 << 32 | uint32_t(uint32_t(descriptor) + uint32_t(bytes >> 4));
 }
 
 #if TILEWRIGHT_EMULATED

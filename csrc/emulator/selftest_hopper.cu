@@ -91,7 +91,7 @@ __global__ void tile_kernel(const __grid_constant__ TileParams params) {
   sync_block();
   if (params.waits) mbarrier_wait(shared.barrier, 0);
   for (int i = int(threadIdx.x); i < params.rows * kPanel; i += int(blockDim.x)) {
-    params.out[i] = shared.tile[0][i];
+    params.out[i] = shared.tile[i / kPanel][i % kPanel];
   }
   sync_block();
   mbarrier_wait(shared.barrier, 0);
