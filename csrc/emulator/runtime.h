@@ -26,6 +26,10 @@ void set_threads(int threads);
 void set_multiprocessors(int count);
 int multiprocessors();
 
+// And of which generation it is, as 80 or 90.
+void set_compute_capability(int number);
+int compute_capability();
+
 // ---- Launch ------------------------------------------------------------------------------------
 
 inline constexpr size_t kMaxSharedBytes = 227 * 1024;
@@ -67,7 +71,8 @@ enum class WarpOp : uint8_t {
   kReduceMin,
   kReduceAdd,
   kReduceOr,
-  kMatchAny
+  kMatchAny,
+  kMatrixWait
 };
 // `value` is the lane's operand, `argument` a shuffle's lane, mask or distance. Returns the lane's result.
 uint64_t warp_collective(WarpOp op, uint64_t value, uint32_t argument, uint32_t mask, Site site);
