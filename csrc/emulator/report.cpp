@@ -53,6 +53,10 @@ const char* name_of(WarpOp op) {
       return "reduce_or";
     case WarpOp::kMatchAny:
       return "match_any";
+    case WarpOp::kMma:
+      return "mma_m16n8k16";
+    case WarpOp::kLoadMatrices:
+      return "load_matrices";
   }
   return "";
 }
