@@ -180,11 +180,6 @@ class Reader {
   bool on_gpu = false, checked;
 };
 
-[[noreturn]] [[maybe_unused]] void not_on_a_gpu() {
-  fail(ErrorKind::kNotImplemented,
-       "block_sparse_attention has no CUDA kernel yet: move the tensors to the CPU");
-}
-
 // Bytes of scratch for a call on these tensors.
 int64_t workspace(const py::dict& tensors, int32_t block_q, int32_t block_kv, bool backward, int threads) {
   BlockSparseParams p{};
@@ -194,10 +189,10 @@ int64_t workspace(const py::dict& tensors, int32_t block_q, int32_t block_kv, bo
   int64_t bytes = 0;
   if (backward) {
     TW_RUN(reader.device.is_cuda, void(bytes = TW_CALL_CPU(block_sparse_bwd_workspace_cpu, p, threads)),
-           not_on_a_gpu());
+           void(bytes = attention::block_sparse_bwd_workspace_cuda(p)));
   } else {
     TW_RUN(reader.device.is_cuda, void(bytes = TW_CALL_CPU(block_sparse_fwd_workspace_cpu, p, threads)),
-           not_on_a_gpu());
+           void(bytes = attention::block_sparse_fwd_workspace_cuda(p)));
   }
   return bytes;
 }
@@ -210,8 +205,10 @@ void forward(const py::dict& tensors, int32_t block_q, int32_t block_kv, double 
   p.out = reader.tensor(tensors["out"], "out", p.heads, p.q_len, p.value_dim, Access::kOverwrite);
   p.lse = reader.flat(tensors["lse"], "lse", reader.rows(), reader.statistics());
   reader.workspace(tensors["workspace"], workspace(tensors, block_q, block_kv, false, threads));
+  [[maybe_unused]] const Stream stream = reader.arguments.current_stream(reader.device);
   py::gil_scoped_release released;
-  TW_RUN(reader.device.is_cuda, TW_CALL_CPU(block_sparse_fwd_cpu, p, threads), not_on_a_gpu());
+  TW_RUN(reader.device.is_cuda, TW_CALL_CPU(block_sparse_fwd_cpu, p, threads),
+         attention::block_sparse_fwd_cuda(p, reader.device.index, stream));
 }
 
 void backward(const py::dict& tensors, int32_t block_q, int32_t block_kv, double scale, double softcap,
@@ -227,8 +224,10 @@ void backward(const py::dict& tensors, int32_t block_q, int32_t block_kv, double
   p.dk = reader.tensor(tensors["dk"], "dk", p.kv_heads, p.kv_len, p.head_dim, Access::kOverwrite);
   p.dv = reader.tensor(tensors["dv"], "dv", p.kv_heads, p.kv_len, p.value_dim, Access::kOverwrite);
   reader.workspace(tensors["workspace"], workspace(tensors, block_q, block_kv, true, threads));
+  [[maybe_unused]] const Stream stream = reader.arguments.current_stream(reader.device);
   py::gil_scoped_release released;
-  TW_RUN(reader.device.is_cuda, TW_CALL_CPU(block_sparse_bwd_cpu, p, threads), not_on_a_gpu());
+  TW_RUN(reader.device.is_cuda, TW_CALL_CPU(block_sparse_bwd_cpu, p, threads),
+         attention::block_sparse_bwd_cuda(p, reader.device.index, stream));
 }
 
 }  // namespace

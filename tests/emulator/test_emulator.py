@@ -320,6 +320,7 @@ def test_float_math(name):
 ACCURATE_MATH = {
     "exp": np.exp,
     "log1p": np.log1p,
+    "log2": np.log2,
     "sinpi": lambda a: np.sin(np.pi * np.fmod(a, 2)),
     "cospi": lambda a: np.cos(np.pi * np.fmod(a, 2)),
 }
