@@ -42,7 +42,7 @@ struct KernelParams {
   float* delta;  // [batch][heads][q_len], backward
   // Products of q and k are (bits & keep) ^ flip of one factor times the other, which leaves |scale| to do.
   uint32_t keep, flip;
-  float cap_in, cap;         // scores are cap * tanh(cap_in * product); cap 0: the product itself
+  float cap_in, cap, uncap;  // scores are cap * tanh(cap_in * product), uncap 1 / cap; cap 0: the product
   float factor;              // of scores, before exp2
   int32_t tiles_each, rows;  // tiles of a block of the mask's rows, rows of such a tile
 };
@@ -52,10 +52,12 @@ inline TensorAccess access_to(const HeadsTensor& t, int32_t columns) {
   return {t, columns, strides && columns % 8 == 0 && device::is_aligned(t.data, 16)};
 }
 
-// How many rows of a block of the mask one thread block takes.
-inline void cut_blocks(KernelParams& k, int32_t block, int32_t most_rows) {
+// How many rows of a block of the mask one thread block takes, and how many warps it needs for them.
+inline int cut_blocks(KernelParams& k, int32_t block, int32_t most_rows, int32_t warp_rows) {
   k.tiles_each = int32_t(divide_up(block, most_rows));
-  k.rows = int32_t(divide_up(divide_up(block, k.tiles_each), kSlab) * kSlab);
+  const int64_t warps = divide_up(divide_up(block, k.tiles_each), warp_rows);
+  k.rows = int32_t(warps) * warp_rows;
+  return int(warps);
 }
 
 inline KernelParams kernel_params(const BlockSparseParams& p) {
@@ -74,6 +76,7 @@ inline KernelParams kernel_params(const BlockSparseParams& p) {
   k.flip = p.scale < 0 ? 0x80008000u : 0u;
   k.cap = cap;
   k.cap_in = cap == 0.0f ? 0.0f : scale / cap;
+  k.uncap = cap == 0.0f ? 0.0f : 1.0f / cap;
   k.factor = cap != 0.0f || scale == 0.0f ? kLog2E : scale * kLog2E;
   return k;
 }
@@ -112,6 +115,12 @@ __device__ __forceinline__ Vector<T, 8> load_elements(const Rows<const T>& rows,
     chunk[i] = inside ? rows.data[row * rows.row + (column + i) * rows.inner] : T{0};
   }
   return chunk;
+}
+
+template <class T>
+__device__ __forceinline__ Vector<T, 8> load_chunk(const Rows<const T>& rows, int row, int column) {
+  if (!rows.vectors || row >= rows.count || column >= rows.columns) return load_elements(rows, row, column);
+  return device::load(reinterpret_cast<const Vector<T, 8>*>(rows.data + row * rows.row + column));
 }
 
 // Begins to copy `count` rows of a tile, row r of it being rows row_at(r) of the tensor; those that do not
@@ -187,6 +196,18 @@ __device__ __forceinline__ void clear(float (&c)[kSlabs][kTiles][4]) {
   }
 }
 
+template <int kSlabs, int kTiles>
+__device__ __forceinline__ void scale_by(float (&c)[kSlabs][kTiles][4], float factor) {
+#pragma unroll
+  for (int s = 0; s < kSlabs; ++s) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[s][n][i] *= factor;
+    }
+  }
+}
+
 // Where a lane finds its row of an 8 x 8 matrix for ldmatrix; matrices 1 and 2 are below and to the right of
 // matrix 0 (kDown), or the other way round.
 template <int kDim, bool kDown>
@@ -196,7 +217,8 @@ struct MatrixReader {
 
   __device__ __forceinline__ explicit MatrixReader(const void* tile, int first_row = 0) {
     const int matrix = device::lane_id() / 8, below = kDown ? matrix % 2 : matrix / 2;
-    row = device::lane_id() % 8;
+    // Else the compiler would keep the places of a whole tile in registers from one tile to the next.
+    row = int(device::fresh(uint32_t(device::lane_id() % 8)));
     chunk = kDown ? matrix / 2 : matrix % 2;
     start = device::shared_address(tile) + SharedAddress((first_row + below * 8 + row) * kDim * 2);
   }
@@ -213,7 +235,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[kSlabs][kTiles][4], con
   const MatrixReader<kDim, true> left(a, first_row);
   const MatrixReader<kDim, false> right(b);
   clear(c);
-#pragma unroll
+#pragma unroll 4
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t rows[kSlabs][4];
 #pragma unroll
@@ -345,10 +367,10 @@ __device__ __forceinline__ Walk walk_along(const BlockLists& lists, int64_t row,
 
 // ---- which keys a query sees ----
 
-// Bit j: the query at this place of its block sees the group's key j.
+// Bit j: the query at this place of its block sees the group's key j. Slabs may reach beyond their block.
 __device__ __forceinline__ uint32_t visible_keys(const BlockSparseParams& p, int query, int place,
                                                  const Group& keys) {
-  if (query >= p.q_len) return 0;
+  if (query >= p.q_len || place >= p.mask.block_q || keys.column >= p.mask.block_kv) return 0;
   const KeyRange range = key_range(p, query);
   const int64_t from = range.from - keys.first, to = range.to - keys.first;
   if (from >= kGroup || to <= 0) return 0;
@@ -384,6 +406,29 @@ struct RowSight {
   }
 };
 
+// The same where queries are the columns, two groups of them, and the thread's rows are keys.
+template <int kSlabs>
+struct ColumnSight {
+  uint32_t words[kSlabs];
+
+  // first: the key that the warp's first row is; place: its place in its block.
+  __device__ __forceinline__ ColumnSight(const BlockSparseParams& p, const Group* groups, int first,
+                                         int place) {
+    const int lane = device::lane_id();
+    const Group queries = groups[lane / kGroup];
+    const int in_group = lane % kGroup;
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s) {
+      const Group keys{first + s * kSlab, queries.table, place + s * kSlab, 0};
+      words[s] = visible_keys(p, queries.first + in_group, queries.column + in_group, keys);
+    }
+  }
+  // All lanes together: bit 0 for the slab's upper row of the thread, 8 for the lower one.
+  __device__ __forceinline__ uint32_t of_column(int slab, int column) const {
+    return device::shfl(words[slab], column) >> device::lane_id() / 4;
+  }
+};
+
 // ---- scores ----
 
 // Exact to about 1e-7, which is what a score of base 2 can take.
@@ -404,6 +449,18 @@ __device__ __forceinline__ void cap_scores(float (&s)[kSlabs][kTiles][4], const 
   }
 }
 
+// From a score and the gradient of its power p: the power, and the gradient of the score before it is capped.
+__device__ __forceinline__ void differentiate(const KernelParams& k, float& s, float& d, float lse2,
+                                              float delta) {
+  const float power = device::exp2_approx(device::fma_rn(s, k.factor, -lse2));
+  d = power * (d - delta);
+  if (k.cap != 0.0f) {
+    const float share = s * k.uncap;
+    d *= 1.0f - share * share;
+  }
+  s = power;
+}
+
 // ---- who does what ----
 
 // A thread block's rows: of one block of the mask, of one head.
@@ -421,6 +478,26 @@ __device__ __forceinline__ Place place_of_block(const KernelParams& k, int64_t h
   const int64_t first = int64_t{index} * block + offset;
   const int64_t end = smaller(smaller(first + k.rows, int64_t{index + 1} * block), length);
   return {head / heads, head % heads, index, int32_t(first), int32_t(end), offset};
+}
+
+// The list of the thread block's queries, without what comes after the last of them or before the first.
+__device__ __forceinline__ Walk walk_of_queries(const KernelParams& k, const Place& place,
+                                                int32_t (&bounds)[2]) {
+  const BlockSparseParams& p = k.p;
+  const int64_t row = row_of(p.mask.q2k, place.batch, place.head, place.block);
+  const int64_t from = key_range(p, place.first).from, to = key_range(p, place.end - 1).to;
+  const WalkRange range{p.key_to == nullptr && !p.causal, int32_t(from), int32_t(to)};
+  return walk_along(p.mask.q2k, row, p.mask.block_kv, int32_t(p.kv_len), range, bounds,
+                    [&](int64_t first, int64_t last) { return first < to && last >= from; });
+}
+
+// Group `number` of that walk.
+__device__ __forceinline__ Group group_of_keys(const BlockSparseParams& p, const Place& place,
+                                               const Walk& walk, int number) {
+  Group group = walk.group(walk.begin + number);
+  group.masked |= group.first < key_range(p, place.end - 1).from ||
+                  group.first + kGroup > key_range(p, place.first).to;
+  return group;
 }
 
 inline unsigned grid_of(const KernelParams& k, int64_t heads, int32_t block, int64_t length) {

@@ -179,16 +179,6 @@ __device__ __forceinline__ void finish(const KernelParams& k, const Place& place
                    place.first, place.end);
 }
 
-// The list of the thread block's queries, without what comes after the last of them or before the first.
-__device__ __forceinline__ Walk walk_of(const KernelParams& k, const Place& place, int32_t (&bounds)[2]) {
-  const BlockSparseParams& p = k.p;
-  const int64_t row = row_of(p.mask.q2k, place.batch, place.head, place.block);
-  const int64_t from = key_range(p, place.first).from, to = key_range(p, place.end - 1).to;
-  const WalkRange range{p.key_to == nullptr && !p.causal, int32_t(from), int32_t(to)};
-  return walk_along(p.mask.q2k, row, p.mask.block_kv, int32_t(p.kv_len), range, bounds,
-                    [&](int64_t first, int64_t last) { return first < to && last >= from; });
-}
-
 template <class T, int kDim>
 __global__ void __launch_bounds__(Shape<kDim>::kMostThreads)
     forward_kernel(const __grid_constant__ KernelParams k) {
@@ -200,14 +190,11 @@ __global__ void __launch_bounds__(Shape<kDim>::kMostThreads)
   const int64_t kv_head = place.head / (k.p.heads / k.p.kv_heads);
   const auto keys = rows_of<const T>(k.k, place.batch, kv_head, k.p.kv_len);
   const auto values = rows_of<const T>(k.v, place.batch, kv_head, k.p.kv_len);
-  const Walk walk = walk_of(k, place, smem.bounds);
-  const int32_t all_see_from = int32_t(key_range(k.p, place.end - 1).from);
-  const int32_t all_see_to = int32_t(key_range(k.p, place.first).to);
+  const Walk walk = walk_of_queries(k, place, smem.bounds);
   const auto name_groups = [&](int tile) {
     if (threadIdx.x >= S::kGroups) return;
-    Group group = walk.group(walk.begin + tile * S::kGroups + int(threadIdx.x));
-    group.masked |= group.first < all_see_from || group.first + kGroup > all_see_to;
-    smem.groups[tile % kGroupStages][threadIdx.x] = group;
+    smem.groups[tile % kGroupStages][threadIdx.x] =
+        group_of_keys(k.p, place, walk, tile * S::kGroups + int(threadIdx.x));
   };
   const auto begin_copies = [&](int tile) {
     const Group* groups = smem.groups[tile % kGroupStages];
@@ -250,10 +237,7 @@ __global__ void __launch_bounds__(Shape<kDim>::kMostThreads)
 template <class T, int kDim>
 void launch_forward(KernelParams k, Stream stream) {
   using S = Shape<kDim>;
-  cut_blocks(k, k.p.mask.block_q, S::kMostRows);
-  constexpr int kWarpRows = S::kSlabs * kSlab;
-  const int warps = int(divide_up(k.rows, kWarpRows));
-  k.rows = warps * kWarpRows;
+  const int warps = cut_blocks(k, k.p.mask.block_q, S::kMostRows, S::kSlabs * kSlab);
   const size_t bytes = sizeof(Smem<T, kDim>) + size_t(k.rows) * kDim * sizeof(T);
   const unsigned blocks = grid_of(k, k.p.heads, k.p.mask.block_q, k.p.q_len);
   device::preload(forward_kernel<T, kDim>);
