@@ -5,7 +5,8 @@
 //   dv = pᵀ dout,  dk = scale dsᵀ q,  dq = scale ds k
 //
 //   1. delta_kernel       a warp a query: delta, and lse of base 2
-//   2. key_grads_kernel   a thread block some keys of one block: walks its list of queries, head after head of
+//   2. key_grads_kernel   a thread block some keys of one block: walks its list of queries, head after head
+//   of
 //                         the group that shares them. Rows are keys, so pᵀ and dsᵀ are in the registers that
 //                         the next product reads.
 //   3. query_grads_kernel a thread block some queries: walks their list of keys.
@@ -21,9 +22,6 @@ using namespace tiles;
 
 constexpr int kStream = 32;  // queries, or keys, of a tile that is streamed
 constexpr int kGroups = kStream / kGroup;
-
-template <int kSlabs>
-using Scores = float[kSlabs][kStream / 8][4];
 
 template <int kDim>
 struct KeyShape {
@@ -107,7 +105,9 @@ __device__ __forceinline__ bool positions_hide(const BlockSparseParams& p, const
 template <class T, int kDim, bool kKeys, bool kValues>
 struct KeyGrads {
   static constexpr int kSlabs = KeyShape<kDim>::kSlabs;
+  static constexpr int kPart = kStream / kSlabs;  // queries whose scores are in registers at once
   using Sums = float[kSlabs][kDim / 8][4];
+  using Scores = float[kSlabs][kPart / 8][4];
   Sums dk, dv;
 
   // One tile of queries.
@@ -115,26 +115,30 @@ struct KeyGrads {
                                       const T* keys, const T* values, const Place& place) {
     const int stage = tile % 2, first_row = device::warp_id() * kSlabs * kSlab;
     const Group* groups = smem.groups[tile % kGroupStages];
-    Scores<kSlabs> s, d;
-    multiply_rows<T, kDim>(s, keys, first_row, smem.first[stage], k.keep, k.flip);
-    cap_scores(s, k);
-    if constexpr (kKeys) {
-      multiply_rows<T, kDim>(d, values, first_row, smem.second[stage], ~0u, 0u);
-    } else {
-      clear(d);
+    const bool masked = any_masked<kGroups>(groups);
+#pragma unroll 1
+    for (int part = 0; part < kStream; part += kPart) {
+      const T* queries = smem.first[stage] + part * kDim;
+      const T* dout = smem.second[stage] + part * kDim;
+      Scores s, d;
+      multiply_rows<T, kDim>(s, keys, first_row, queries, k.keep, k.flip);
+      cap_scores(s, k);
+      if constexpr (kKeys) {
+        multiply_rows<T, kDim>(d, values, first_row, dout, ~0u, 0u);
+      } else {
+        clear(d);
+      }
+      weigh(k, s, d, smem.lse2[stage] + part, smem.delta[stage] + part);
+      if (masked) hide(s, d, {k.p, groups, place.first + first_row, place.offset + first_row}, part);
+      if constexpr (kValues) multiply_results<T, kDim>(dv, s, dout);
+      if constexpr (kKeys) multiply_results<T, kDim>(dk, d, queries);
     }
-    weigh(k, s, d, smem.lse2[stage], smem.delta[stage]);
-    if (any_masked<kGroups>(groups)) {
-      hide(s, d, {k.p, groups, place.first + first_row, place.offset + first_row});
-    }
-    if constexpr (kValues) multiply_results<T, kDim>(dv, s, smem.second[stage]);
-    if constexpr (kKeys) multiply_results<T, kDim>(dk, d, smem.first[stage]);
   }
 
-  __device__ __forceinline__ static void weigh(const KernelParams& k, Scores<kSlabs>& s, Scores<kSlabs>& d,
-                                               const float* lse2, const float* delta) {
+  __device__ __forceinline__ static void weigh(const KernelParams& k, Scores& s, Scores& d, const float* lse2,
+                                               const float* delta) {
 #pragma unroll
-    for (int n = 0; n < kStream / 8; ++n) {
+    for (int n = 0; n < kPart / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int column = n * 8 + device::lane_id() % 4 * 2 + i;
@@ -147,15 +151,15 @@ struct KeyGrads {
     }
   }
 
-  __device__ __forceinline__ static void hide(Scores<kSlabs>& s, Scores<kSlabs>& d,
-                                              const ColumnSight<kSlabs>& sight) {
+  __device__ __forceinline__ static void hide(Scores& s, Scores& d, const ColumnSight<kSlabs>& sight,
+                                              int part) {
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
-      for (int n = 0; n < kStream / 8; ++n) {
+      for (int n = 0; n < kPart / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint32_t seen = sight.of_column(slab, n * 8 + device::lane_id() % 4 * 2 + i);
+          const uint32_t seen = sight.of_column(slab, part + n * 8 + device::lane_id() % 4 * 2 + i);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const bool hidden = (seen >> half * 8 & 1u) == 0;
@@ -167,7 +171,8 @@ struct KeyGrads {
   }
 };
 
-// Every product but those of what is not asked for: at head dim 256 the sums of one result fill the registers.
+// Every product but those of what is not asked for: at head dim 256 the sums of one result fill the
+// registers.
 template <class T, int kDim, bool kKeys, bool kValues>
 __global__ void __launch_bounds__(KeyShape<kDim>::kMostThreads)
     key_grads_kernel(const __grid_constant__ KernelParams k) {
@@ -185,13 +190,13 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kMostThreads)
   clear(grads.dv);
   const int heads_each = p.heads / p.kv_heads;
 #pragma unroll 1
-  for (int64_t head = place.head * heads_each; head < (place.head + 1) * heads_each; ++head) {
+  for (int32_t head = place.head * heads_each; head < (place.head + 1) * heads_each; ++head) {
     const Walk walk = walk_of_keys(k, place, head, smem.bounds);
     const int tiles = int(divide_up(walk.end - walk.begin, kGroups));
     if (tiles <= 0) continue;
     const auto queries = rows_of<const T>(k.q, place.batch, head, p.q_len);
     const auto dout = rows_of<const T>(k.dout, place.batch, head, p.q_len);
-    const int64_t statistics = (place.batch * p.heads + head) * p.q_len;
+    const int64_t statistics = (int64_t{place.batch} * p.heads + head) * p.q_len;
     const auto name_groups = [&](int tile) {
       if (threadIdx.x >= kGroups) return;
       Group group = walk.group(walk.begin + tile * kGroups + int(threadIdx.x));
@@ -242,31 +247,13 @@ __global__ void __launch_bounds__(KeyShape<kDim>::kMostThreads)
 
 // ---- gradients of queries ----
 
-template <int kSlabs>
-__device__ __forceinline__ void hide_keys(Scores<kSlabs>& d, const RowSight<kSlabs, kGroups>& sight) {
-#pragma unroll
-  for (int slab = 0; slab < kSlabs; ++slab) {
-#pragma unroll
-    for (int n = 0; n < kStream / 8; n += 2) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t seen = sight.of_group(slab, half, n / 2);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if ((seen >> (i / 2 * 8 + i % 2) & 1u) == 0) d[slab][n + i / 2][2 * half + i % 2] = 0.0f;
-        }
-      }
-    }
-  }
-}
-
 // What a thread knows of its rows.
 template <int kSlabs>
 struct RowStatistics {
   float lse2[kSlabs][2], delta[kSlabs][2];
 
   __device__ __forceinline__ RowStatistics(const KernelParams& k, const Place& place, int first_row) {
-    const int64_t base = (place.batch * k.p.heads + place.head) * k.p.q_len;
+    const int64_t base = (int64_t{place.batch} * k.p.heads + place.head) * k.p.q_len;
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
@@ -274,6 +261,65 @@ struct RowStatistics {
         const int row = place.first + first_row + slab * kSlab + half * 8 + device::lane_id() / 4;
         lse2[slab][half] = row < place.end ? k.lse2[base + row] : kInfinity;
         delta[slab][half] = row < place.end ? k.delta[base + row] : 0.0f;
+      }
+    }
+  }
+};
+
+template <class T, int kDim>
+struct QueryGrads {
+  static constexpr int kSlabs = QueryShape<kDim>::kSlabs;
+  static constexpr int kPart = kDim == 128 ? 16 : kStream;  // keys whose scores are in registers at once
+  using Scores = float[kSlabs][kPart / 8][4];
+  RowStatistics<kSlabs> rows;
+  float dq[kSlabs][kDim / 8][4];
+
+  // One tile of keys.
+  __device__ __forceinline__ void add(const KernelParams& k, const Smem<T, kDim>& smem, int tile,
+                                      const T* queries, const T* dout, const Place& place) {
+    const int stage = tile % 2, first_row = device::warp_id() * kSlabs * kSlab;
+    const Group* groups = smem.groups[tile % kGroupStages];
+    const bool masked = any_masked<kGroups>(groups);
+#pragma unroll 1
+    for (int part = 0; part < kStream; part += kPart) {
+      const T* keys = smem.first[stage] + part * kDim;
+      const T* values = smem.second[stage] + part * kDim;
+      Scores s, d;
+      multiply_rows<T, kDim>(s, queries, first_row, keys, k.keep, k.flip);
+      cap_scores(s, k);
+      multiply_rows<T, kDim>(d, dout, first_row, values, ~0u, 0u);
+      weigh(k, s, d);
+      if (masked) hide(d, {k.p, groups, place.first + first_row, place.offset + first_row}, part / kGroup);
+      multiply_results<T, kDim>(dq, d, keys);
+    }
+  }
+
+  __device__ __forceinline__ void weigh(const KernelParams& k, Scores& s, Scores& d) const {
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int n = 0; n < kPart / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          differentiate(k, s[slab][n][i], d[slab][n][i], rows.lse2[slab][i / 2], rows.delta[slab][i / 2]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void hide(Scores& d, const RowSight<kSlabs, kGroups>& sight,
+                                              int first_group) {
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int n = 0; n < kPart / 8; n += 2) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t seen = sight.of_group(slab, half, first_group + n / 2);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if ((seen >> (i / 2 * 8 + i % 2) & 1u) == 0) d[slab][n + i / 2][2 * half + i % 2] = 0.0f;
+          }
+        }
       }
     }
   }
@@ -312,9 +358,7 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kMostThreads)
   device::sync_block();
   begin_copies(0);
   const int first_row = device::warp_id() * kSlabs * kSlab;
-  const RowStatistics<kSlabs> rows(k, place, first_row);
-  float dq[kSlabs][kDim / 8][4];
-  clear(dq);
+  QueryGrads<T, kDim> grads{{k, place, first_row}, {}};
   const int tiles = int(divide_up(walk.end - walk.begin, kGroups));
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
@@ -322,30 +366,13 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kMostThreads)
     device::cp_async_wait<0>();
     device::sync_block();
     if (tile + 1 < tiles) begin_copies(tile + 1);
-    const Group* groups = smem.groups[tile % kGroupStages];
-    Scores<kSlabs> s, d;
-    multiply_rows<T, kDim>(s, queries, first_row, smem.first[tile % 2], k.keep, k.flip);
-    cap_scores(s, k);
-    multiply_rows<T, kDim>(d, dout, first_row, smem.second[tile % 2], ~0u, 0u);
-#pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab) {
-#pragma unroll
-      for (int n = 0; n < kStream / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          differentiate(k, s[slab][n][i], d[slab][n][i], rows.lse2[slab][i / 2], rows.delta[slab][i / 2]);
-      }
-    }
-    if (any_masked<kGroups>(groups)) {
-      hide_keys<kSlabs>(d, {p, groups, place.first + first_row, place.offset + first_row});
-    }
-    multiply_results<T, kDim>(dq, d, smem.first[tile % 2]);
+    grads.add(k, smem, tile, queries, dout, place);
   }
   device::cp_async_wait<0>();
   device::sync_block();  // without keys, the queries are only now all there
-  scale_by(dq, float(p.scale));
-  store_rows<kDim>(queries, first_row, dq, rows_of<T>(k.dq, place.batch, place.head, p.q_len), place.first,
-                   place.end);
+  scale_by(grads.dq, float(p.scale));
+  store_rows<kDim>(queries, first_row, grads.dq, rows_of<T>(k.dq, place.batch, place.head, p.q_len),
+                   place.first, place.end);
 }
 
 // ---- launches ----

@@ -234,8 +234,9 @@ __device__ __forceinline__ void multiply_rows(float (&c)[kSlabs][kTiles][4], con
                                               const T* b, uint32_t keep, uint32_t flip) {
   const MatrixReader<kDim, true> left(a, first_row);
   const MatrixReader<kDim, false> right(b);
+  constexpr int kUnroll = kDim <= 64 ? 2 : 4;  // all of it would hold too much in flight
   clear(c);
-#pragma unroll 4
+#pragma unroll kUnroll
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t rows[kSlabs][4];
 #pragma unroll
@@ -465,8 +466,7 @@ __device__ __forceinline__ void differentiate(const KernelParams& k, float& s, f
 
 // A thread block's rows: of one block of the mask, of one head.
 struct Place {
-  int64_t batch, head;
-  int32_t block, first, end, offset;  // rows [first, end); offset: of `first` in the block
+  int32_t batch, head, block, first, end, offset;  // rows [first, end); offset: of `first` in the block
 };
 
 // Heads and then tiles, the last rows first: under a causal mask they have most to do.
@@ -477,7 +477,7 @@ __device__ __forceinline__ Place place_of_block(const KernelParams& k, int64_t h
   const int32_t index = int32_t(tile / k.tiles_each), offset = int32_t(tile % k.tiles_each) * k.rows;
   const int64_t first = int64_t{index} * block + offset;
   const int64_t end = smaller(smaller(first + k.rows, int64_t{index + 1} * block), length);
-  return {head / heads, head % heads, index, int32_t(first), int32_t(end), offset};
+  return {int32_t(head / heads), int32_t(head % heads), index, int32_t(first), int32_t(end), offset};
 }
 
 // The list of the thread block's queries, without what comes after the last of them or before the first.
@@ -495,8 +495,8 @@ __device__ __forceinline__ Walk walk_of_queries(const KernelParams& k, const Pla
 __device__ __forceinline__ Group group_of_keys(const BlockSparseParams& p, const Place& place,
                                                const Walk& walk, int number) {
   Group group = walk.group(walk.begin + number);
-  group.masked |= group.first < key_range(p, place.end - 1).from ||
-                  group.first + kGroup > key_range(p, place.first).to;
+  group.masked |=
+      group.first < key_range(p, place.end - 1).from || group.first + kGroup > key_range(p, place.first).to;
   return group;
 }
 

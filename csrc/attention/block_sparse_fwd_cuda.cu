@@ -156,7 +156,7 @@ __device__ __forceinline__ void finish(const KernelParams& k, const Place& place
                                        T* queries) {
   const int lane = device::lane_id();
   const int first = device::warp_id() * Shape<kDim>::kSlabs * kSlab;
-  float* lse = static_cast<float*>(k.p.lse) + (place.batch * k.p.heads + place.head) * k.p.q_len;
+  float* lse = static_cast<float*>(k.p.lse) + (int64_t{place.batch} * k.p.heads + place.head) * k.p.q_len;
 #pragma unroll
   for (int slab = 0; slab < Shape<kDim>::kSlabs; ++slab) {
 #pragma unroll
