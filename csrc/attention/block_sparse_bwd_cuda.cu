@@ -80,20 +80,6 @@ __global__ void __launch_bounds__(kDeltaWarps* device::kWarpSize)
 
 // ---- gradients of keys and values ----
 
-// The list of the queries of one head that see this thread block's keys.
-__device__ __forceinline__ Walk walk_of_keys(const KernelParams& k, const Place& place, int64_t head,
-                                             int32_t (&bounds)[2]) {
-  const BlockSparseParams& p = k.p;
-  const int64_t row = row_of(p.mask.k2q, place.batch, head, place.block);
-  const bool ranged = p.key_to != nullptr;
-  const int64_t first_query = p.causal && !ranged ? place.first - p.kv_len + p.q_len : 0;
-  const WalkRange range{!ranged && !p.causal, int32_t(larger(first_query, 0)), int32_t(p.q_len)};
-  return walk_along(p.mask.k2q, row, p.mask.block_q, int32_t(p.q_len), range, bounds,
-                    [&](int64_t first, int64_t last) {
-                      return key_range(p, last).to > place.first && key_range(p, first).from < place.end;
-                    });
-}
-
 // Whether every query of a group sees every key of the thread block, as far as positions decide.
 __device__ __forceinline__ bool positions_hide(const BlockSparseParams& p, const Place& place,
                                                const Group& queries) {
@@ -426,9 +412,7 @@ void block_sparse_bwd_cuda(const BlockSparseParams& p, int device, Stream stream
   if (p.batch == 0) return;
   const device::DeviceGuard guard(device);
   if (p.dtype == DType::kFloat32) return block_sparse_bwd_float32(p, device, stream);
-  KernelParams k = kernel_params(p);
-  k.lse2 = static_cast<float*>(p.workspace);
-  k.delta = k.lse2 + p.batch * p.heads * p.q_len;
+  const KernelParams k = backward_params(p);
   p.dtype == DType::kFloat16 ? choose_backward<fp16>(k, stream) : choose_backward<bf16>(k, stream);
 }
 

@@ -81,6 +81,13 @@ inline KernelParams kernel_params(const BlockSparseParams& p) {
   return k;
 }
 
+inline KernelParams backward_params(const BlockSparseParams& p) {
+  KernelParams k = kernel_params(p);
+  k.lse2 = static_cast<float*>(p.workspace);
+  k.delta = k.lse2 + p.batch * p.heads * p.q_len;
+  return k;
+}
+
 // Rows of one head of a tensor.
 template <class T>
 struct Rows {
@@ -234,7 +241,7 @@ __device__ __forceinline__ void multiply_rows(float (&c)[kSlabs][kTiles][4], con
                                               const T* b, uint32_t keep, uint32_t flip) {
   const MatrixReader<kDim, true> left(a, first_row);
   const MatrixReader<kDim, false> right(b);
-  constexpr int kUnroll = kDim <= 64 ? 2 : 4;  // all of it would hold too much in flight
+  [[maybe_unused]] constexpr int kUnroll = kDim <= 64 ? 2 : 4;  // all of it would hold too much in flight
   clear(c);
 #pragma unroll kUnroll
   for (int k = 0; k < kDim / 16; ++k) {
@@ -498,6 +505,20 @@ __device__ __forceinline__ Group group_of_keys(const BlockSparseParams& p, const
   group.masked |=
       group.first < key_range(p, place.end - 1).from || group.first + kGroup > key_range(p, place.first).to;
   return group;
+}
+
+// The list of the queries of one head that see this thread block's keys.
+__device__ __forceinline__ Walk walk_of_keys(const KernelParams& k, const Place& place, int64_t head,
+                                             int32_t (&bounds)[2]) {
+  const BlockSparseParams& p = k.p;
+  const int64_t row = row_of(p.mask.k2q, place.batch, head, place.block);
+  const bool ranged = p.key_to != nullptr;
+  const int64_t first_query = p.causal && !ranged ? place.first - p.kv_len + p.q_len : 0;
+  const WalkRange range{!ranged && !p.causal, int32_t(larger(first_query, 0)), int32_t(p.q_len)};
+  return walk_along(p.mask.k2q, row, p.mask.block_q, int32_t(p.q_len), range, bounds,
+                    [&](int64_t first, int64_t last) {
+                      return key_range(p, last).to > place.first && key_range(p, first).from < place.end;
+                    });
 }
 
 inline unsigned grid_of(const KernelParams& k, int64_t heads, int32_t block, int64_t length) {

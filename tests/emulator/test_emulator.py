@@ -321,6 +321,7 @@ ACCURATE_MATH = {
     "exp": np.exp,
     "log1p": np.log1p,
     "log2": np.log2,
+    "tanh": np.tanh,
     "sinpi": lambda a: np.sin(np.pi * np.fmod(a, 2)),
     "cospi": lambda a: np.cos(np.pi * np.fmod(a, 2)),
 }
