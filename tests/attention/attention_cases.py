@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Lists:
     block_size: tuple[int, int]
     q_len: int
     kv_len: int
+
+    def to(self, device: torch.device) -> Lists:
+        """The same on another device."""
+        moved = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
 
 def _listed(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
