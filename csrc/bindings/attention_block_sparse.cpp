@@ -124,8 +124,11 @@ class Reader {
     on_gpu = runs_on_gpu(q);
     p.dtype = q.dtype;
     check_type(q.dtype == DType::kFloat32 || q.dtype == DType::kFloat16 || q.dtype == DType::kBFloat16 ||
-                   (q.dtype == DType::kFloat64 && !on_gpu),
+                   q.dtype == DType::kFloat64,
                "q: got dtype ", q.dtype, ", allowed: float32, float16, bfloat16, and float64 on a CPU");
+    if (on_gpu && q.dtype == DType::kFloat64) {
+      fail(ErrorKind::kNotImplemented, "q: float64 has no CUDA kernel: move the tensors to the CPU");
+    }
     p.batch = q.shape[0];
     p.heads = int32_t(q.shape[1]);
     p.kv_heads = int32_t(k.shape[1]);

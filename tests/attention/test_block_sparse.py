@@ -126,7 +126,9 @@ def test_shared_masks(backend: Backend, mask_batch: int, mask_heads: int, dtype:
     ids=str,
 )
 @pytest.mark.parametrize(("q_len", "kv_len"), [(100, 140), (140, 100)])
-def test_options(backend: Backend, q_len: int, kv_len: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_options(
+    backend: Backend, q_len: int, kv_len: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
     visible = random_mask(1, 2, q_len, kv_len, 32, 32, seed=3)
     check(backend, make(1, 2, 1, q_len, kv_len, 32, 48), visible, (32, 32), dtype, **options)
 
