@@ -48,7 +48,8 @@ struct KernelParams {
 };
 
 inline TensorAccess access_to(const HeadsTensor& t, int32_t columns) {
-  const bool strides = t.inner == 1 && t.row % 8 == 0 && t.head % 8 == 0 && t.batch % 8 == 0;
+  const bool small = t.row <= 0x7fffffff && t.row >= -0x7fffffff;
+  const bool strides = small && t.inner == 1 && t.row % 8 == 0 && t.head % 8 == 0 && t.batch % 8 == 0;
   return {t, columns, strides && columns % 8 == 0 && device::is_aligned(t.data, 16)};
 }
 
@@ -135,18 +136,24 @@ __device__ __forceinline__ Vector<T, 8> load_chunk(const Rows<const T>& rows, in
 template <int kDim, class T, class RowAt>
 __device__ __forceinline__ void copy_tile(T* tile, const Rows<const T>& rows, int count,
                                           const RowAt& row_at) {
-  constexpr int kChunks = kDim / 8;
+  constexpr unsigned kChunks = kDim / 8;
   if (rows.vectors) {
-    for (int i = int(threadIdx.x); i < count * kChunks; i += int(blockDim.x)) {
-      const int r = i / kChunks, chunk = i % kChunks, row = row_at(r);
-      const bool inside = row < rows.count && chunk * 8 < rows.columns;
-      const T* from = rows.data + (inside ? row * rows.row + chunk * 8 : 0);
-      device::cp_async<16>(tile + place_of<kDim>(r, chunk), from, inside);
+    // A thread's chunk is always the same: a warp or more of threads are whole rows of them.
+    const unsigned thread = device::fresh(threadIdx.x);  // nothing of it stays in registers between tiles
+    const int chunk = int(thread % kChunks), stride = int(rows.row);
+    const T* from = rows.data + chunk * 8;
+    const bool exists = chunk * 8 < rows.columns;
+#pragma unroll 1
+    for (int r = int(thread / kChunks); r < count; r += int(blockDim.x / kChunks)) {
+      const int row = row_at(r);
+      const bool inside = exists && row < rows.count;
+      device::cp_async<16>(tile + place_of<kDim>(r, chunk), from + int64_t{inside ? row : 0} * stride,
+                           inside);
     }
   } else {
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < count * kChunks; i += int(blockDim.x)) {
-      const int r = i / kChunks, chunk = i % kChunks;
+    for (unsigned i = threadIdx.x; i < unsigned(count) * kChunks; i += blockDim.x) {
+      const int r = int(i / kChunks), chunk = int(i % kChunks);
       device::store(reinterpret_cast<Vector<T, 8>*>(tile + place_of<kDim>(r, chunk)),
                     load_elements(rows, row_at(r), chunk * 8));
     }
