@@ -11,8 +11,9 @@
 //                         the next product reads.
 //   3. query_grads_kernel a thread block some queries: walks their list of keys.
 //
-// Roofline: 7 products instead of the 5 of a kernel that adds dq up with atomics: 14 D FLOP a pair and head
-// dim. 2. reads 4 D bytes a query and tile of 128 keys; 1. reads 4 D bytes a query, bound by memory.
+// Roofline, of 128 x 32 pairs at head dim 128: 7 products (5 would do with atomics), 7.3 MFLOP, 3600 clocks
+// of sm_80's tensor cores; 320 KB and 224 KB of fragments out of shared memory in 2. and 3., 4300 clocks, so
+// that is what binds. 1. reads 4 D bytes a query, bound by memory.
 #include "attention/block_sparse_cuda.h"
 
 namespace tilewright::attention {

@@ -486,12 +486,18 @@ struct Place {
 // Heads and then tiles, the last rows first: under a causal mask they have most to do.
 __device__ __forceinline__ Place place_of_block(const KernelParams& k, int64_t heads, int32_t block,
                                                 int64_t length) {
-  const int64_t all = divide_up(length, block) * k.tiles_each;
-  const int64_t number = blockIdx.x, tile = all - 1 - number % all, head = number / all;
-  const int32_t index = int32_t(tile / k.tiles_each), offset = int32_t(tile % k.tiles_each) * k.rows;
+  const uint32_t tiles = uint32_t(divide_up(length, block)) * uint32_t(k.tiles_each);
+  const uint32_t head = blockIdx.x / tiles, tile = tiles - 1 - blockIdx.x % tiles;
+  const int32_t index = int32_t(tile / uint32_t(k.tiles_each));
+  const int32_t offset = int32_t(tile % uint32_t(k.tiles_each)) * k.rows;
   const int64_t first = int64_t{index} * block + offset;
   const int64_t end = smaller(smaller(first + k.rows, int64_t{index + 1} * block), length);
-  return {int32_t(head / heads), int32_t(head % heads), index, int32_t(first), int32_t(end), offset};
+  return {int32_t(head / uint32_t(heads)),
+          int32_t(head % uint32_t(heads)),
+          index,
+          int32_t(first),
+          int32_t(end),
+          offset};
 }
 
 // The list of the thread block's queries, without what comes after the last of them or before the first.
