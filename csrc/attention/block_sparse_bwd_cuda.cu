@@ -365,20 +365,18 @@ __global__ void __launch_bounds__(QueryShape<kDim>::kMostThreads)
 // ---- launches ----
 
 template <class T, int kDim, class Shape>
-void launch_grads(device::Kernel<KernelParams> kernel, KernelParams k, int64_t heads, int32_t block,
-                  int64_t length, Stream stream) {
-  const int warps = cut_blocks(k, block, Shape::kMostRows, Shape::kSlabs * kSlab);
-  const unsigned blocks = grid_of(k, heads, block, length);
+void launch_grads(device::Kernel<KernelParams> kernel, KernelParams k, const Axis& axis, int device,
+                  Stream stream) {
+  const int warps = cut_blocks(k, axis, Shape::kMostRows, Shape::kSlabs * kSlab, device);
   const size_t bytes = sizeof(Smem<T, kDim>) + 2 * size_t(k.rows) * kDim * sizeof(T);
   device::preload(kernel);
-  device::launch(kernel, dim3(blocks), dim3(unsigned(warps * device::kWarpSize)), bytes, stream, k);
+  device::launch(kernel, dim3(grid_of(k, axis)), dim3(unsigned(warps * device::kWarpSize)), bytes, stream, k);
 }
 
 template <class T, int kDim>
-void launch_backward(const KernelParams& k, Stream stream) {
-  const BlockSparseParams& p = k.p;
+void launch_backward(const KernelParams& k, int device, Stream stream) {
   const auto keys = [&](device::Kernel<KernelParams> kernel) {
-    launch_grads<T, kDim, KeyShape<kDim>>(kernel, k, p.kv_heads, p.mask.block_kv, p.kv_len, stream);
+    launch_grads<T, kDim, KeyShape<kDim>>(kernel, k, keys_of(k.p), device, stream);
   };
   if constexpr (kDim <= 128) {
     keys(key_grads_kernel<T, kDim, true, true>);
@@ -386,21 +384,20 @@ void launch_backward(const KernelParams& k, Stream stream) {
     keys(key_grads_kernel<T, kDim, false, true>);
     keys(key_grads_kernel<T, kDim, true, false>);
   }
-  launch_grads<T, kDim, QueryShape<kDim>>(query_grads_kernel<T, kDim>, k, p.heads, p.mask.block_q, p.q_len,
-                                          stream);
+  launch_grads<T, kDim, QueryShape<kDim>>(query_grads_kernel<T, kDim>, k, queries_of(k.p), device, stream);
 }
 
 template <class T>
-void choose_backward(const KernelParams& k, Stream stream) {
+void choose_backward(const KernelParams& k, int device, Stream stream) {
   const BlockSparseParams& p = k.p;
   const int64_t rows = p.batch * p.heads * p.q_len;
   device::preload(delta_kernel<T>);
   device::launch(delta_kernel<T>, dim3(unsigned(divide_up(rows, kDeltaWarps))),
                  dim3(kDeltaWarps * device::kWarpSize), 0, stream, k);
   const int64_t dim = larger(p.head_dim, p.value_dim);
-  if (dim <= 64) return launch_backward<T, 64>(k, stream);
-  if (dim <= 128) return launch_backward<T, 128>(k, stream);
-  launch_backward<T, 256>(k, stream);
+  if (dim <= 64) return launch_backward<T, 64>(k, device, stream);
+  if (dim <= 128) return launch_backward<T, 128>(k, device, stream);
+  launch_backward<T, 256>(k, device, stream);
 }
 
 }  // namespace
@@ -414,7 +411,8 @@ void block_sparse_bwd_cuda(const BlockSparseParams& p, int device, Stream stream
   const device::DeviceGuard guard(device);
   if (p.dtype == DType::kFloat32) return block_sparse_bwd_float32(p, device, stream);
   const KernelParams k = backward_params(p);
-  p.dtype == DType::kFloat16 ? choose_backward<fp16>(k, stream) : choose_backward<bf16>(k, stream);
+  p.dtype == DType::kFloat16 ? choose_backward<fp16>(k, device, stream)
+                             : choose_backward<bf16>(k, device, stream);
 }
 
 }  // namespace tilewright::attention

@@ -53,10 +53,28 @@ inline TensorAccess access_to(const HeadsTensor& t, int32_t columns) {
   return {t, columns, strides && columns % 8 == 0 && device::is_aligned(t.data, 16)};
 }
 
-// How many rows of a block of the mask one thread block takes, and how many warps it needs for them.
-inline int cut_blocks(KernelParams& k, int32_t block, int32_t most_rows, int32_t warp_rows) {
-  k.tiles_each = int32_t(divide_up(block, most_rows));
-  const int64_t warps = divide_up(divide_up(block, k.tiles_each), warp_rows);
+// The rows of a kernel: `heads` times `length` of them, in blocks of the mask.
+struct Axis {
+  int64_t heads, length;
+  int32_t block;
+};
+
+inline Axis queries_of(const BlockSparseParams& p) { return {p.heads, p.q_len, p.mask.block_q}; }
+inline Axis keys_of(const BlockSparseParams& p) { return {p.kv_heads, p.kv_len, p.mask.block_kv}; }
+
+inline int64_t thread_blocks(const KernelParams& k, const Axis& axis) {
+  return k.p.batch * axis.heads * divide_up(axis.length, axis.block) * k.tiles_each;
+}
+
+// Says how many rows of a block of the mask a thread block takes, and returns how many warps it needs for
+// them: fewer than it could where there would be multiprocessors without any.
+inline int cut_blocks(KernelParams& k, const Axis& axis, int32_t most_rows, int32_t warp_rows, int device) {
+  const int wanted = device::multiprocessor_count(device);
+  for (;; most_rows /= 2) {
+    k.tiles_each = int32_t(divide_up(axis.block, most_rows));
+    if (most_rows <= warp_rows || thread_blocks(k, axis) >= wanted) break;
+  }
+  const int64_t warps = divide_up(divide_up(axis.block, k.tiles_each), warp_rows);
   k.rows = int32_t(warps) * warp_rows;
   return int(warps);
 }
@@ -374,10 +392,10 @@ __device__ __forceinline__ Walk walk_along(const BlockLists& lists, int64_t row,
   if (count <= 0) return {indices, bits, block, length, 0, 0};
   indices += first;
   const int64_t start = int64_t{indices[0]} * block, last = int64_t{indices[count - 1]} * block;
-  const int64_t skipped = larger(range.from - start, 0) / kGroup;
   const int64_t kept = divide_up(smaller(larger(smaller(range.to, length) - last, 0), block), kGroup);
-  return {
-      indices, bits, block, length, int32_t(skipped), int32_t(int64_t{count - 1} * (block / kGroup) + kept)};
+  const int64_t end = int64_t{count - 1} * (block / kGroup) + kept;
+  const int64_t skipped = smaller(larger(range.from - start, 0) / kGroup, end);
+  return {indices, bits, block, length, int32_t(skipped), int32_t(end)};
 }
 
 // ---- which keys a query sees ----
@@ -484,7 +502,7 @@ struct Place {
 };
 
 // Heads and then tiles, the last rows first: under a causal mask they have most to do.
-__device__ __forceinline__ Place place_of_block(const KernelParams& k, int64_t heads, int32_t block,
+__device__ __forceinline__ Place place_of_block(const KernelParams& k, int32_t heads, int32_t block,
                                                 int64_t length) {
   const uint32_t tiles = uint32_t(divide_up(length, block)) * uint32_t(k.tiles_each);
   const uint32_t head = blockIdx.x / tiles, tile = tiles - 1 - blockIdx.x % tiles;
@@ -534,8 +552,8 @@ __device__ __forceinline__ Walk walk_of_keys(const KernelParams& k, const Place&
                     });
 }
 
-inline unsigned grid_of(const KernelParams& k, int64_t heads, int32_t block, int64_t length) {
-  const int64_t blocks = k.p.batch * heads * divide_up(length, block) * k.tiles_each;
+inline unsigned grid_of(const KernelParams& k, const Axis& axis) {
+  const int64_t blocks = thread_blocks(k, axis);
   check_value(blocks <= 0x7fffffff && k.p.q_len <= 0x7fffff00 && k.p.kv_len <= 0x7fffff00,
               "q: too many queries, keys or heads for one launch");
   return unsigned(blocks);

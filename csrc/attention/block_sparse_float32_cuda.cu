@@ -370,27 +370,26 @@ __global__ void __launch_bounds__(kThreads) key_grads_kernel(const __grid_consta
 
 // ---- launches ----
 
-void launch(device::Kernel<KernelParams> kernel, KernelParams k, int64_t heads, int32_t block, int64_t length,
-            int tiles, Stream stream) {
-  cut_blocks(k, block, kRows, kRows);
+void launch(device::Kernel<KernelParams> kernel, KernelParams k, const Axis& axis, int tiles, int device,
+            Stream stream) {
+  cut_blocks(k, axis, kRows, kRows, device);
   device::preload(kernel);
-  device::launch(kernel, dim3(grid_of(k, heads, block, length)), dim3(kThreads), shared_bytes(k.p, tiles),
-                 stream, k);
+  device::launch(kernel, dim3(grid_of(k, axis)), dim3(kThreads), shared_bytes(k.p, tiles), stream, k);
 }
 
 }  // namespace
 
-void block_sparse_fwd_float32(const BlockSparseParams& p, int, Stream stream) {
-  launch(forward_kernel, kernel_params(p), p.heads, p.mask.block_q, p.q_len, 2, stream);
+void block_sparse_fwd_float32(const BlockSparseParams& p, int device, Stream stream) {
+  launch(forward_kernel, kernel_params(p), queries_of(p), 2, device, stream);
 }
 
-void block_sparse_bwd_float32(const BlockSparseParams& p, int, Stream stream) {
+void block_sparse_bwd_float32(const BlockSparseParams& p, int device, Stream stream) {
   const KernelParams k = backward_params(p);
   const int64_t rows = p.batch * p.heads * p.q_len;
   device::preload(delta_kernel);
   device::launch(delta_kernel, dim3(unsigned(divide_up(rows, kThreads))), dim3(kThreads), 0, stream, k);
-  launch(key_grads_kernel, k, p.kv_heads, p.mask.block_kv, p.kv_len, 4, stream);
-  launch(query_grads_kernel, k, p.heads, p.mask.block_q, p.q_len, 4, stream);
+  launch(key_grads_kernel, k, keys_of(p), 4, device, stream);
+  launch(query_grads_kernel, k, queries_of(p), 4, device, stream);
 }
 
 }  // namespace tilewright::attention

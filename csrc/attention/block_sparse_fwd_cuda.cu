@@ -235,22 +235,22 @@ __global__ void __launch_bounds__(Shape<kDim>::kMostThreads)
 }
 
 template <class T, int kDim>
-void launch_forward(KernelParams k, Stream stream) {
+void launch_forward(KernelParams k, int device, Stream stream) {
   using S = Shape<kDim>;
-  const int warps = cut_blocks(k, k.p.mask.block_q, S::kMostRows, S::kSlabs * kSlab);
+  const Axis queries = queries_of(k.p);
+  const int warps = cut_blocks(k, queries, S::kMostRows, S::kSlabs * kSlab, device);
   const size_t bytes = sizeof(Smem<T, kDim>) + size_t(k.rows) * kDim * sizeof(T);
-  const unsigned blocks = grid_of(k, k.p.heads, k.p.mask.block_q, k.p.q_len);
   device::preload(forward_kernel<T, kDim>);
-  device::launch(forward_kernel<T, kDim>, dim3(blocks), dim3(unsigned(warps * device::kWarpSize)), bytes,
-                 stream, k);
+  device::launch(forward_kernel<T, kDim>, dim3(grid_of(k, queries)),
+                 dim3(unsigned(warps * device::kWarpSize)), bytes, stream, k);
 }
 
 template <class T>
-void choose_forward(const KernelParams& k, Stream stream) {
+void choose_forward(const KernelParams& k, int device, Stream stream) {
   const int64_t dim = larger(k.p.head_dim, k.p.value_dim);
-  if (dim <= 64) return launch_forward<T, 64>(k, stream);
-  if (dim <= 128) return launch_forward<T, 128>(k, stream);
-  launch_forward<T, 256>(k, stream);
+  if (dim <= 64) return launch_forward<T, 64>(k, device, stream);
+  if (dim <= 128) return launch_forward<T, 128>(k, device, stream);
+  launch_forward<T, 256>(k, device, stream);
 }
 
 }  // namespace
@@ -263,7 +263,8 @@ void block_sparse_fwd_cuda(const BlockSparseParams& p, int device, Stream stream
   // Kernels of newer devices are chosen here.
   if (p.dtype == DType::kFloat32) return block_sparse_fwd_float32(p, device, stream);
   const KernelParams k = kernel_params(p);
-  p.dtype == DType::kFloat16 ? choose_forward<fp16>(k, stream) : choose_forward<bf16>(k, stream);
+  p.dtype == DType::kFloat16 ? choose_forward<fp16>(k, device, stream)
+                             : choose_forward<bf16>(k, device, stream);
 }
 
 }  // namespace tilewright::attention
