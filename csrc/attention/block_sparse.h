@@ -34,6 +34,7 @@ struct BlockSparseParams {
   const void* dlse;              // as lse; null: zero
 
   BlockMaskView mask;
+  int32_t tables;  // how many the mask has
   // [q_len] each, both ascending: the range of keys that a query may see (packed sequences); null: all.
   const int32_t *key_from, *key_to;
   void* workspace;  // block_sparse_{fwd,bwd}_workspace_{cpu,cuda} bytes of scratch, 64-byte aligned

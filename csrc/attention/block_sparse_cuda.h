@@ -344,14 +344,15 @@ __device__ __forceinline__ bool any_masked(const Group* groups) {
 // The groups of a list in their order, numbers [begin, end).
 struct Walk {
   const int32_t *indices, *bits;
-  int32_t block, length, begin, end;
+  int32_t block, length, begin, end, tables;
 
+  // What does not exist, or is named by no table, is seen by nobody.
   __device__ __forceinline__ Group group(int number) const {
     if (number >= end) return {length, -1, 0, 1};
     const int each = block / kGroup, entry = number / each, column = number % each * kGroup;
-    const int32_t index = indices[entry];
-    if (uint32_t(index) >= uint32_t(divide_up(length, block))) return {length, -1, 0, 1};
-    const int32_t table = bits == nullptr ? -1 : bits[entry];
+    const int32_t index = indices[entry], table = bits == nullptr ? -1 : bits[entry];
+    if (uint32_t(index) >= uint32_t(divide_up(length, block)) || table < -1 || table >= tables)
+      return {length, -1, 0, 1};
     return {index * block + column, table, column, table >= 0 || index * block + column + kGroup > length};
   }
 };
@@ -365,8 +366,8 @@ struct WalkRange {
 
 template <class Useful>
 __device__ __forceinline__ Walk walk_along(const BlockLists& lists, int64_t row, int32_t block,
-                                           int32_t length, const WalkRange& range, int32_t (&bounds)[2],
-                                           const Useful& useful) {
+                                           int32_t length, int32_t tables, const WalkRange& range,
+                                           int32_t (&bounds)[2], const Useful& useful) {
   const int32_t* indices = lists.indices + row * lists.capacity;
   int32_t count = lists.counts[row] < lists.capacity ? lists.counts[row] : int32_t(lists.capacity);
   int32_t first = 0;
@@ -389,13 +390,13 @@ __device__ __forceinline__ Walk walk_along(const BlockLists& lists, int64_t row,
     count = bounds[1] - first;
   }
   const int32_t* bits = lists.bits == nullptr ? nullptr : lists.bits + row * lists.capacity + first;
-  if (count <= 0) return {indices, bits, block, length, 0, 0};
+  if (count <= 0) return {indices, bits, block, length, 0, 0, tables};
   indices += first;
   const int64_t start = int64_t{indices[0]} * block, last = int64_t{indices[count - 1]} * block;
   const int64_t kept = divide_up(smaller(larger(smaller(range.to, length) - last, 0), block), kGroup);
   const int64_t end = int64_t{count - 1} * (block / kGroup) + kept;
   const int64_t skipped = smaller(larger(range.from - start, 0) / kGroup, end);
-  return {indices, bits, block, length, int32_t(skipped), int32_t(end)};
+  return {indices, bits, block, length, int32_t(skipped), int32_t(end), tables};
 }
 
 // ---- which keys a query sees ----
@@ -525,7 +526,7 @@ __device__ __forceinline__ Walk walk_of_queries(const KernelParams& k, const Pla
   const int64_t row = row_of(p.mask.q2k, place.batch, place.head, place.block);
   const int64_t from = key_range(p, place.first).from, to = key_range(p, place.end - 1).to;
   const WalkRange range{p.key_to == nullptr && !p.causal, int32_t(from), int32_t(to)};
-  return walk_along(p.mask.q2k, row, p.mask.block_kv, int32_t(p.kv_len), range, bounds,
+  return walk_along(p.mask.q2k, row, p.mask.block_kv, int32_t(p.kv_len), p.tables, range, bounds,
                     [&](int64_t first, int64_t last) { return first < to && last >= from; });
 }
 
@@ -546,7 +547,7 @@ __device__ __forceinline__ Walk walk_of_keys(const KernelParams& k, const Place&
   const bool ranged = p.key_to != nullptr;
   const int64_t first_query = p.causal && !ranged ? place.first - p.kv_len + p.q_len : 0;
   const WalkRange range{!ranged && !p.causal, int32_t(larger(first_query, 0)), int32_t(p.q_len)};
-  return walk_along(p.mask.k2q, row, p.mask.block_q, int32_t(p.q_len), range, bounds,
+  return walk_along(p.mask.k2q, row, p.mask.block_q, int32_t(p.q_len), p.tables, range, bounds,
                     [&](int64_t first, int64_t last) {
                       return key_range(p, last).to > place.first && key_range(p, first).from < place.end;
                     });

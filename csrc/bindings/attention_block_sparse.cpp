@@ -150,7 +150,8 @@ class Reader {
     check_value(view.ndim == 3 && view.shape[1] == p.mask.block_q && view.shape[2] == words,
                 "tables: got shape ", view.sizes(), ", expected (tables, ", p.mask.block_q, ", ", words, ")");
     p.mask.tables = static_cast<const uint32_t*>(flat(object, "tables", view.numel(), DType::kInt32));
-    return view.shape[0];
+    p.tables = int32_t(view.shape[0]);
+    return p.tables;
   }
 
   BlockLists lists(const py::dict& t, const ListNames& names, int64_t rows, int64_t blocks, int64_t tables) {

@@ -197,6 +197,20 @@ def test_blocks_that_do_not_exist(backend: Backend, wrong: int, which: int) -> N
         torch.testing.assert_close(run(backend, inputs, bad)["out"].float(), out, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("wrong", [-2, 10**6])
+def test_tables_that_do_not_exist(backend: Backend, wrong: int) -> None:
+    mask = lists_of(random_mask(1, 1, 64, 64, 16, 16, seed=1), 16, 16)
+    assert mask.q2k_bits is not None
+    assert mask.k2q_bits is not None
+    bad = replace(
+        mask,
+        q2k_bits=mask.q2k_bits.masked_fill(mask.q2k_bits >= 0, wrong),
+        k2q_bits=mask.k2q_bits.masked_fill(mask.k2q_bits >= 0, wrong),
+    )
+    found = run(backend, tuple(t.bfloat16() for t in make(1, 1, 1, 64, 64, 16, 16)), bad)
+    assert not any(t.isnan().any() for t in found.values())
+
+
 def test_float64_has_no_kernel(backend: Backend) -> None:
     q, k, v = (t.to(backend.device) for t in make(1, 1, 1, 20, 20, 8, 8))
     mask: Lists = lists_of(torch.ones(1, 1, 20, 20, dtype=torch.bool), 16, 16).to(backend.device)
