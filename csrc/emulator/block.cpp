@@ -44,6 +44,7 @@ void Block::run(const Grid& grid, uint3 index, uint64_t seed) {
   check_mbarriers();
   check_matrix_groups();
   check_guards();
+  check_races();
 }
 
 void Block::set_up(const Grid& grid, uint3 index, uint64_t seed) {
@@ -55,6 +56,7 @@ void Block::set_up(const Grid& grid, uint3 index, uint64_t seed) {
   gridDim = grid.blocks;
   set_up_shared_memory(grid.shared_bytes);
   set_up_threads();
+  races_.begin(threads_, shared_, grid.shared_bytes);
 }
 
 void Block::set_up_threads() {
@@ -199,6 +201,20 @@ void Block::check_guards() const {
        " of shared memory, which has ", grid_->shared_bytes, " bytes");
 }
 
+void Block::check_races() const {
+  const Race* race = races_.first();
+  if (race == nullptr) return;
+  const auto describe_side = [&](unsigned thread) {
+    const Wait& wait = lanes_[thread].wait;
+    if (wait.site.line() == 0) return str("thread ", thread, ", which never waits,");
+    return str("thread ", thread, " (which waits last at ", place_of(wait.site), ")");
+  };
+  fail(ErrorKind::kRuntime, "emulator: ", describe_block(), ": a race on byte ", race->offset,
+       " of shared memory: ", describe_side(race->thread), race->writes ? " writes" : " reads", " what ",
+       describe_side(race->other), race->other_wrote ? " wrote" : " read", ", and no barrier is between them",
+       place_of_code(race->code));
+}
+
 void* Block::shared_memory(size_t bytes) const {
   if (bytes > grid_->shared_bytes) {
     fail(ErrorKind::kRuntime, "emulator: ", describe_block(), ": the kernel's shared memory struct has ",
@@ -242,13 +258,21 @@ void AsyncCopies::add(void* destination, const void* source, size_t bytes, bool 
 
 void AsyncCopies::commit() { groups_.push_back(std::exchange(uncommitted_, 0)); }
 
-void AsyncCopies::land_all_but(size_t groups) {
+template <class Land>
+void AsyncCopies::land_all_but(size_t groups, const Land& land) {
   if (groups_.size() <= groups) return;
   const auto first_pending = groups_.end() - ptrdiff_t(groups);
   const size_t landing = std::accumulate(groups_.begin(), first_pending, size_t{0});
   for (size_t i = 0; i < landing; ++i) land(copies_[i].destination, copies_[i].source, copies_[i].bytes);
   copies_.erase(copies_.begin(), copies_.begin() + ptrdiff_t(landing));
   groups_.erase(groups_.begin(), first_pending);
+}
+
+void Block::cp_async_wait(int groups) {
+  current_->copies.land_all_but(size_t(groups), [&](void* destination, const void* source, size_t bytes) {
+    note_access(destination, bytes, true);
+    land(destination, source, bytes);
+  });
 }
 
 void AsyncCopies::forget() {

@@ -14,6 +14,7 @@
 #include "emulator/fibre.h"
 #include "emulator/matrix.h"
 #include "emulator/mbarrier.h"
+#include "emulator/races.h"
 #include "emulator/runtime.h"
 
 namespace tilewright::emulator {
@@ -56,7 +57,8 @@ class AsyncCopies {
  public:
   void add(void* destination, const void* source, size_t bytes, bool valid);
   void commit();
-  void land_all_but(size_t groups);
+  template <class Land>
+  void land_all_but(size_t groups, const Land& land);
   void forget();
 
  private:
@@ -115,6 +117,7 @@ const char* name_of(BlockOp op);
 std::string place_of(Site site);
 std::string describe_lanes(uint32_t mask);
 std::string call_of(const Lane& lane);
+std::string place_of_code(const void* code);
 
 class Block {
  public:
@@ -133,7 +136,10 @@ class Block {
   void load_matrices(uint32_t (&registers)[4], uint32_t row, bool transposed, Site site);
   void cp_async(void* destination, const void* source, size_t bytes, bool valid, Site site);
   void cp_async_commit() { current_->copies.commit(); }
-  void cp_async_wait(int groups) { current_->copies.land_all_but(size_t(groups)); }
+  void cp_async_wait(int groups);
+  void note_access(const void* address, size_t bytes, bool writes, const void* code = nullptr) {
+    races_.access(current_->rank, address, bytes, writes, code);
+  }
 
   void mbarrier_init(uint64_t* word, int arrivals, Site site);
   void mbarriers_fence();
@@ -165,6 +171,7 @@ class Block {
     unsigned votes = 0;
     int result = 0;
     std::array<WarpArrival, kMaxWarps> warps;
+    Clock clock;  // of those that have come
 
     void reset();
   };
@@ -197,6 +204,8 @@ class Block {
   void set_up_threads();
   void set_up_shared_memory(size_t bytes);
   void check_guards() const;
+  void check_races() const;
+  void order_warp(uint32_t mask, unsigned warp);
   void check_shared(const void* start, size_t bytes, const char* what, Site site) const;
 
   static void fibre_main();
@@ -255,6 +264,7 @@ class Block {
   std::vector<Mbarrier> mbarriers_;  // by the order of their initialisation
   std::array<MatrixGroup, kMaxWarps / kMatrixWarps> matrix_groups_;
 
+  Races races_;
   Memory memory_;  // guard, shared memory, guard
   char* shared_ = nullptr;
 };

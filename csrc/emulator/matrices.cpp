@@ -82,6 +82,7 @@ void Block::load_matrices(uint32_t (&registers)[4], uint32_t row, bool transpose
   const char* start = shared_ + row;
   check_aligned(start, kRowBytes, site);
   if (row + kRowBytes > grid_->shared_bytes) report(site, "load_matrices: the row is not in shared memory");
+  note_access(start, kRowBytes, false);
   const MatrixRow mine{start, registers};
   warp_collective(WarpOp::kLoadMatrices, reinterpret_cast<uint64_t>(&mine), transposed, ~0u, site);
 }

@@ -71,13 +71,14 @@ void Block::mbarrier_arrive(uint64_t* word, int64_t bytes, Site site) {
   }
   barrier.bytes += bytes;
   --barrier.missing;
+  races_.release(current_->rank, barrier.arrived);
   complete_if_due(barrier, site);
 }
 
 void Block::mbarrier_wait(uint64_t* word, uint32_t parity, Site site) {
   Mbarrier& barrier = mbarrier_at(word, site);
   if (parity > 1) report(site, str("mbarrier_wait: got parity ", parity, ", allowed: 0, 1"));
-  if ((barrier.phase & 1) != parity) return;
+  if ((barrier.phase & 1) != parity) return races_.acquire(current_->rank, barrier.passed);
   Lane& lane = *current_;
   barrier.waiting.push_back(&lane);
   lane.wait = {site, uint32_t(barrier.offset), Wait::Where::kMbarrier, 0, uint16_t(parity)};
@@ -156,7 +157,11 @@ void Block::complete_if_due(Mbarrier& barrier, Site site) {
   barrier.copies.clear();
   barrier.missing = barrier.count;
   ++barrier.phase;
-  for (Lane* lane : barrier.waiting) ready_.add(*lane, random_);
+  barrier.passed = barrier.arrived;
+  for (Lane* lane : barrier.waiting) {
+    races_.acquire(lane->rank, barrier.passed);
+    ready_.add(*lane, random_);
+  }
   barrier.waiting.clear();
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "emulator/hopper.h"
+#include "emulator/races.h"
 
 namespace tilewright::emulator {
 
@@ -30,6 +31,7 @@ struct Mbarrier {
   bool fenced = false;  // copies may find it
   std::vector<TensorCopy> copies{};
   std::vector<Lane*> waiting{};
+  Clock arrived{}, passed{};  // of all who arrived; of those up to the last phase's end
 };
 
 std::string describe_mbarrier(const Mbarrier& barrier);

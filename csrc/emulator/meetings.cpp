@@ -52,6 +52,7 @@ void Block::arrive(Barrier& barrier, BlockOp op, bool predicate, unsigned expect
   arrival.lanes |= lane.bit();
   if (waits) arrival.waiting |= lane.bit();
   ++barrier.threads;
+  races_.release(lane.rank, barrier.clock);
   barrier.votes += predicate;
   if (has_come(barrier, lane)) barrier.warp_threads += kWarpLanes;
   complete_if_all_came(barrier);
@@ -98,13 +99,18 @@ void Block::complete(Barrier& barrier) {
       barrier.result = barrier.votes;
       break;
   }
-  for (unsigned warp = 0; warp * kWarpLanes < threads_; ++warp) wake(barrier.warps[warp].waiting, warp);
+  for (unsigned warp = 0; warp * kWarpLanes < threads_; ++warp) {
+    for_each_lane(barrier.warps[warp].waiting,
+                  [&](unsigned i) { races_.acquire(warp * kWarpLanes + i, barrier.clock); });
+    wake(barrier.warps[warp].waiting, warp);
+  }
   barrier.reset();
 }
 
 void Block::Barrier::reset() {
   warp_threads = threads = votes = 0;
   for (WarpArrival& arrival : warps) arrival.lanes = arrival.waiting = 0;
+  clock.clear();
 }
 
 void Block::leave_barriers(const Lane& lane) {
@@ -132,10 +138,18 @@ uint64_t Block::warp_collective(WarpOp op, uint64_t value, uint32_t argument, ui
   if (meeting.arrived == mask) {
     meeting = warp.meeting[--warp.meetings];
     exchange(op, mask, &lanes_[lane.warp() * kWarpLanes]);
+    op == WarpOp::kSync ? order_warp(mask, lane.warp()) : races_.meet(mask, lane.warp());
     wake(mask, lane.warp());
   }
   suspend();
   return lane.value;
+}
+
+// Of a warp's meetings sync_warp alone orders what its lanes do to memory.
+void Block::order_warp(uint32_t mask, unsigned warp) {
+  Clock clock;
+  for_each_lane(mask, [&](unsigned i) { races_.release(warp * kWarpLanes + i, clock); });
+  for_each_lane(mask, [&](unsigned i) { races_.acquire(warp * kWarpLanes + i, clock); });
 }
 
 Block::Rendezvous& Block::join(Warp& warp, const Lane& lane, WarpOp op, uint32_t mask) {

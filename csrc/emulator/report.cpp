@@ -1,4 +1,6 @@
 // The words of the emulator's reports.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -92,6 +94,13 @@ std::string describe_lanes(uint32_t mask) {
 std::string place_of(Site site) {
   const char* slash = std::strrchr(site.file_name(), '/');
   return str(slash == nullptr ? site.file_name() : slash + 1, ":", site.line());
+}
+
+std::string place_of_code(const void* code) {
+  Dl_info module;
+  if (code == nullptr || dladdr(code, &module) == 0) return "";
+  const auto offset = static_cast<const char*>(code) - static_cast<const char*>(module.dli_fbase);
+  return str(" (code at 0x", std::hex, offset, " of the module: addr2line says where)");
 }
 
 std::string Block::describe_block() const {

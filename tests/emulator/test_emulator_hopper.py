@@ -34,14 +34,14 @@ def test_ring_of_mbarriers(seed):
 
 
 def test_missing_mbarrier_wait_shows():
-    """As values nobody wrote, or because arrivals that came too soon let phases pass unseen."""
+    """As a race, values nobody wrote, or because arrivals that came too soon let phases pass unseen."""
     values = floats(2, 64)
     for seed in SEEDS:
         _C_emulated.emulator_set_seed(seed)
         try:
             out = selftest.mbarrier_ring(values.ravel(), with_waits=False)
         except RuntimeError as error:
-            assert "deadlock" in str(error)  # noqa: PT017
+            assert "deadlock" in str(error) or "a race on byte" in str(error)  # noqa: PT017
         else:
             assert np.isnan(np.array(out, np.float32)).any()
 
