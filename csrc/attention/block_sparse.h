@@ -34,9 +34,10 @@ struct BlockSparseParams {
   const void* dlse;              // as lse; null: zero
 
   BlockMaskView mask;
+  int32_t tables;  // how many the mask has
   // [q_len] each, both ascending: the range of keys that a query may see (packed sequences); null: all.
   const int32_t *key_from, *key_to;
-  void* workspace;  // block_sparse_{fwd,bwd}_workspace_cpu bytes of scratch, 64-byte aligned
+  void* workspace;  // block_sparse_{fwd,bwd}_workspace_{cpu,cuda} bytes of scratch, 64-byte aligned
 
   int64_t batch, q_len, kv_len;
   int32_t heads, kv_heads, head_dim, value_dim;  // dims: 1..kMaxHeadDim
@@ -63,6 +64,16 @@ static constexpr KeyRange key_range(const BlockSparseParams& p, int64_t i) {
   }
   return {from, to > from ? to : from};
 }
+
+// On a GPU. Scratch is written before it is read.
+int64_t block_sparse_fwd_workspace_cuda(const BlockSparseParams&, int device);
+int64_t block_sparse_bwd_workspace_cuda(const BlockSparseParams&);
+void block_sparse_fwd_cuda(const BlockSparseParams&, int device, Stream);
+void block_sparse_bwd_cuda(const BlockSparseParams&, int device, Stream);
+
+// float32: the multiply-add units
+void block_sparse_fwd_float32(const BlockSparseParams&, int device, Stream);
+void block_sparse_bwd_float32(const BlockSparseParams&, int device, Stream);
 
 static constexpr int64_t row_of(const BlockLists& lists, int64_t batch, int64_t head, int64_t row) {
   return batch * lists.batch_stride + head / lists.heads_per_mask_head * lists.head_stride + row;

@@ -427,7 +427,12 @@ void run(const BlockSparseParams& p, int device, Stream stream) {
 }  // namespace
 
 bool block_sparse_sm90_available(int device) {
-  return device::compute_capability(device) == 90 && device::is_native(fwd_kernel<bf16, 128>, 90);
+  if (device::compute_capability(device) != 90) return false;
+  static const bool is_built = [device] {
+    const device::DeviceGuard guard(device);
+    return device::is_native(fwd_kernel<bf16, 128>, 90);
+  }();
+  return is_built;
 }
 
 bool block_sparse_fwd_sm90_fits(const BlockSparseParams& p) {

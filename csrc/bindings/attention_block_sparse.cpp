@@ -125,8 +125,11 @@ class Reader {
     on_gpu = runs_on_gpu(q);
     p.dtype = q.dtype;
     check_type(q.dtype == DType::kFloat32 || q.dtype == DType::kFloat16 || q.dtype == DType::kBFloat16 ||
-                   (q.dtype == DType::kFloat64 && !on_gpu),
+                   q.dtype == DType::kFloat64,
                "q: got dtype ", q.dtype, ", allowed: float32, float16, bfloat16, and float64 on a CPU");
+    if (on_gpu && q.dtype == DType::kFloat64) {
+      fail(ErrorKind::kNotImplemented, "q: float64 has no CUDA kernel: move the tensors to the CPU");
+    }
     p.batch = q.shape[0];
     p.heads = int32_t(q.shape[1]);
     p.kv_heads = int32_t(k.shape[1]);
@@ -148,7 +151,8 @@ class Reader {
     check_value(view.ndim == 3 && view.shape[1] == p.mask.block_q && view.shape[2] == words,
                 "tables: got shape ", view.sizes(), ", expected (tables, ", p.mask.block_q, ", ", words, ")");
     p.mask.tables = static_cast<const uint32_t*>(flat(object, "tables", view.numel(), DType::kInt32));
-    return view.shape[0];
+    p.tables = int32_t(view.shape[0]);
+    return p.tables;
   }
 
   BlockLists lists(const py::dict& t, const ListNames& names, int64_t rows, int64_t blocks, int64_t tables) {
@@ -181,11 +185,6 @@ class Reader {
   bool on_gpu = false, checked;
 };
 
-[[noreturn]] [[maybe_unused]] void not_on_a_gpu() {
-  fail(ErrorKind::kNotImplemented,
-       "block_sparse_attention has no CUDA kernel yet: move the tensors to the CPU");
-}
-
 // Bytes of scratch for a call on these tensors.
 int64_t workspace(const py::dict& tensors, int32_t block_q, int32_t block_kv, bool backward, int threads) {
   BlockSparseParams p{};
@@ -195,10 +194,10 @@ int64_t workspace(const py::dict& tensors, int32_t block_q, int32_t block_kv, bo
   int64_t bytes = 0;
   if (backward) {
     TW_RUN(reader.device.is_cuda, void(bytes = TW_CALL_CPU(block_sparse_bwd_workspace_cpu, p, threads)),
-           not_on_a_gpu());
+           void(bytes = attention::block_sparse_bwd_workspace_cuda(p)));
   } else {
     TW_RUN(reader.device.is_cuda, void(bytes = TW_CALL_CPU(block_sparse_fwd_workspace_cpu, p, threads)),
-           not_on_a_gpu());
+           void(bytes = attention::block_sparse_fwd_workspace_cuda(p, reader.device.index)));
   }
   return bytes;
 }
@@ -211,8 +210,10 @@ void forward(const py::dict& tensors, int32_t block_q, int32_t block_kv, double 
   p.out = reader.tensor(tensors["out"], "out", p.heads, p.q_len, p.value_dim, Access::kOverwrite);
   p.lse = reader.flat(tensors["lse"], "lse", reader.rows(), reader.statistics());
   reader.workspace(tensors["workspace"], workspace(tensors, block_q, block_kv, false, threads));
+  [[maybe_unused]] const Stream stream = reader.arguments.current_stream(reader.device);
   py::gil_scoped_release released;
-  TW_RUN(reader.device.is_cuda, TW_CALL_CPU(block_sparse_fwd_cpu, p, threads), not_on_a_gpu());
+  TW_RUN(reader.device.is_cuda, TW_CALL_CPU(block_sparse_fwd_cpu, p, threads),
+         attention::block_sparse_fwd_cuda(p, reader.device.index, stream));
 }
 
 void backward(const py::dict& tensors, int32_t block_q, int32_t block_kv, double scale, double softcap,
@@ -228,8 +229,10 @@ void backward(const py::dict& tensors, int32_t block_q, int32_t block_kv, double
   p.dk = reader.tensor(tensors["dk"], "dk", p.kv_heads, p.kv_len, p.head_dim, Access::kOverwrite);
   p.dv = reader.tensor(tensors["dv"], "dv", p.kv_heads, p.kv_len, p.value_dim, Access::kOverwrite);
   reader.workspace(tensors["workspace"], workspace(tensors, block_q, block_kv, true, threads));
+  [[maybe_unused]] const Stream stream = reader.arguments.current_stream(reader.device);
   py::gil_scoped_release released;
-  TW_RUN(reader.device.is_cuda, TW_CALL_CPU(block_sparse_bwd_cpu, p, threads), not_on_a_gpu());
+  TW_RUN(reader.device.is_cuda, TW_CALL_CPU(block_sparse_bwd_cpu, p, threads),
+         attention::block_sparse_bwd_cuda(p, reader.device.index, stream));
 }
 
 // ---- the Hopper kernel by itself, for tests and benchmarks ----

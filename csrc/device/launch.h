@@ -75,13 +75,22 @@ inline void check_cuda(cudaError_t status, const char* what) {
   fail(ErrorKind::kRuntime, what, ": ", cudaGetErrorString(status));
 }
 
-// Shared memory beyond 48 KiB has to be asked for, kernel by kernel.
+// Shared memory beyond 48 KiB has to be asked for, kernel by kernel. It is always all that the device has:
+// launches of one kernel may need different amounts, from several threads at once.
 template <class Params>
 void allow_shared_memory(Kernel<Params> kernel, size_t bytes) {
   constexpr size_t kGrantedUnasked = 48 * 1024;
   if (bytes <= kGrantedUnasked) return;
+  int device = 0, most = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "shared memory of the device");
+  if (bytes > size_t(most)) {
+    fail(ErrorKind::kRuntime, "this needs ", bytes,
+         " bytes of shared memory in a thread block, the device has ", most);
+  }
   check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, most),
              "shared memory of a kernel");
 }
 

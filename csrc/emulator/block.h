@@ -130,6 +130,7 @@ class Block {
   int sync_block(BlockOp op, bool predicate, Site site);
   void named_barrier(int id, int threads, bool waits, Site site);
   uint64_t warp_collective(WarpOp op, uint64_t value, uint32_t argument, uint32_t mask, Site site);
+  void load_matrices(uint32_t (&registers)[4], uint32_t row, bool transposed, Site site);
   void cp_async(void* destination, const void* source, size_t bytes, bool valid, Site site);
   void cp_async_commit() { current_->copies.commit(); }
   void cp_async_wait(int groups) { current_->copies.land_all_but(size_t(groups)); }
@@ -221,6 +222,7 @@ class Block {
   void check_meeting(const Warp& warp, const Lane& lane, uint32_t mask) const;
   void exchange(WarpOp op, uint32_t mask, Lane* lanes) const;
   uint64_t shuffled(WarpOp op, uint32_t mask, const uint64_t* values, const Lane& lane) const;
+  void check_same_variant(const Lane* lanes) const;
 
   Mbarrier& mbarrier_at(const uint64_t* word, Site site);
   void complete_if_due(Mbarrier& barrier, Site site);
@@ -256,6 +258,10 @@ class Block {
   Memory memory_;  // guard, shared memory, guard
   char* shared_ = nullptr;
 };
+
+// What a warp's matrix instructions do, once all lanes have come; `values` are the lanes' operands.
+void multiply_fragments(const uint64_t* values, bool brain_floats);
+void spread_matrices(const uint64_t* values, bool transposed);
 
 // ---- The path of every wait --------------------------------------------------------------------
 

@@ -202,11 +202,23 @@ void Block::exchange(WarpOp op, uint32_t mask, Lane* lanes) const {
   for_each_lane(mask, [&](unsigned i) { values[i] = lanes[i].value; });
   if (is_shuffle(op)) {
     for_each_lane(mask, [&](unsigned i) { lanes[i].value = shuffled(op, mask, values, lanes[i]); });
+  } else if (op == WarpOp::kMma || op == WarpOp::kLoadMatrices) {
+    check_same_variant(lanes);
+    op == WarpOp::kMma ? multiply_fragments(values, lanes->argument != 0)
+                       : spread_matrices(values, lanes->argument != 0);
   } else if (op == WarpOp::kMatchAny) {
     for_each_lane(mask, [&](unsigned i) { lanes[i].value = matching(mask, values, values[i]); });
   } else {
     const uint64_t result = combined(op, mask, values);
     for_each_lane(mask, [&](unsigned i) { lanes[i].value = result; });
+  }
+}
+
+// Lanes may come from different calls, but to one and the same instruction.
+void Block::check_same_variant(const Lane* lanes) const {
+  for (unsigned i = 1; i < kWarpLanes; ++i) {
+    if (lanes[i].argument == lanes->argument) continue;
+    report(lanes[i].wait.site, str(call_of(lanes[i]), ": lanes 0 and ", i, " want different variants of it"));
   }
 }
 

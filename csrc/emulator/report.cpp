@@ -55,6 +55,10 @@ const char* name_of(WarpOp op) {
       return "match_any";
     case WarpOp::kMatrixWait:
       return "wgmma_wait";
+    case WarpOp::kMma:
+      return "mma_m16n8k16";
+    case WarpOp::kLoadMatrices:
+      return "load_matrices";
   }
   return "";
 }

@@ -72,10 +72,22 @@ enum class WarpOp : uint8_t {
   kReduceAdd,
   kReduceOr,
   kMatchAny,
-  kMatrixWait
+  kMatrixWait,
+  kMma,
+  kLoadMatrices
 };
 // `value` is the lane's operand, `argument` a shuffle's lane, mask or distance. Returns the lane's result.
 uint64_t warp_collective(WarpOp op, uint64_t value, uint32_t argument, uint32_t mask, Site site);
+
+// Fragments of a lane, laid out as device/mma.h says; c is added to.
+struct MmaOperands {
+  uint32_t a[4], b[2];
+  float* c;
+};
+void mma_m16n8k16(MmaOperands& operands, bool brain_floats, Site site);
+
+// `row` is an offset in shared memory.
+void load_matrices(uint32_t (&registers)[4], uint32_t row, bool transposed, Site site);
 
 void cp_async(void* shared_destination, const void* source, int bytes, bool valid, Site site);
 void cp_async_commit();

@@ -550,6 +550,8 @@ Floats float_math(const std::string& name, const Floats& a, const Floats& b, con
       {"exp2_approx", [](float x, float, float) { return exp2_approx(x); }},
       {"exp", [](float x, float, float) { return exp(x); }},
       {"log1p", [](float x, float, float) { return log1p(x); }},
+      {"log2", [](float x, float, float) { return log2(x); }},
+      {"tanh", [](float x, float, float) { return tanh(x); }},
       {"sinpi", [](float x, float, float) { return sincospi(x).sine; }},
       {"cospi", [](float x, float, float) { return sincospi(x).cosine; }},
       {"min", [](float x, float y, float) { return min(x, y); }},

@@ -96,6 +96,10 @@ Words word_math(const std::string& name, const Words& a, const Words& b, const W
 Halves narrow(const std::string& type, const Floats& values);
 Floats widen(const std::string& type, const Halves& bits);
 
+// c + a b of bits, 16 x 16 by 16 x 8, row by row; transposed: as the memory holds that operand.
+Floats matrix_product(const std::string& type, const Halves& a, const Halves& b, const Floats& c,
+                      bool a_transposed, bool b_transposed);
+
 // ---- The host side, and misuse -----------------------------------------------------------------
 
 // A launch with parameters of the largest size; the sum of them all, as each of 64 threads saw it.

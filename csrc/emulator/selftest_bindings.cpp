@@ -55,6 +55,8 @@ void bind_arithmetic(py::module_& module) {
          py::arg("selector"));
   define(module, "narrow", &selftest::narrow, py::arg("type"), py::arg("values"));
   define(module, "widen", &selftest::widen, py::arg("type"), py::arg("bits"));
+  define(module, "matrix_product", &selftest::matrix_product, py::arg("type"), py::arg("a"), py::arg("b"),
+         py::arg("c"), py::arg("a_transposed"), py::arg("b_transposed"));
 }
 
 void bind_hopper(py::module_& module) {

@@ -8,6 +8,7 @@
 #include "device/atomics.h"
 #include "device/launch.h"
 #include "device/memory.h"
+#include "device/mma.h"
 #include "device/smem.h"
 #include "device/sync.h"
 #include "device/warp.h"
@@ -118,6 +119,30 @@ const std::map<std::string, Body>& bodies() {
        }},
       {"cp_async to global memory",
        [](const Params& params, unsigned) { cp_async<4>(params.memory, params.memory + 4); }},
+      {"matrix row that is not aligned",
+       [](const Params&, unsigned thread) {
+         uint32_t registers[4];
+         load_matrices(registers, thread % 32 == 7 ? 8 : 0);
+       }},
+      {"matrix row beyond shared memory",
+       [](const Params&, unsigned) {
+         uint32_t registers[4];
+         load_matrices_transposed(registers, sizeof(Shared));
+       }},
+      {"matrix product by half of a warp",
+       [](const Params&, unsigned thread) {
+         float c[4] = {};
+         if (thread % 32 < 16) mma_m16n8k16<bf16>(c, {}, 0, 0);
+       }},
+      {"matrix product of two types",
+       [](const Params&, unsigned thread) {
+         float c[4] = {};
+         if (thread % 2 == 0) {
+           mma_m16n8k16<bf16>(c, {}, 0, 0);
+         } else {
+           mma_m16n8k16<fp16>(c, {}, 0, 0);
+         }
+       }},
       {"shared memory beyond the launch's",
        [](const Params&, unsigned) { shared_memory<std::array<Shared, 2>>(); }},
       {"launch within a kernel",

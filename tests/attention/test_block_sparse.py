@@ -1,4 +1,4 @@
-"""Block-sparse attention against its formula in float64, on every CPU level."""
+"""Block-sparse attention against its formula in float64, on every backend."""
 
 from __future__ import annotations
 
@@ -13,20 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import tilewright.testing
+from conftest import Backend
 from reference.attention import attention, bottom_right
 from tilewright import _C
-from tilewright.attention import block_sparse_attention
+from tilewright.attention import BlockMask, block_sparse_attention
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 LOW = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=_C.cpu_levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_level()
-    _C.set_cpu_level(request.param)
-    yield request.param
-    _C.set_cpu_level(before)
 
 
 @pytest.fixture
@@ -60,8 +54,21 @@ def assert_close(found: dict[str, Tensor], exact: dict[str, Tensor], plain: dict
         assert error <= 2 * allowed + 2e-6 * size + 1e-6, f"{name}: {error} > 2 * {allowed}"
 
 
+def run(backend: Backend, inputs: tuple[Tensor, ...], mask: BlockMask, **options: Any) -> dict[str, Tensor]:
+    """Results on the backend's device, brought to the CPU."""
+    there = tuple(t if t.device == backend.device else t.to(backend.device) for t in inputs)
+    mask = mask.to(backend.device)
+    found = results(lambda *t: block_sparse_attention(*t, mask, return_lse=True, **options), there)
+    return {name: t.cpu() for name, t in found.items()}
+
+
 def check(
-    inputs: tuple[Tensor, ...], visible: Tensor, block: tuple[int, int], dtype: torch.dtype, **options: Any
+    backend: Backend,
+    inputs: tuple[Tensor, ...],
+    visible: Tensor,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    **options: Any,
 ) -> None:
     mask = lists_of(visible, *block)
     if options.get("causal"):
@@ -70,7 +77,7 @@ def check(
     exact = results(lambda *t: attention(*t, visible, **formula), inputs)
     low = tuple(t.to(dtype) for t in inputs)
     plain = results(lambda *t: attention(*t, visible, **formula), low)
-    found = results(lambda *t: block_sparse_attention(*t, mask, return_lse=True, **options), low)
+    found = run(backend, low, mask, **options)
     assert found["out"].dtype == dtype
     assert found["lse"].dtype == torch.float32
     assert_close(found, exact, plain)
@@ -89,16 +96,16 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(level: str, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
+def test_shapes(backend: Backend, shape: tuple[Any, ...], dtype: torch.dtype) -> None:
     *sizes, block = shape
     batch, heads, _, q_len, kv_len = sizes[:5]
-    check(make(*sizes), random_mask(batch, heads, q_len, kv_len, *block), block, dtype)
+    check(backend, make(*sizes), random_mask(batch, heads, q_len, kv_len, *block), block, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask_heads", [1, 2, 6])
 @pytest.mark.parametrize("mask_batch", [1, 2])
-def test_shared_masks(level: str, mask_batch: int, mask_heads: int, dtype: torch.dtype) -> None:
+def test_shared_masks(backend: Backend, mask_batch: int, mask_heads: int, dtype: torch.dtype) -> None:
     """A mask of all batch rows or heads, of key heads, of query heads."""
     visible = random_mask(mask_batch, mask_heads, 70, 90, 16, 16)
     mask = lists_of(visible, 16, 16)
@@ -106,7 +113,7 @@ def test_shared_masks(level: str, mask_batch: int, mask_heads: int, dtype: torch
     inputs = make(2, 6, 2, 70, 90, 16, 16)
     low = tuple(t.to(dtype) for t in inputs)
     assert_close(
-        results(lambda *t: block_sparse_attention(*t, mask, return_lse=True), low),
+        run(backend, low, mask),
         results(lambda *t: attention(*t, whole), inputs),
         results(lambda *t: attention(*t, whole), low),
     )
@@ -119,70 +126,83 @@ def test_shared_masks(level: str, mask_batch: int, mask_heads: int, dtype: torch
     ids=str,
 )
 @pytest.mark.parametrize(("q_len", "kv_len"), [(100, 140), (140, 100)])
-def test_options(level: str, q_len: int, kv_len: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_options(
+    backend: Backend, q_len: int, kv_len: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
     visible = random_mask(1, 2, q_len, kv_len, 32, 32, seed=3)
-    check(make(1, 2, 1, q_len, kv_len, 32, 48), visible, (32, 32), dtype, **options)
+    check(backend, make(1, 2, 1, q_len, kv_len, 32, 48), visible, (32, 32), dtype, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [2047, 2049])
 def test_long_windows(length: int) -> None:
     visible = window(length, length, 300)[None, None]
-    check(make(1, 1, 1, length, length, 64, 64), visible, (128, 128), torch.float32)
-    check(make(1, 1, 1, length, length, 64, 64), visible, (64, 128), torch.bfloat16)
+    backend = Backend("cpu")
+    check(backend, make(1, 1, 1, length, length, 64, 64), visible, (128, 128), torch.float32)
+    check(backend, make(1, 1, 1, length, length, 64, 64), visible, (64, 128), torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
-def test_nothing_visible(level: str, dtype: torch.dtype) -> None:
-    q, k, v = (t.to(dtype) for t in make(1, 2, 2, 33, 40, 16, 16))
-    found = results(
-        lambda *t: block_sparse_attention(
-            *t, lists_of(torch.zeros(1, 1, 33, 40).bool(), 16, 16), return_lse=True
-        ),
-        (q, k, v),
-    )
+def check_nothing_visible(backend: Backend, dtype: torch.dtype) -> None:
+    inputs = tuple(t.to(dtype) for t in make(1, 2, 2, 33, 40, 16, 16))
+    found = run(backend, inputs, lists_of(torch.zeros(1, 1, 33, 40).bool(), 16, 16))
     assert (found.pop("lse") == -math.inf).all()
     assert all((t == 0).all() for t in found.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
-@pytest.mark.parametrize("sizes", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)])
-def test_empty_tensors(level: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", LOW)
+def test_nothing_visible(backend: Backend, dtype: torch.dtype) -> None:
+    check_nothing_visible(backend, dtype)
+
+
+def check_empty_tensors(backend: Backend, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     batch, q_len, kv_len = sizes
     inputs = tuple(t.to(dtype) for t in make(batch, 2, 1, q_len, kv_len, 16, 8))
-    mask = lists_of(torch.ones(1, 1, q_len, kv_len, dtype=torch.bool), 16, 16)
-    found = results(lambda *t: block_sparse_attention(*t, mask, return_lse=True), inputs)
+    found = run(backend, inputs, lists_of(torch.ones(1, 1, q_len, kv_len, dtype=torch.bool), 16, 16))
     assert found["out"].shape == (batch, 2, q_len, 8)
-    assert all((t == 0).all() for name, t in found.items() if name != "lse")
+    assert (found.pop("lse") == -math.inf).all()
+    assert all((t == 0).all() for t in found.values())
+
+
+EMPTY = [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)]
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_rising_scores(level: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sizes", EMPTY)
+def test_empty_tensors(backend: Backend, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check_empty_tensors(backend, sizes, dtype)
+
+
+def test_float64_of_nothing() -> None:
+    check_nothing_visible(Backend("cpu"), torch.float64)
+    for sizes in EMPTY:
+        check_empty_tensors(Backend("cpu"), sizes, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_rising_scores(backend: Backend, dtype: torch.dtype) -> None:
     """Maxima that grow from tile to tile, by little and by much, and rows of large scores."""
     q, k, v = make(1, 1, 1, 70, 400, 16, 16)
     q = q.abs()
     k = (k.abs() * torch.linspace(0, 6, 400)[:, None]).bfloat16().double()
     visible = random_mask(1, 1, 70, 400, 16, 16, seed=5)
-    check((q, k, v), visible, (16, 16), dtype)
-    check((-q, k, v), visible, (16, 16), dtype)
+    check(backend, (q, k, v), visible, (16, 16), dtype)
+    check(backend, (-q, k, v), visible, (16, 16), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strides(level: str, dtype: torch.dtype) -> None:
+def test_strides(backend: Backend, dtype: torch.dtype) -> None:
     """Heads inside of positions, dims not innermost, elements apart; k and v expanded."""
-    q, k, v = (t.to(dtype) for t in make(2, 4, 4, 50, 70, 16, 24))
-    visible = random_mask(1, 1, 50, 70, 16, 16)
-    mask = lists_of(visible, 16, 16)
+    q, k, v = (t.to(dtype).to(backend.device) for t in make(2, 4, 4, 50, 70, 16, 24))
+    mask = lists_of(random_mask(1, 1, 50, 70, 16, 16), 16, 16).to(backend.device)
     k, v = k[:, :1].expand_as(k), v[:1].expand_as(v)
-    expected = results(lambda *t: block_sparse_attention(*t, mask, return_lse=True), (q.contiguous(), k, v))
+    expected = run(backend, (q.contiguous(), k, v), mask)
     layouts = (
         lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
         lambda t: t.mT.contiguous().mT,
         lambda t: torch.stack([t, t], -1)[..., 0],
     )
     for layout in layouts:
-        strided = tuple(layout(t) for t in (q, k, v))
-        found = results(lambda *t: block_sparse_attention(*t, mask, return_lse=True), strided)
+        found = run(backend, tuple(layout(t) for t in (q, k, v)), mask)
         for name, value in found.items():
             assert torch.equal(value, expected[name]), name
     inside = layouts[0](q)
@@ -191,21 +211,22 @@ def test_strides(level: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_sequences(level: str, causal: bool, dtype: torch.dtype) -> None:
+def test_packed_sequences(backend: Backend, causal: bool, dtype: torch.dtype) -> None:
     """As each sequence by itself; some have no queries, no keys, or more queries than keys."""
     bounds_q, bounds_k = [0, 20, 20, 61, 80, 97], [0, 35, 40, 40, 52, 120]
     visible = random_mask(1, 2, 97, 120, 32, 16)
     same = torch.zeros(97, 120, dtype=torch.bool)
     for a, b, c, d in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:], strict=False):
         same[a:b, c:d] = bottom_right(b - a, d - c) if causal else True
-    positions = {"cu_seqlens_q": torch.tensor(bounds_q), "cu_seqlens_k": torch.tensor(bounds_k).int()}
+    positions = {
+        "cu_seqlens_q": torch.tensor(bounds_q, device=backend.device),
+        "cu_seqlens_k": torch.tensor(bounds_k, device=backend.device).int(),
+    }
     inputs = make(1, 2, 1, 97, 120, 16, 16)
     low = tuple(t.to(dtype) for t in inputs)
     mask = lists_of(visible, 32, 16)
     assert_close(
-        results(
-            lambda *t: block_sparse_attention(*t, mask, causal=causal, return_lse=True, **positions), low
-        ),
+        run(backend, low, mask, causal=causal, **positions),
         results(lambda *t: attention(*t, visible & same), inputs),
         results(lambda *t: attention(*t, visible & same), low),
     )
@@ -239,24 +260,24 @@ def test_float64_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_same_bits(level: str, dtype: torch.dtype, threads: None) -> None:
+def test_same_bits(backend: Backend, dtype: torch.dtype, threads: None) -> None:
     """Repeated, and with any number of threads; ragged lists, so that units differ."""
     inputs = tuple(t.to(dtype) for t in make(1, 4, 2, 300, 280, 32, 40))
     mask = lists_of(random_mask(1, 4, 300, 280, 64, 32), 64, 32)
     first: dict[str, Tensor] = {}
     for count in (1, 2, 3, 1):
         torch.set_num_threads(count)
-        found = results(lambda *t: block_sparse_attention(*t, mask, causal=True, return_lse=True), inputs)
+        found = run(backend, inputs, mask, causal=True)
         first = first or found
         assert all(torch.equal(found[name], first[name]) for name in NAMES)
 
 
-def test_not_a_number_stays_in_its_row(level: str) -> None:
-    q, k, v = (t.float() for t in make(1, 1, 1, 40, 40, 16, 16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_a_number_stays_in_its_row(backend: Backend, dtype: torch.dtype) -> None:
+    q, k, v = (t.to(dtype).to(backend.device) for t in make(1, 1, 1, 40, 40, 16, 16))
     q[0, 0, 5, 3] = math.nan
-    out, lse = block_sparse_attention(
-        q, k, v, lists_of(window(40, 40, 9)[None, None], 16, 16), return_lse=True
-    )
+    mask = lists_of(window(40, 40, 9)[None, None], 16, 16).to(backend.device)
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True)
     assert out[0, 0, 5].isnan().all()
     assert lse[0, 0, 5].isnan()
     others = torch.arange(40) != 5
@@ -287,7 +308,7 @@ def test_flex_attention() -> None:
     dims=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     block=st.tuples(st.sampled_from([16, 32, 48, 64, 128]), st.sampled_from([16, 48, 64, 80, 256])),
     dtype=st.sampled_from(LOW),
-    level=st.sampled_from(_C.cpu_levels()),
+    level=st.sampled_from([*_C.cpu_levels(), "emulated"]),
     causal=st.booleans(),
     softcap=st.sampled_from([0.0, 2.5]),
     seed=st.integers(0, 99),
@@ -308,9 +329,13 @@ def test_property(
     heads = kv_heads * group
     visible = random_mask(batch, heads, q_len, kv_len, *block, seed=seed)
     inputs = make(batch, heads, kv_heads, q_len, kv_len, 8 * dims[0], 8 * dims[1], seed=seed)
+    if level == "emulated":
+        with tilewright.testing.emulated(seed=seed):
+            check(Backend(level), inputs, visible, block, dtype, causal=causal, softcap=softcap)
+        return
     before = _C.cpu_level()
     _C.set_cpu_level(level)
     try:
-        check(inputs, visible, block, dtype, causal=causal, softcap=softcap)
+        check(Backend(level), inputs, visible, block, dtype, causal=causal, softcap=softcap)
     finally:
         _C.set_cpu_level(before)

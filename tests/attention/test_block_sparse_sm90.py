@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Lists, lists_of, make, random_mask, window
+from attention_cases import lists_of, make, random_mask, window
 from torch import Tensor
 
+import tilewright.testing
 from reference.attention import attention, bottom_right
 from tilewright import _C
+from tilewright.attention import BlockMask, block_sparse_attention
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -255,8 +257,9 @@ def test_longest_lists_come_first(emulator: Any) -> None:
     lengths = torch.randint(0, kv_blocks + 1, (1, heads, tiles), generator=torch.Generator().manual_seed(0))
     indices = torch.arange(kv_blocks).int().expand(1, heads, tiles, kv_blocks).contiguous()
     unused = torch.zeros(1, 1, kv_blocks, 1, dtype=torch.int32)
-    mask = Lists(
-        lengths.int(), indices, None, unused[..., 0].contiguous(), unused, None, None,
+    mask = BlockMask(
+        lengths.int(), indices, None, unused[..., 0].contiguous(), unused, None,
+        torch.empty(0, 128, 1, dtype=torch.int32),
         (128, 16), tiles * 128, kv_blocks * 16,
     )  # fmt: skip
     inputs = tuple(t.half() for t in make(1, heads, 1, tiles * 128, kv_blocks * 16, 8, 8))
@@ -285,3 +288,27 @@ def test_what_does_not_fit(
     mask = lists_of(torch.ones(1, 1, sizes[3], sizes[4], dtype=torch.bool), *block)
     with pytest.raises(ValueError, match="block_sparse_fwd_sm90: takes 16-bit tensors"):
         run((emulator, "cpu"), inputs, mask)
+
+
+def test_the_public_op_takes_this_kernel_on_hopper(emulator: Any) -> None:
+    inputs = tuple(t.bfloat16() for t in make(1, 2, 1, 130, 200, 64, 64))
+    mask = lists_of(random_mask(1, 2, 130, 200, 64, 32), 64, 32)
+    direct = run((emulator, "cpu"), inputs, mask)
+    found = {}
+    for capability in (80, 90):
+        with tilewright.testing.emulated(compute_capability=capability):
+            found[capability] = block_sparse_attention(*inputs, mask, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(found[90], direct, strict=True))
+    assert not torch.equal(found[80][1], found[90][1])
+    torch.testing.assert_close(found[80], found[90], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.usefixtures("emulator")
+def test_what_does_not_fit_takes_the_other_kernel_on_hopper() -> None:
+    inputs = make(1, 2, 1, 70, 90, 160, 16)
+    visible = window(70, 90, 30).expand(1, 1, -1, -1)
+    low = tuple(t.half() for t in inputs)
+    with tilewright.testing.emulated(compute_capability=90):
+        out = block_sparse_attention(*low, lists_of(visible, 16, 16))
+    exact, plain = (attention(*t, visible.expand(1, 2, -1, -1))[0] for t in (inputs, low))
+    assert (out.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + 1e-6

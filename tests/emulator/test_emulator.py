@@ -320,6 +320,8 @@ def test_float_math(name):
 ACCURATE_MATH = {
     "exp": np.exp,
     "log1p": np.log1p,
+    "log2": np.log2,
+    "tanh": np.tanh,
     "sinpi": lambda a: np.sin(np.pi * np.fmod(a, 2)),
     "cospi": lambda a: np.cos(np.pi * np.fmod(a, 2)),
 }
@@ -441,6 +443,28 @@ def test_copies_and_properties():
     assert selftest.device_properties() == [2, 2]
 
 
+# ---- Matrices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("a_transposed", [False, True])
+@pytest.mark.parametrize("b_transposed", [False, True])
+def test_matrix_product(kind, a_transposed, b_transposed, seed):
+    """Against numpy; small integers, whose sums are exact in any order."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
+
+    def bits(matrix, transposed):
+        stored = np.ascontiguousarray(matrix.T if transposed else matrix)
+        halves = stored.astype(np.float16).view(np.uint16) if kind == "fp16" else stored.view(np.uint32) >> 16
+        return halves.ravel().tolist()
+
+    found = selftest.matrix_product(
+        kind, bits(a, a_transposed), bits(b, b_transposed), c.ravel().tolist(), a_transposed, b_transposed
+    )
+    np.testing.assert_array_equal(np.array(found).reshape(16, 8), a @ b + c)
+
+
 # ---- Misuse --------------------------------------------------------------------------------------
 
 MISUSES = {
@@ -472,6 +496,11 @@ MISUSES = {
     "misaligned atomic": "misaligned access: .* no multiple of 8",
     "misaligned cp_async": "misaligned access: .* no multiple of 16",
     "cp_async to global memory": "cp_async: the destination is not in shared memory",
+    "matrix row that is not aligned": "misaligned access: .* no multiple of 16",
+    "matrix row beyond shared memory": "load_matrices: the row is not in shared memory",
+    "matrix product by half of a warp": r"exits, but thread \d+ waits for it in mma_m16n8k16|"
+    "mma_m16n8k16 with mask 0xffffffff: the mask names lanes? .*, which exited before",
+    "matrix product of two types": r"mma_m16n8k16 .*: lanes 0 and \d+ want different variants",
     "shared memory beyond the launch's": "shared memory struct has 128 bytes, the launch provides 64",
     "launch within a kernel": "called from within a kernel",
     "exception of a kernel": "index 7 of 5",

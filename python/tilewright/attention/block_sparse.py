@@ -68,7 +68,7 @@ def block_sparse_attention(
         TypeError: an argument is of a wrong type, or a tensor of a dtype that is not allowed.
         ValueError: a shape or device that does not fit, an option that is not allowed, or on a CPU a list of
             the mask with an index out of range or repeated.
-        NotImplementedError: CUDA tensors, or a second derivative.
+        NotImplementedError: float64 on CUDA, or a second derivative.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor)
