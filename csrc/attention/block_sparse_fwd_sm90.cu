@@ -427,7 +427,12 @@ void run(const BlockSparseParams& p, int device, Stream stream) {
 }  // namespace
 
 bool block_sparse_sm90_available(int device) {
-  return device::compute_capability(device) == 90 && device::is_native(fwd_kernel<bf16, 128>, 90);
+  if (device::compute_capability(device) != 90) return false;
+  static const bool is_built = [device] {
+    const device::DeviceGuard guard(device);
+    return device::is_native(fwd_kernel<bf16, 128>, 90);
+  }();
+  return is_built;
 }
 
 bool block_sparse_fwd_sm90_fits(const BlockSparseParams& p) {
@@ -437,8 +442,9 @@ bool block_sparse_fwd_sm90_fits(const BlockSparseParams& p) {
                      p.value_dim % 8 == 0 && p.head_dim > 0 && p.value_dim > 0 && p.head_dim <= 128 &&
                      p.value_dim <= 128;
   const bool blocks = p.mask.block_q % kGroupRows == 0 && p.mask.block_kv % 16 == 0;
-  const bool out = p.out.inner == 1 && device::is_aligned(p.out.data, 4) && p.out.row % 2 == 0 &&
-                   p.out.head % 2 == 0 && p.out.batch % 2 == 0;
+  const bool out =
+      p.out.data == nullptr || (p.out.inner == 1 && device::is_aligned(p.out.data, 4) && p.out.row % 2 == 0 &&
+                                p.out.head % 2 == 0 && p.out.batch % 2 == 0);
   return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && sizes && blocks && out &&
          tensor_fits(p.q, p.batch, p.heads, p.q_len) && tensor_fits(p.k, p.batch, p.kv_heads, p.kv_len) &&
          tensor_fits(p.v, p.batch, p.kv_heads, p.kv_len);

@@ -58,7 +58,7 @@ __device__ __forceinline__ int32_t add_to_bucket(int32_t* counters, int bucket) 
   return device::shfl(found, first) + rank;
 }
 
-inline __global__ void __launch_bounds__(kBuckets) count_kernel(const __grid_constant__ OrderParams p) {
+static __global__ void __launch_bounds__(kBuckets) count_kernel(const __grid_constant__ OrderParams p) {
   const int32_t item = int32_t(blockIdx.x * kBuckets + threadIdx.x);
   const bool exists = item < p.items;
   const int bucket = exists ? bucket_of(p, item) : -1;
@@ -66,7 +66,7 @@ inline __global__ void __launch_bounds__(kBuckets) count_kernel(const __grid_con
   add_to_bucket(p.counts, bucket);
 }
 
-inline __global__ void __launch_bounds__(kBuckets) place_kernel(const __grid_constant__ OrderParams p) {
+static __global__ void __launch_bounds__(kBuckets) place_kernel(const __grid_constant__ OrderParams p) {
   OrderSmem& smem = device::shared_memory<OrderSmem>();
   const int thread = int(threadIdx.x);
   smem.counts[thread] = p.counts[thread];

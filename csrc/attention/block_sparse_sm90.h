@@ -9,8 +9,9 @@ namespace tilewright::attention {
 bool block_sparse_sm90_available(int device);
 
 // Whether the kernel takes these: 16-bit tensors with rows that the copy engine can address (inner stride 1,
-// all addresses and strides multiples of 16 bytes), block_q a multiple of 64, head dims multiples of 8 up to
-// 128, nothing empty.
+// all addresses and strides multiples of 16 bytes, or 0 between heads or batch rows), block_q a multiple of
+// 64, head dims multiples of 8 up to 128, nothing empty. An `out` that is not there yet (null) is taken to
+// fit.
 bool block_sparse_fwd_sm90_fits(const BlockSparseParams&);
 
 // Bytes of workspace, 64-byte aligned.

@@ -20,8 +20,11 @@ struct ScoreScale {
   float unit, factor, cap, slope;
 };
 
-// Of the two rows of a thread: the greatest score and the sum of the powers so far, and by what the last step
-// scaled.
+// Of the two rows of a thread: the score that powers refer to, the sum of the powers so far, and by what the
+// last step scaled. The reference follows the greatest score only once that has grown by 2^kSlack: powers
+// stay in range, and what is summed up is rarely scaled.
+constexpr float kSlack = 8;
+
 struct Rows {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {};
@@ -82,14 +85,16 @@ __device__ __forceinline__ void softmax(const ScoreScale& p, Scores& s, bool mas
   if (masked) mask_scores(s, words);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float max = rows.max[i];
+    float highest = rows.max[i];
 #pragma unroll
     for (int j = 0; j < kScores / 4; ++j)
-      max = device::max(max, device::max(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
-    max = device::max(max, device::shfl_xor(max, 1));
-    max = device::max(max, device::shfl_xor(max, 2));
+      highest = device::max(highest, device::max(s[4 * j + 2 * i], s[4 * j + 2 * i + 1]));
+    highest = device::max(highest, device::shfl_xor(highest, 1));
+    highest = device::max(highest, device::shfl_xor(highest, 2));
+    const bool follows = (highest - rows.max[i]) * p.unit > kSlack;
+    const float max = follows ? highest : rows.max[i];
     const float base = max == -INFINITY ? 0.0f : max * p.unit;
-    rows.scale[i] = device::exp2_approx(device::fma_rn(rows.max[i], p.unit, -base));
+    rows.scale[i] = follows ? device::exp2_approx(device::fma_rn(rows.max[i], p.unit, -base)) : 1.0f;
     rows.max[i] = max;
     float sum = 0.0f;
 #pragma unroll
@@ -111,6 +116,7 @@ __device__ __forceinline__ void softmax(const ScoreScale& p, Scores& s, bool mas
 
 template <int kCount>
 __device__ __forceinline__ void scale_rows(float (&o)[kCount], const Rows& rows) {
+  if (!device::any(rows.scale[0] != 1.0f || rows.scale[1] != 1.0f)) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) o[i] *= rows.scale[i / 2 % 2];
 }
