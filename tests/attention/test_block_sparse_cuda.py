@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Lists, lists_of, make, random_mask
+from attention_cases import Lists, lists_of, make, random_mask, window
 from test_block_sparse import LOW, NAMES, check, results, run
 from torch import Tensor
 
@@ -70,6 +70,15 @@ def test_edges_of_tiles(backend: Backend, q_len: int, kv_len: int, head_dim: int
     inputs = make(1, 1, 1, q_len, kv_len, head_dim, head_dim)
     check(backend, inputs, visible, (128, 64), torch.bfloat16)
     check(backend, inputs, visible, (256, 256), torch.float16, causal=True)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("head_dim", "block"), [(64, (64, 64)), (128, (128, 128)), (128, (64, 32))])
+def test_long_windows(backend: Backend, head_dim: int, block: tuple[int, int], dtype: torch.dtype) -> None:
+    """Lists of many tiles; long ones where a device does the work."""
+    length, width = (2049, 700) if backend.name == "cuda" else (257, 150)
+    visible = window(length, length, width)[None, None]
+    check(backend, make(1, 2, 1, length, length, head_dim, head_dim), visible, block, dtype)
 
 
 @pytest.mark.parametrize("dtype", LOW)
