@@ -55,8 +55,8 @@ def test_block_sizes(backend: Backend, block_q: int, block_kv: int) -> None:
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"),
     [
-        (8, 8), (40, 64), (64, 40), (64, 64), (80, 128), (128, 8), (128, 128), (200, 136), (192, 128), (16, 256),
-        (256, 256),
+        (8, 8), (40, 64), (64, 40), (64, 64), (80, 128), (128, 8), (128, 128), (200, 136), (192, 128),
+        (16, 256), (256, 256),
     ],
 )  # fmt: skip
 def test_head_dims(backend: Backend, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
