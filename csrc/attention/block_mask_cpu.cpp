@@ -7,6 +7,7 @@
 // Roofline: a byte (or four) a code, read once for each direction, and four bytes an entry written; the work
 // is about an instruction a code for the words and four an entry.
 #include "attention/block_mask.h"
+#include "core/integers.h"
 #include "core/threads.h"
 
 namespace tilewright::TW_ISA {
@@ -16,8 +17,6 @@ using namespace ::tilewright::attention;
 
 constexpr int64_t kTile = 64;
 constexpr int64_t kSerialCodes = 1 << 15;  // below this, waking a second thread costs more than it saves
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The codes of one head, seen from its lists: entry e of list l.
 struct Map {

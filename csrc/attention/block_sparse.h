@@ -66,7 +66,7 @@ static constexpr KeyRange key_range(const BlockSparseParams& p, int64_t i) {
 }
 
 // On a GPU. Scratch is written before it is read.
-int64_t block_sparse_fwd_workspace_cuda(const BlockSparseParams&);
+int64_t block_sparse_fwd_workspace_cuda(const BlockSparseParams&, int device);
 int64_t block_sparse_bwd_workspace_cuda(const BlockSparseParams&);
 void block_sparse_fwd_cuda(const BlockSparseParams&, int device, Stream);
 void block_sparse_bwd_cuda(const BlockSparseParams&, int device, Stream);

@@ -11,6 +11,7 @@
 // cores (512 of sm_90's); 96 KB of fragments out of shared memory and 16 KB into it, 900 clocks; 4096 powers,
 // 256 clocks; 16 KB from L2, which is 128 FLOP a byte.
 #include "attention/block_sparse_cuda.h"
+#include "attention/block_sparse_sm90.h"
 
 namespace tilewright::attention {
 namespace {
@@ -255,12 +256,15 @@ void choose_forward(const KernelParams& k, int device, Stream stream) {
 
 }  // namespace
 
-int64_t block_sparse_fwd_workspace_cuda(const BlockSparseParams&) { return 0; }
+int64_t block_sparse_fwd_workspace_cuda(const BlockSparseParams& p, int device) {
+  return block_sparse_sm90_available(device) ? block_sparse_fwd_workspace_sm90(p) : 0;
+}
 
 void block_sparse_fwd_cuda(const BlockSparseParams& p, int device, Stream stream) {
   if (p.batch == 0 || p.q_len == 0) return;
+  if (block_sparse_sm90_available(device) && block_sparse_fwd_sm90_fits(p))
+    return block_sparse_fwd_sm90(p, device, stream);
   const device::DeviceGuard guard(device);
-  // Kernels of newer devices are chosen here.
   if (p.dtype == DType::kFloat32) return block_sparse_fwd_float32(p, device, stream);
   const KernelParams k = kernel_params(p);
   p.dtype == DType::kFloat16 ? choose_forward<fp16>(k, device, stream)

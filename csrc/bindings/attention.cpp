@@ -6,6 +6,7 @@ namespace tilewright {
 void bind_attention(pybind11::module_& m) {
   bind_block_mask(m);
   bind_block_sparse(m);
+  bind_select_blocks(m);
 }
 
 }  // namespace tilewright

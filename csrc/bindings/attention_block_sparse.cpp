@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "attention/block_sparse.h"
+#include "attention/block_sparse_sm90.h"
 #include "bindings/arguments.h"
 #include "bindings/families.h"
 #include "core/dispatch.h"
@@ -196,7 +197,7 @@ int64_t workspace(const py::dict& tensors, int32_t block_q, int32_t block_kv, bo
            void(bytes = attention::block_sparse_bwd_workspace_cuda(p)));
   } else {
     TW_RUN(reader.device.is_cuda, void(bytes = TW_CALL_CPU(block_sparse_fwd_workspace_cpu, p, threads)),
-           void(bytes = attention::block_sparse_fwd_workspace_cuda(p)));
+           void(bytes = attention::block_sparse_fwd_workspace_cuda(p, reader.device.index)));
   }
   return bytes;
 }
@@ -234,12 +235,41 @@ void backward(const py::dict& tensors, int32_t block_q, int32_t block_kv, double
          attention::block_sparse_bwd_cuda(p, reader.device.index, stream));
 }
 
+// ---- the Hopper kernel by itself, for tests and benchmarks ----
+
+[[noreturn]] [[maybe_unused]] void only_on_hopper() {
+  fail(ErrorKind::kNotImplemented, "block_sparse_fwd_sm90 runs on a GPU: move the tensors there");
+}
+
+void forward_sm90(const py::dict& tensors, int32_t block_q, int32_t block_kv, double scale, double softcap,
+                  bool causal) {
+  BlockSparseParams p{};
+  Reader reader(p, true);
+  reader.inputs(tensors, block_q, block_kv, scale, softcap, causal);
+  p.out = reader.tensor(tensors["out"], "out", p.heads, p.q_len, p.value_dim, Access::kOverwrite);
+  p.lse = reader.flat(tensors["lse"], "lse", reader.rows(), reader.statistics());
+  bool fits = false;
+  int64_t bytes = 0;
+  TW_RUN(reader.device.is_cuda, only_on_hopper(), void(fits = attention::block_sparse_fwd_sm90_fits(p)));
+  check_value(fits,
+              "block_sparse_fwd_sm90: takes 16-bit tensors with head dims in multiples of 8 up to 128, rows "
+              "of 16-byte aligned elements, and blocks of 64 queries or multiples");
+  TW_RUN(reader.device.is_cuda, only_on_hopper(),
+         void(bytes = attention::block_sparse_fwd_workspace_sm90(p)));
+  reader.workspace(tensors["workspace"], bytes);
+  [[maybe_unused]] const Stream stream = reader.arguments.current_stream(reader.device);
+  py::gil_scoped_release released;
+  TW_RUN(reader.device.is_cuda, only_on_hopper(),
+         attention::block_sparse_fwd_sm90(p, reader.device.index, stream));
+}
+
 }  // namespace
 
 void bind_block_sparse(py::module_& m) {
   m.def("block_sparse_workspace", &workspace);
   m.def("block_sparse_fwd", &forward);
   m.def("block_sparse_bwd", &backward);
+  m.def("block_sparse_fwd_sm90", &forward_sm90);
 }
 
 }  // namespace tilewright

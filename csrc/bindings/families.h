@@ -12,10 +12,12 @@ void bind_scan(pybind11::module_& m);
 // Of the attention family, called by bind_attention.
 void bind_block_mask(pybind11::module_& m);
 void bind_block_sparse(pybind11::module_& m);
+void bind_select_blocks(pybind11::module_& m);
 
 // Of the scan family, called by bind_scan.
 void bind_causal_conv1d(pybind11::module_& m);
 void bind_linear_scan(pybind11::module_& m);
+void bind_mamba_step(pybind11::module_& m);
 void bind_selective_scan(pybind11::module_& m);
 void bind_selective_state_update(pybind11::module_& m);
 void bind_ssd_chunk_scan(pybind11::module_& m);

@@ -40,6 +40,13 @@ void preload(Kernel<Params>) {}
 
 inline int multiprocessor_count(int) { return emulator::multiprocessors(); }
 
+inline int compute_capability(int) { return emulator::compute_capability(); }
+
+template <class Params>
+bool is_native(Kernel<Params>, int capability) {
+  return capability == emulator::compute_capability();
+}
+
 template <class Params>
 int resident_blocks(Kernel<Params>, int, size_t) {
   return 2;
@@ -122,6 +129,24 @@ inline int multiprocessor_count(int device) {
     if (remembered) counts[device].store(count, std::memory_order_relaxed);
   }
   return count;
+}
+
+// 80, 90, ...
+inline int compute_capability(int device) {
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  return 10 * major + minor;
+}
+
+// Whether the current device is of this capability and the kernel was compiled for it: code that the driver
+// made of an older architecture's PTX is not.
+template <class Params>
+bool is_native(Kernel<Params> kernel, int capability) {
+  preload(kernel);
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "loading a kernel");
+  return attributes.binaryVersion == capability && attributes.ptxVersion == capability;
 }
 
 // Blocks of the kernel that one multiprocessor of the current device holds at once.

@@ -31,6 +31,7 @@ struct SineCosine {
 
 // To about one unit in the last place, everywhere.
 __device__ __forceinline__ float exp(float a) { return ::expf(a); }
+__device__ __forceinline__ float log(float a) { return ::logf(a); }
 __device__ __forceinline__ float log1p(float a) { return ::log1pf(a); }
 __device__ __forceinline__ float log2(float a) { return ::log2f(a); }
 __device__ __forceinline__ float tanh(float a) { return ::tanhf(a); }

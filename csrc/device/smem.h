@@ -13,7 +13,8 @@
 
 namespace tilewright::device {
 
-inline constexpr int kSharedAlignment = 128;
+// The swizzle of tiles (device/tma.h) is a function of the lowest ten bits of their addresses.
+inline constexpr int kSharedAlignment = 1024;
 
 template <class S>
 __device__ __forceinline__ S& shared_memory() {

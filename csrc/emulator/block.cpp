@@ -41,6 +41,8 @@ void Block::run(const Grid& grid, uint3 index, uint64_t seed) {
   running_block = nullptr;
   // Threads that a failure left suspended are abandoned: nothing of a kernel's needs a destructor.
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  check_mbarriers();
+  check_matrix_groups();
   check_guards();
 }
 
@@ -72,12 +74,15 @@ void Block::set_up_threads() {
     lane.rank = rank;
     lane.wait = {};
     lane.copies.forget();
+    lane.matrix.forget();
     ready_.add(lane, random_);
     warps_[lane.warp()].alive |= lane.bit();
     if (++thread.x == blockDim.x) thread.x = 0, ++thread.y;
     if (thread.y == blockDim.y) thread.y = 0, ++thread.z;
   }
   for (Warp& warp : warps_) warp.existing = warp.alive;
+  mbarriers_.clear();
+  for (MatrixGroup& group : matrix_groups_) group.forget();
   barriers_[kBlockBarrier].reset();
   if (std::exchange(named_barriers_used_, false)) {
     for (Barrier& barrier : barriers_) barrier.reset();
@@ -114,6 +119,7 @@ void Block::leave(Lane& lane) {
     report(waiting.wait.site,
            str("the thread exits, but thread ", waiting.rank, " waits for it ", describe(waiting)));
   }
+  check_matrix_end(lane);
   lane.wait.where = Wait::Where::kExited;
   warp.alive &= ~lane.bit();
   --alive_;
@@ -129,7 +135,7 @@ void Block::report_deadlock() const {
 
 namespace {
 
-constexpr size_t kSharedAlignment = 128;
+constexpr size_t kSharedAlignment = 1024;  // as device/smem.h promises
 constexpr ptrdiff_t kHeadBytes = kSharedAlignment;
 constexpr size_t kTailBytes = 4096;
 constexpr unsigned char kPoison = 0xff;
@@ -201,15 +207,19 @@ void* Block::shared_memory(size_t bytes) const {
   return shared_;
 }
 
+void Block::check_shared(const void* start, size_t bytes, const char* what, Site site) const {
+  const char* first = static_cast<const char*>(start);
+  if (std::less<>()(first, shared_) || std::less<>()(shared_ + grid_->shared_bytes, first + bytes)) {
+    report(site, str(what, " is not in shared memory"));
+  }
+}
+
 // ---- Asynchronous copies -----------------------------------------------------------------------
 
 void Block::cp_async(void* destination, const void* source, size_t bytes, bool valid, Site site) {
   check_aligned(destination, bytes, site);
   check_aligned(source, bytes, site);
-  const char* start = static_cast<const char*>(destination);
-  if (std::less<>()(start, shared_) || std::less<>()(shared_ + grid_->shared_bytes, start + bytes)) {
-    report(site, "cp_async: the destination is not in shared memory");
-  }
+  check_shared(destination, bytes, "cp_async: the destination", site);
   current_->copies.add(destination, source, bytes, valid);
 }
 

@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "emulator/fibre.h"
+#include "emulator/matrix.h"
+#include "emulator/mbarrier.h"
 #include "emulator/runtime.h"
 
 namespace tilewright::emulator {
@@ -40,12 +42,13 @@ class Random {
 
 // Where a thread waits, for the reports.
 struct Wait {
-  enum class Where : uint8_t { kNowhere, kBlockBarrier, kNamedBarrier, kWarp, kExited };
+  enum class Where : uint8_t { kNowhere, kBlockBarrier, kNamedBarrier, kWarp, kMbarrier, kExited };
   Site site;
-  uint32_t mask = 0;  // of a warp collective
+  uint32_t mask = 0;  // of a warp collective; of an mbarrier its offset
   Where where = Where::kNowhere;
   uint8_t op = 0;        // BlockOp or WarpOp
-  uint16_t barrier = 0;  // id; 16 bits, since padding would have the struct copied in overlapping halves
+  uint16_t barrier = 0;  // id, or an mbarrier's parity; 16 bits, since padding would have the struct copied
+                         // in overlapping halves
 };
 
 // The copies a thread has begun and that have not landed, in order; committed ones are in groups.
@@ -75,6 +78,7 @@ struct alignas(64) Lane {
   uint32_t argument;  // lane, mask or distance of a shuffle
   Wait wait;
   AsyncCopies copies;
+  MatrixWork matrix;
 
   unsigned warp() const { return rank / kWarpLanes; }
   uint32_t bit() const { return 1u << rank % kWarpLanes; }
@@ -131,6 +135,17 @@ class Block {
   void cp_async_commit() { current_->copies.commit(); }
   void cp_async_wait(int groups) { current_->copies.land_all_but(size_t(groups)); }
 
+  void mbarrier_init(uint64_t* word, int arrivals, Site site);
+  void mbarriers_fence();
+  void mbarrier_arrive(uint64_t* word, int64_t bytes, Site site);
+  void mbarrier_wait(uint64_t* word, uint32_t parity, Site site);
+  void tensor_load(void* destination, const TensorMap& map, const TensorIndex& at, uint64_t* word, Site site);
+
+  void matrix_fence() { current_->matrix.fenced = true; }
+  void matrix_issue(const MatrixOp& op, float* accumulators, const uint32_t* a, Site site);
+  void matrix_commit() { current_->matrix.groups.push_back(current_->matrix.issued); }
+  void matrix_wait(size_t groups, Site site);
+
   // Throws: this thread, at `site`, has done what `text` says.
   [[noreturn]] void report(Site site, const std::string& text) const;
 
@@ -182,6 +197,7 @@ class Block {
   void set_up_threads();
   void set_up_shared_memory(size_t bytes);
   void check_guards() const;
+  void check_shared(const void* start, size_t bytes, const char* what, Site site) const;
 
   static void fibre_main();
   void run_lane();
@@ -208,6 +224,15 @@ class Block {
   uint64_t shuffled(WarpOp op, uint32_t mask, const uint64_t* values, const Lane& lane) const;
   void check_same_variant(const Lane* lanes) const;
 
+  Mbarrier& mbarrier_at(const uint64_t* word, Site site);
+  void complete_if_due(Mbarrier& barrier, Site site);
+  void check_mbarriers() const;
+
+  void check_matrix_op(MatrixGroup& group, const MatrixOp& op, Site site);
+  void run_matrix_op(unsigned warp, uint64_t number);
+  void check_matrix_end(const Lane& lane) const;
+  void check_matrix_groups() const;
+
   std::string describe_block() const;
   std::string describe(const Lane& lane) const;
   std::string describe_threads() const;
@@ -227,6 +252,8 @@ class Block {
   std::array<Warp, kMaxWarps> warps_;
   std::array<Barrier, kBarriers> barriers_;
   bool named_barriers_used_ = false;
+  std::vector<Mbarrier> mbarriers_;  // by the order of their initialisation
+  std::array<MatrixGroup, kMaxWarps / kMatrixWarps> matrix_groups_;
 
   Memory memory_;  // guard, shared memory, guard
   char* shared_ = nullptr;

@@ -197,7 +197,7 @@ bool is_shuffle(WarpOp op) { return op >= WarpOp::kShuffle && op <= WarpOp::kShu
 }  // namespace
 
 void Block::exchange(WarpOp op, uint32_t mask, Lane* lanes) const {
-  if (op == WarpOp::kSync) return;
+  if (op == WarpOp::kSync || op == WarpOp::kMatrixWait) return;
   uint64_t values[kWarpLanes];
   for_each_lane(mask, [&](unsigned i) { values[i] = lanes[i].value; });
   if (is_shuffle(op)) {

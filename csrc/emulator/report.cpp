@@ -53,6 +53,8 @@ const char* name_of(WarpOp op) {
       return "reduce_or";
     case WarpOp::kMatchAny:
       return "match_any";
+    case WarpOp::kMatrixWait:
+      return "wgmma_wait";
     case WarpOp::kMma:
       return "mma_m16n8k16";
     case WarpOp::kLoadMatrices:
@@ -112,6 +114,8 @@ std::string call_of(const Lane& lane) {
       return name_of(BlockOp(wait.op));
     case Wait::Where::kNamedBarrier:
       return str("barrier_sync ", wait.barrier);
+    case Wait::Where::kMbarrier:
+      return str("mbarrier_wait for parity ", wait.barrier);
     case Wait::Where::kWarp:
       return str(name_of(WarpOp(wait.op)), " with mask 0x", std::hex, wait.mask);
   }
@@ -125,6 +129,11 @@ std::string Block::describe(const Lane& lane) const {
   if (wait.where == Wait::Where::kNamedBarrier) {
     const Barrier& barrier = barriers_[wait.barrier];
     text += str(", to which ", barrier.warp_threads, " of ", barrier.expected, " threads have come");
+  }
+  if (wait.where == Wait::Where::kMbarrier) {
+    for (const Mbarrier& barrier : mbarriers_) {
+      if (barrier.offset == wait.mask) text += str(", ", describe_mbarrier(barrier));
+    }
   }
   return text;
 }

@@ -19,6 +19,7 @@ namespace {
 std::atomic<uint64_t> chosen_seed{0};
 std::atomic<int> chosen_threads{0};
 std::atomic<int> chosen_multiprocessors{2};
+std::atomic<int> chosen_capability{80};
 
 }  // namespace
 
@@ -35,6 +36,13 @@ void set_multiprocessors(int count) {
 }
 
 int multiprocessors() { return chosen_multiprocessors; }
+
+void set_compute_capability(int number) {
+  check_value(number == 80 || number == 90, "number: got ", number, ", allowed: 80 or 90");
+  chosen_capability = number;
+}
+
+int compute_capability() { return chosen_capability; }
 
 // ---- Launch ------------------------------------------------------------------------------------
 

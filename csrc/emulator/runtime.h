@@ -26,6 +26,10 @@ void set_threads(int threads);
 void set_multiprocessors(int count);
 int multiprocessors();
 
+// And of which generation it is, as 80 or 90.
+void set_compute_capability(int number);
+int compute_capability();
+
 // ---- Launch ------------------------------------------------------------------------------------
 
 inline constexpr size_t kMaxSharedBytes = 227 * 1024;
@@ -68,6 +72,7 @@ enum class WarpOp : uint8_t {
   kReduceAdd,
   kReduceOr,
   kMatchAny,
+  kMatrixWait,
   kMma,
   kLoadMatrices
 };

@@ -114,6 +114,26 @@ std::vector<int> device_properties();  // multiprocessor_count, resident_blocks
 void misuse(const std::string& what);
 std::vector<std::string> misuses();
 
+// ---- Hopper ------------------------------------------------------------------------------------
+
+// Two warps fill a ring of two slots for two others to read, by mbarriers; each slot comes out reversed.
+Floats mbarrier_ring(const Floats& values, bool with_waits);
+
+// The box at these coordinates of a tensor of values, as it lies in shared memory when it is read, with or
+// without a wait. Innermost axis first; sizes, strides, box in elements.
+Halves tma_tile(const Halves& values, const std::array<int64_t, 4>& sizes,
+                const std::array<int64_t, 4>& strides, const std::array<int32_t, 4>& box,
+                const std::array<int32_t, 4>& at, bool waits);
+
+// a (64 x depth) b, with b stored as depth x columns (across) or columns x depth. Faults: 1 reads the result
+// before the wait, 2 changes b after the products began, 3 writes the accumulators then, 4 (none) waits
+// twice.
+Floats wgmma_product(const std::string& type, const Halves& a, const Halves& b, int columns, bool across,
+                     bool in_registers, int fault);
+
+void hopper_misuse(const std::string& what);
+std::vector<std::string> hopper_misuses();
+
 // A launch whose odd blocks throw their number, some sooner than others.
 void fail_in_odd_blocks(unsigned blocks);
 

@@ -59,6 +59,16 @@ void bind_arithmetic(py::module_& module) {
          py::arg("c"), py::arg("a_transposed"), py::arg("b_transposed"));
 }
 
+void bind_hopper(py::module_& module) {
+  define(module, "mbarrier_ring", &selftest::mbarrier_ring, py::arg("values"), py::arg("with_waits") = true);
+  define(module, "tma_tile", &selftest::tma_tile, py::arg("values"), py::arg("sizes"), py::arg("strides"),
+         py::arg("box"), py::arg("at"), py::arg("waits") = true);
+  define(module, "wgmma_product", &selftest::wgmma_product, py::arg("type"), py::arg("a"), py::arg("b"),
+         py::arg("columns"), py::arg("across"), py::arg("in_registers"), py::arg("fault") = 0);
+  define(module, "hopper_misuse", &selftest::hopper_misuse, py::arg("what"));
+  define(module, "hopper_misuses", &selftest::hopper_misuses);
+}
+
 void bind_misuse(py::module_& module) {
   define(module, "largest_params", &selftest::largest_params);
   define(module, "copy_and_fill", &selftest::copy_and_fill, py::arg("values"));
@@ -78,6 +88,9 @@ void bind_options(py::module_& module) {
   module.def("emulator_multiprocessors", &multiprocessors, "What kernels are told that the device has.");
   module.def("emulator_set_multiprocessors", &set_multiprocessors, py::arg("count"),
              "Choose it; at first it is 2. ValueError below 1.");
+  module.def("emulator_compute_capability", &compute_capability, "Likewise, as 80 or 90.");
+  module.def("emulator_set_compute_capability", &set_compute_capability, py::arg("number"),
+             "Choose it; at first it is 80. ValueError for others than 80 and 90.");
 }
 
 }  // namespace
@@ -89,6 +102,7 @@ void bind_selftest(py::module_& module) {
   bind_threads(selftest);
   bind_memory(selftest);
   bind_arithmetic(selftest);
+  bind_hopper(selftest);
   bind_misuse(selftest);
 }
 

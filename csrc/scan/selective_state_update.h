@@ -28,13 +28,13 @@ struct StepTensor {
 struct SelectiveStateUpdateParams {
   StepTensor state;          // (slot, head, channel, state)
   StepTensor x, dt, z, out;  // (batch, head, channel)
-  StepTensor A;              // (head, channel, state)
+  StepTensor A;              // (head, channel, state); log(-A) if A_is_log
   StepTensor B, C;           // (batch, group, state)
   StepTensor D, dt_bias;     // (head, channel)
   const void* indices;       // [batch] int32 or int64, the slot of each sequence; null: its own number
   int64_t indices_stride;
   int64_t batch, slots, heads, groups, dim, states;  // groups divides heads; dim channels a head
-  bool indices_are_64, softplus;
+  bool indices_are_64, softplus, A_is_log;
 };
 
 void selective_state_update_cuda(const SelectiveStateUpdateParams&, int device, Stream);

@@ -99,6 +99,9 @@ struct Tile {
   }
 };
 
+// A of what is in memory for it.
+Float rate_of(const SelectiveStateUpdateParams& p, Float x) { return p.A_is_log ? -exp(x) : x; }
+
 void prepare(const SelectiveStateUpdateParams& p, Tile& tile, bool one_decay) {
   tile.gather_channels(tile.dt, p.dt, tile.b);
   tile.gather_channels(tile.x, p.x, tile.b);
@@ -111,7 +114,7 @@ void prepare(const SelectiveStateUpdateParams& p, Tile& tile, bool one_decay) {
     const Float raw = load(tile.dt + i), dt = p.softplus ? softplus(raw) : raw;
     store(tile.dt + i, dt);
     store(tile.dtx + i, dt * load(tile.x + i));
-    if (one_decay) store(tile.decay + i, exp(dt * load(tile.decay + i)));
+    if (one_decay) store(tile.decay + i, exp(dt * rate_of(p, load(tile.decay + i))));
     store(tile.y + i, splat(0.0f));
   }
 }
@@ -135,12 +138,13 @@ void finish(const SelectiveStateUpdateParams& p, Tile& tile) {
 // A row of `count` states, a multiple of kLanes: moves them on and returns their share of y. Null A: one
 // decay.
 template <class T>
-float step_row(const Tile& tile, int64_t row, T* state, const float* A, int64_t count) {
+float step_row(const SelectiveStateUpdateParams& p, const Tile& tile, int64_t row, T* state, const float* A,
+               int64_t count) {
   const Float dt = splat(tile.dt[row]), dtx = splat(tile.dtx[row]);
   const Float shared = splat(tile.decay[row]);
   Float y = splat(0.0f);
   for (int64_t n = 0; n < count; n += kLanes) {
-    const Float decay = A == nullptr ? shared : exp(dt * load(A + n));
+    const Float decay = A == nullptr ? shared : exp(dt * rate_of(p, load(A + n)));
     const Float moved = fma(load(state + n), decay, dtx * load(tile.B + n));
     store(state + n, moved);
     y = fma(moved, load(tile.C + n), y);
@@ -172,11 +176,11 @@ void update_tile(const SelectiveStateUpdateParams& p, Tile& tile) {
       const int64_t offset =
           tile.slot * p.state.batch + tile.h * p.state.head + c * p.state.channel + first * p.state.state;
       if (vectors) {
-        tile.y[row] += step_row(tile, row, static_cast<T*>(p.state.data) + offset, A, whole);
+        tile.y[row] += step_row(p, tile, row, static_cast<T*>(p.state.data) + offset, A, whole);
         continue;
       }
       gather(state_row, p.state, offset, count, p.state.state);
-      tile.y[row] += step_row(tile, row, state_row, A, whole);
+      tile.y[row] += step_row(p, tile, row, state_row, A, whole);
       scatter(p.state, offset, state_row, count, p.state.state);
     }
   }
@@ -199,7 +203,8 @@ void update_channel_double(const SelectiveStateUpdateParams& p, const Tile& tile
   const double x = one(p.x, b, h, c, 0);
   double y = 0;
   for (int64_t n = 0; n < p.states; ++n) {
-    const double moved = one(p.state, tile.slot, h, c, n) * std::exp(dt * one(p.A, 0, h, c, n)) +
+    const double A = one(p.A, 0, h, c, n);
+    const double moved = one(p.state, tile.slot, h, c, n) * std::exp(dt * (p.A_is_log ? -std::exp(A) : A)) +
                          dt * x * one(p.B, b, g, 0, n);
     const StepTensor& s = p.state;
     scatter(s, tile.slot * s.batch + h * s.head + c * s.channel + n * s.state, &moved, 1, 1);

@@ -96,6 +96,11 @@ __device__ __forceinline__ int64_t slot_of(const SelectiveStateUpdateParams& p, 
                           : static_cast<const int32_t*>(p.indices)[at];
 }
 
+// A of what is in memory for it.
+__device__ __forceinline__ float rate_of(const SelectiveStateUpdateParams& p, float x) {
+  return p.A_is_log ? -device::exp(x) : x;
+}
+
 // The states of one channel, moved on by a group of lanes, and this lane's share of C state.
 template <class T>
 __device__ __forceinline__ float step_states(const KernelParams& k, int64_t b, int64_t slot, int64_t h,
@@ -107,7 +112,8 @@ __device__ __forceinline__ float step_states(const KernelParams& k, int64_t b, i
   const int64_t B_at = b * p.B.batch + g * p.B.head, C_at = b * p.C.batch + g * p.C.head;
   const bool one_decay = p.A.state == 0;
   const float scaled = dt * kLog2E, moved_in = dt * x;
-  const float decay = one_decay && p.states > 0 ? device::exp2_approx(scaled * read(p.A, A_at)) : 0.0f;
+  const float decay =
+      one_decay && p.states > 0 ? device::exp2_approx(scaled * rate_of(p, read(p.A, A_at))) : 0.0f;
   float y = 0.0f;
   for (int64_t n = int64_t{lane} * kStates; n < p.states; n += int64_t{k.lanes} * kStates) {
     const int count = int(p.states - n < kStates ? p.states - n : kStates);
@@ -119,7 +125,7 @@ __device__ __forceinline__ float step_states(const KernelParams& k, int64_t b, i
     read_states(C, p.C, C_at, n, count);
 #pragma unroll
     for (int i = 0; i < kStates; ++i) {
-      const float factor = one_decay ? decay : device::exp2_approx(scaled * A[i]);
+      const float factor = one_decay ? decay : device::exp2_approx(scaled * rate_of(p, A[i]));
       state[i] = state[i] * factor + moved_in * B[i];
       if (i < count) y += state[i] * C[i];
     }

@@ -1,7 +1,7 @@
 """Handwritten CUDA and C++ kernels that drop into existing PyTorch models.
 
 ``tilewright.attention``
-    Masks of block-sparse attention.
+    Block-sparse attention, its masks, and which of them a model's layers get.
 ``tilewright.optim``
     8-bit blockwise optimizers and quantization, with bitsandbytes' arguments and checkpoints.
 ``tilewright.scan``
@@ -9,7 +9,7 @@
 ``tilewright.nn``
     Drop-in modules.
 ``tilewright.swap(model)``, ``tilewright.unswap(model)``
-    These kernels in a model that exists already, and out of it again.
+    These kernels in a model that exists already, and out of it again; attention under a mask of yours.
 ``tilewright.info()``
     What was built, what this machine offers, and whether they fit.
 

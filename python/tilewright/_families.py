@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 FAMILIES = {
+    "attention": "block masks, block-sparse attention and estimators of what it may leave out",
     "optim": "8-bit optimizers and blockwise quantization",
     "scan": "linear and selective scans, causal convolutions",
 }

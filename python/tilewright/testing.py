@@ -11,7 +11,9 @@ from . import _backend
 
 
 @contextlib.contextmanager
-def emulated(seed: int | None = None, multiprocessors: int | None = None) -> Iterator[ModuleType]:
+def emulated(
+    seed: int | None = None, multiprocessors: int | None = None, compute_capability: int = 80
+) -> Iterator[ModuleType]:
     """Runs CUDA kernels on the CPU within the block: CPU tensors stand for device memory.
 
         with tilewright.testing.emulated(seed=1):
@@ -22,6 +24,7 @@ def emulated(seed: int | None = None, multiprocessors: int | None = None) -> Ite
             every seed. None leaves the order as it is.
         multiprocessors: how many the kernels are told there are, within the block. With many, for example,
             scans split long sequences. None leaves the number as it is.
+        compute_capability: of the device that kernels are told they run on, within the block; 90 is Hopper.
 
     Yields:
         The emulated extension.
@@ -34,9 +37,11 @@ def emulated(seed: int | None = None, multiprocessors: int | None = None) -> Ite
         module.emulator_set_seed(seed)
     count = module.emulator_multiprocessors()
     module.emulator_set_multiprocessors(count if multiprocessors is None else multiprocessors)
+    module.emulator_set_compute_capability(compute_capability)
     before, _backend.C = _backend.C, module
     try:
         yield module
     finally:
         _backend.C = before
         module.emulator_set_multiprocessors(count)
+        module.emulator_set_compute_capability(80)

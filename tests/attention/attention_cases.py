@@ -2,31 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-
-@dataclass
-class Lists:
-    """What the kernels read of a block mask."""
-
-    q2k_counts: Tensor
-    q2k_indices: Tensor
-    q2k_bits: Tensor | None
-    k2q_counts: Tensor
-    k2q_indices: Tensor
-    k2q_bits: Tensor | None
-    tables: Tensor | None
-    block_size: tuple[int, int]
-    q_len: int
-    kv_len: int
-
-    def to(self, device: torch.device) -> Lists:
-        """The same on another device."""
-        moved = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return replace(self, **moved)
+from tilewright.attention import BlockMask
 
 
 def _listed(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,8 +20,8 @@ def _listed(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return counts.int(), order.int().contiguous(), bits.int().contiguous()
 
 
-def lists_of(visible: Tensor, block_q: int, block_kv: int) -> Lists:
-    """The block mask of a mask (Bm, Hm, q_len, kv_len) of elements."""
+def lists_of(visible: Tensor, block_q: int, block_kv: int) -> BlockMask:
+    """The block mask of a mask (Bm, Hm, q_len, kv_len) of elements; each partial block has its own table."""
     batch, heads, q_len, kv_len = visible.shape
     nq, nk = -(-q_len // block_q), -(-kv_len // block_kv)
     padded = torch.zeros(batch, heads, nq * block_q, nk * block_kv, dtype=torch.bool)
@@ -67,9 +46,9 @@ def lists_of(visible: Tensor, block_q: int, block_kv: int) -> Lists:
     packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
     q2k, k2q = _listed(codes), _listed(codes.mT)
     none = len(tables) == 0
-    return Lists(
+    return BlockMask(
         q2k[0], q2k[1], None if none else q2k[2], k2q[0], k2q[1], None if none else k2q[2],
-        None if none else packed, (block_q, block_kv), q_len, kv_len,
+        packed, (block_q, block_kv), q_len, kv_len,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Lists, lists_of, make, random_mask, window
+from attention_cases import lists_of, make, random_mask, window
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +17,7 @@ import tilewright.testing
 from conftest import Backend
 from reference.attention import attention, bottom_right
 from tilewright import _C
-from tilewright.attention import block_sparse_attention
+from tilewright.attention import BlockMask, block_sparse_attention
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -54,7 +54,7 @@ def assert_close(found: dict[str, Tensor], exact: dict[str, Tensor], plain: dict
         assert error <= 2 * allowed + 2e-6 * size + 1e-6, f"{name}: {error} > 2 * {allowed}"
 
 
-def run(backend: Backend, inputs: tuple[Tensor, ...], mask: Lists, **options: Any) -> dict[str, Tensor]:
+def run(backend: Backend, inputs: tuple[Tensor, ...], mask: BlockMask, **options: Any) -> dict[str, Tensor]:
     """Results on the backend's device, brought to the CPU."""
     there = tuple(t if t.device == backend.device else t.to(backend.device) for t in inputs)
     mask = mask.to(backend.device)

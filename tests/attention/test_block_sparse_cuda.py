@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Lists, lists_of, make, random_mask, window
+from attention_cases import lists_of, make, random_mask, window
 from test_block_sparse import LOW, NAMES, check, results, run
 from torch import Tensor
 
@@ -17,7 +17,7 @@ import tilewright.testing
 from conftest import Backend
 from reference.attention import attention
 from tilewright import _C_emulated
-from tilewright.attention import block_sparse_attention
+from tilewright.attention import BlockMask, block_sparse_attention
 
 GPU = ["emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
 pytestmark = pytest.mark.parametrize("backend", GPU, indirect=True)
@@ -225,6 +225,6 @@ def test_tables_that_do_not_exist(backend: Backend, wrong: int) -> None:
 
 def test_float64_has_no_kernel(backend: Backend) -> None:
     q, k, v = (t.to(backend.device) for t in make(1, 1, 1, 20, 20, 8, 8))
-    mask: Lists = lists_of(torch.ones(1, 1, 20, 20, dtype=torch.bool), 16, 16).to(backend.device)
+    mask: BlockMask = lists_of(torch.ones(1, 1, 20, 20, dtype=torch.bool), 16, 16).to(backend.device)
     with pytest.raises(NotImplementedError, match="q: float64 has no CUDA kernel"):
         block_sparse_attention(q, k, v, mask)

@@ -202,7 +202,7 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
     [
         (lambda: tw.swap("model"), TypeError, "model must be a torch.nn.Module, got str"),
         (lambda: tw.unswap(3), TypeError, "model must be a torch.nn.Module, got int"),
-        (lambda: tw.swap(nn.Linear(1, 1), attention=object()), NotImplementedError, "attention must be None"),
+        (lambda: tw.swap(nn.Linear(1, 1), attention=object()), TypeError, "attention must be a tilewright"),
         (lambda: tw.swap(nn.Linear(1, 1), include=3), TypeError, "include must be a pattern"),
         (lambda: tw.swap(tiny("mamba"), verify=3), TypeError, "verify must be a tensor, a tuple or a dict"),
         (lambda: tw.swap(nn.Linear(1, 1), verify=3), TypeError, "verify must be a tensor, .*, got int"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright import scan
+from tilewright.nn import Mamba
 
 from . import Probe
 
@@ -102,6 +103,18 @@ def _check_decoding(device: torch.device) -> tuple[float, float]:
     return float((torch.stack(rows, -1) - whole).abs().max() / whole.abs().max()), 1e-4
 
 
+def _check_layer_step(device: torch.device) -> tuple[float, float]:
+    """Token by token, a Mamba layer gives what it gives for all tokens at once."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        layer = Mamba(_DIM, d_state=_STATES).to(device)
+        x = _normal(_BATCH, 9, _DIM, seed=1).to(device, torch.float32)
+        states = layer.allocate_inference_cache(_BATCH, 9)
+        tokens = torch.cat([layer.step(x[:, t : t + 1], *states)[0] for t in range(9)], 1)
+        whole = layer(x)
+    return float((tokens - whole).abs().max() / whole.abs().max()), 1e-4
+
+
 _TOKENS = (_BATCH, _DIM, _LENGTH)
 _SEQUENCE = (_BATCH, _LENGTH, _HEADS)
 PROBES: dict[str, Probe] = {
@@ -140,4 +153,5 @@ PROBES: dict[str, Probe] = {
         {"x": _normal(*_TOKENS, seed=1), "weight": _normal(_DIM, 4, seed=2), "bias": _normal(_DIM, seed=3)},
     ),
     "decode steps": _check_decoding,
+    "mamba_step": _check_layer_step,
 }

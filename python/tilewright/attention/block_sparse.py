@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from .block_sparse_ops import BlockSparseAttention
+from .mask import BlockMask
 
 _INTEGERS = (torch.int32, torch.int64)
 _MAX_HEAD_DIM = 256
@@ -19,7 +20,7 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    block_mask: Any,
+    block_mask: BlockMask,
     *,
     scale: float | None = None,
     causal: bool = False,
@@ -143,7 +144,7 @@ def _check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_mask(mask: Any, q: Tensor, k: Tensor) -> tuple[int, int]:
-    if not isinstance(getattr(mask, "q2k_counts", None), Tensor):
+    if not isinstance(mask, BlockMask):
         raise TypeError(f"block_mask must be a tilewright.attention.BlockMask, got {type(mask).__name__}")
     check_device("block_mask", mask.q2k_counts, q.device, "q")
     if mask.q_len != q.shape[2] or mask.kv_len != k.shape[2]:
@@ -158,8 +159,7 @@ def _check_mask(mask: Any, q: Tensor, k: Tensor) -> tuple[int, int]:
         raise ValueError(
             f"block_mask must have 1 head, or as many as k ({k.shape[1]}) or q ({q.shape[1]}), got {heads}"
         )
-    block_q, block_kv = mask.block_size
-    return int(block_q), int(block_kv)
+    return mask.block_size
 
 
 def _check_positions(name: str, positions: Tensor, length: int, device: torch.device) -> Tensor:

@@ -76,12 +76,12 @@ class BlockMask:
         if blocks.dtype is not torch.bool:
             raise TypeError(f"blocks must have dtype bool, got {_dtype_name(blocks)}")
         blocks = _four_axes("blocks", blocks, 4, "(nq, nk), (heads, nq, nk) or (batch, heads, nq, nk)")
-        block_q, block_kv = _check_block_size(block_size)
+        block_q, block_kv = check_block_size(block_size)
         rows, columns = blocks.shape[2:]
         q_len = _check_length("q_len", q_len, rows, block_q)
         kv_len = _check_length("kv_len", kv_len, columns, block_kv)
         geometry = Geometry(block_q, block_kv, q_len, kv_len)
-        return _from_draft(Draft(blocks.view(torch.uint8), geometry.no_tables(blocks.device)), geometry)
+        return mask_of(Draft(blocks.view(torch.uint8), geometry.no_tables(blocks.device)), geometry)
 
     @staticmethod
     def from_lists(
@@ -109,7 +109,7 @@ class BlockMask:
             ValueError: on a CPU, if an index is out of range or repeated. On CUDA such entries are left out,
                 and `validate` raises.
         """
-        block_q, block_kv = _check_block_size(block_size)
+        block_q, block_kv = check_block_size(block_size)
         counts = _check_list("counts", counts)
         counts = _four_axes("counts", counts, 3, "(nq,), (heads, nq) or (batch, heads, nq)")
         q_len = _check_length("q_len", q_len, counts.shape[2], block_q)
@@ -130,9 +130,9 @@ class BlockMask:
             counts, indices, bits, geometry.kv_blocks, len(packed)
         )
         if _on_gpu(counts):
-            return _from_draft(Draft(codes, packed), geometry, flags)
+            return mask_of(Draft(codes, packed), geometry, flags)
         _raise_for(flags, "counts, indices and bits: ")
-        return _from_draft(Draft(codes, packed), geometry)
+        return mask_of(Draft(codes, packed), geometry)
 
     @staticmethod
     def from_torch(block_mask: Any) -> BlockMask:
@@ -148,7 +148,7 @@ class BlockMask:
                 "block_mask must be a torch.nn.attention.flex_attention.BlockMask, "
                 f"got {type(block_mask).__name__}"
             )
-        block_q, block_kv = _check_block_size(tuple(block_mask.BLOCK_SIZE), "block_mask.BLOCK_SIZE")
+        block_q, block_kv = check_block_size(tuple(block_mask.BLOCK_SIZE), "block_mask.BLOCK_SIZE")
         geometry = Geometry(block_q, block_kv, *block_mask.seq_lengths)
         if block_mask.kv_num_blocks.shape[2] != geometry.q_blocks:
             raise ValueError(
@@ -159,7 +159,7 @@ class BlockMask:
         if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
             full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, geometry)
             kinds = torch.where(full == 1, FULL, kinds)
-        return _from_draft(evaluate(kinds, _elements_of(block_mask.mask_mod, geometry), geometry), geometry)
+        return mask_of(evaluate(kinds, _elements_of(block_mask.mask_mod, geometry), geometry), geometry)
 
     # ---- builders ----
 
@@ -323,7 +323,7 @@ class BlockMask:
 
     def __invert__(self) -> BlockMask:
         """What this one does not see."""
-        return _from_draft(combine(torch.bitwise_not, [self._draft()], self._geometry), self._geometry)
+        return mask_of(combine(torch.bitwise_not, [self._draft()], self._geometry), self._geometry)
 
     def __eq__(self, other: object) -> bool:
         """Whether both have the same shape and block size, and see the same elements."""
@@ -355,7 +355,7 @@ class BlockMask:
                 f"masks combined by {sign} must be on one device, got {self.device} and {other.device}"
             )
         drafts = [self._draft(), other._draft()]
-        return _from_draft(combine(op, drafts, self._geometry), self._geometry)
+        return mask_of(combine(op, drafts, self._geometry), self._geometry)
 
     # ---- what it is ----
 
@@ -422,7 +422,7 @@ class BlockMask:
         if self._flags is not None:
             _raise_for(self._flags, "counts, indices and bits given to from_lists: ")
         geometry = self._geometry
-        _check_block_size(self.block_size)
+        check_block_size(self.block_size)
         shape = (geometry.q_blocks, geometry.kv_blocks)
         if self.shape[2:] != shape:
             raise ValueError(
@@ -488,7 +488,7 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda or _backend.is_emulated()
 
 
-def _from_draft(draft: Draft, geometry: Geometry, flags: Tensor | None = None) -> BlockMask:
+def mask_of(draft: Draft, geometry: Geometry, flags: Tensor | None = None) -> BlockMask:
     """The lists of a map of codes: as long as needed on a CPU; on a GPU nobody waits to see how long."""
     codes, with_bits = draft.codes, len(draft.tables) > 0
     if _on_gpu(codes) or torch.compiler.is_compiling():
@@ -508,7 +508,7 @@ def _build(geometry: Geometry, device: torch.device | str | None, draft: Callabl
     """The mask of a builder's map, which is made on the CPU, whatever the default device is."""
     target = torch.get_default_device() if device is None else torch.device(device)
     with torch.device("cpu"):
-        return _from_draft(draft(), geometry).to(target)
+        return mask_of(draft(), geometry).to(target)
 
 
 def _listed(counts: Tensor, indices: Tensor, geometry: Geometry) -> Tensor:
@@ -551,7 +551,8 @@ def _sizes(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _check_block_size(block_size: Any, name: str = "block_size") -> tuple[int, int]:
+def check_block_size(block_size: Any, name: str = "block_size") -> tuple[int, int]:
+    """The sizes of blocks of queries and of keys."""
     pair = (block_size, block_size) if isinstance(block_size, int) else block_size
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(type(size) is int for size in pair)):
         raise TypeError(f"{name} must be an int or a pair of them (queries, keys), got {block_size!r}")
@@ -578,7 +579,7 @@ def _check_length(name: str, length: int | None, blocks: int, block: int) -> int
 
 
 def _geometry(q_len: int, kv_len: int | None, block_size: BlockSize) -> Geometry:
-    size = _check_block_size(block_size)
+    size = check_block_size(block_size)
     q_len = _check_size("seq_len" if kv_len is None else "q_len", q_len, 0)
     return Geometry(*size, q_len, q_len if kv_len is None else _check_size("kv_len", kv_len, 0))
 

@@ -203,7 +203,7 @@ def _add_ratios(rows: dict[str, dict[str, Any]]) -> None:
     ours = rows.get(OURS, {"status": "absent"})
     for row in rows.values():
         if ours["status"] == row["status"] == "ok":
-            row["ours_over_this"] = round(ours["median_ms"] / row["median_ms"], 4)
+            row["ours_over_this"] = float(f"{ours['median_ms'] / row['median_ms']:.4g}")
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

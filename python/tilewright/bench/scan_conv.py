@@ -6,6 +6,7 @@ Bytes of a call, each once, with e the bytes of an element of x and out:
     ... and backward         x, out, then x, dout, dx                          5 e an element
     causal_conv1d_update     the state twice, x, out; weight and bias          (2 width + 2) e a channel; 5 e
     selective_state_update   the state twice; x, dt, z, out a channel; B, C    8 bytes a state; 16; and those
+    mamba_step               the weights of the layer                          e a weight
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def convolutions(device: torch.device, quick: bool) -> list[Case]:
 
 
 def updates(device: torch.device, quick: bool) -> list[Case]:
-    """One token of a Mamba-1 and of a Mamba-2 model, and a state so small that only the call is left."""
+    """One token of a Mamba-1 and of a Mamba-2 model, a state so small that only the call is left, a layer."""
     batch = 1 if quick or device.type == "cpu" else 64
     found = [_conv_update(device, batch, 5120), _state_update(device, batch, None, 5120, 16)]
-    return [*found, _state_update(device, batch, 80, 64, 128), _state_update(device, 1, None, 8, 16)]
+    found += [_state_update(device, batch, 80, 64, 128), _state_update(device, 1, None, 8, 16)]
+    return [*found, _layer_step(device, 1, 768)]
 
 
 def _random(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -169,6 +171,48 @@ def _state_update(device: torch.device, batch: int, heads: int | None, dim: int,
     sizes = {"batch": batch, "heads": heads or 1, "dim": dim, "states": states, "dtype": "float32"}
     flops = rows * (5 * states + 2 * _SILU_FLOPS + (states if heads is None else 1))
     return Case(name, title, contenders, flops, calls=1000 if small else 20, sizes=sizes)
+
+
+def _layer_step(device: torch.device, batch: int, width: int) -> Case:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    layers = 6  # in turn, as in a model, so that no cache keeps their weights
+
+    def step(function: Callable[..., object]) -> Step:
+        from tilewright.nn import Mamba
+
+        hidden = _random(device, batch, 1, width, dtype=dtype)
+        found = [Mamba(width, device=device, dtype=dtype) for _ in range(layers)]
+        states = [layer.allocate_inference_cache(batch, 0) for layer in found]
+
+        @torch.inference_mode()
+        def run() -> None:
+            for layer, (conv_state, state) in zip(found, states, strict=True):
+                function(layer, hidden, conv_state, state)
+
+        return run
+
+    def ours() -> Step:
+        return step(lambda layer, *rest: layer.step(*rest))
+
+    def plain(layer: Any, hidden: Tensor, conv_state: Tensor, state: Tensor) -> Tensor:
+        x, z = layer.in_proj(hidden[:, 0]).chunk(2, dim=-1)
+        conv_state.copy_(torch.cat([conv_state[..., 1:], x[..., None]], dim=-1))
+        u = F.silu((conv_state * layer.conv1d.weight.squeeze(1)).sum(-1) + layer.conv1d.bias)
+        dt, B, C = layer.x_proj(u).split([layer.dt_rank, layer.d_state, layer.d_state], dim=-1)
+        dt = F.softplus(layer.dt_proj(dt))
+        state.mul_(torch.exp(dt[..., None] * -torch.exp(layer.A_log)))
+        state.add_((dt * u)[..., None] * B[:, None])
+        y = ((state * C[:, None]).sum(-1) + layer.D * u) * F.silu(z)
+        out: Tensor = layer.out_proj(y.to(dtype))
+        return out
+
+    inner, rank, states = 2 * width, -(-width // 16), 16
+    weights = inner * (3 * width + 2 * rank + 2 * states + _WIDTH + 3)
+    moved = layers * (weights * dtype.itemsize + inner * states * 4 * (1 + 2 * batch))
+    contenders = [Contender(OURS, ours, moved), Contender("torch", lambda: step(plain), moved)]
+    sizes = {"batch": batch, "d_model": width, "layers": layers, "dtype": _name(dtype)}
+    flops = layers * batch * (2 * weights + inner * 6 * states)
+    return Case("mamba-step", f"mamba_step, {layers} layers of width {width}", contenders, flops, sizes=sizes)
 
 
 def _peer(module: str, name: str) -> Any:

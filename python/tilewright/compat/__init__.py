@@ -6,6 +6,8 @@ Code that imports mamba_ssm or causal_conv1d runs unchanged after, at the start 
     tw.compat.install()
 
 or, for one of them and in plain Python, ``sys.modules["mamba_ssm"] = tilewright.compat.mamba_ssm``.
+
+``tilewright.compat.flex_attention`` has the names of torch.nn.attention.flex_attention, to import from.
 """
 
 from __future__ import annotations
@@ -15,11 +17,22 @@ import pkgutil
 import sys
 import warnings
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..swapping.transformers import MODELS
 from . import causal_conv1d, mamba_ssm
 
-__all__ = ["causal_conv1d", "install", "mamba_ssm"]
+if TYPE_CHECKING:
+    from . import flex_attention
+
+__all__ = ["causal_conv1d", "flex_attention", "install", "mamba_ssm"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # torch's own module, whose names it has, takes a while to import.
+    if name == "flex_attention":
+        return importlib.import_module(f"{__name__}.flex_attention")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def install(*names: str) -> None:

@@ -24,6 +24,11 @@ def plot_scan(record: dict[str, Any], path: Path) -> str:
     return _saved(_draw_scan, record, path)
 
 
+def plot_attention(record: dict[str, Any], masks: dict[str, Any], path: Path) -> str:
+    """Draws `demo attention` and its masks; returns the line to print."""
+    return _saved(lambda figure, found: _draw_attention(figure, found, masks), record, path)
+
+
 def smoothed(values: list[float], reach: int = 20) -> list[float]:
     """Mean over `reach` neighbours on either side: no lag, so that it meets the validation points."""
     return [
@@ -71,6 +76,39 @@ def _draw_scan(figure: Any, record: dict[str, Any]) -> None:
     ):
         _draw_bars(figure.add_subplot(grid[column]), values, ["as it\ncomes", "swapped"], title)
     _draw_title(figure, f"Byte-level Mamba of transformers, {record['parameters'] / 1e6:.2f}M parameters")
+
+
+def _draw_attention(figure: Any, record: dict[str, Any], masks: dict[str, Any]) -> None:
+    results = record["training"]
+    grid = figure.add_gridspec(2, 2, width_ratios=[3, 1], height_ratios=[1, 1.2])
+    curves, below = figure.add_subplot(grid[0, 0]), grid[1, :].subgridspec(1, len(masks) + 1)
+    for (name, result), style in zip(results.items(), _STYLES, strict=True):
+        curves.plot(range(1, len(result["losses"]) + 1), result["losses"], label=f"{name}: training", **style)
+        curves.plot(record["steps"], result["validation"], "o", color=style["color"], markerfacecolor="white")
+    curves.set_xlabel("training step (circles: validation)")
+    curves.set_ylabel("loss, nats per byte")
+    curves.legend(frameon=False, fontsize=8.5)
+    _tidy(curves)
+    times = [result["step_ms"] for result in results.values()]
+    _draw_bars(figure.add_subplot(grid[0, 1]), times, ["dense", "window"], "a training step, ms")
+    for column, (name, mask) in enumerate(masks.items()):
+        axis = mask.plot(ax=figure.add_subplot(below[column]))
+        axis.set_title(f"{name}: density {mask.density:.3f}", fontsize=9.5, color=_INK)
+    _draw_estimators(figure.add_subplot(below[len(masks)]), record["estimators"])
+    parameters = record["parameters"] / 1e6
+    _draw_title(figure, f"Byte-level Llama of transformers, {parameters:.2f}M parameters")
+
+
+def _draw_estimators(axis: Any, estimators: dict[str, list[dict[str, float]]]) -> None:
+    for name, rows in estimators.items():
+        axis.plot(
+            [row["density"] for row in rows], [row["mass"] for row in rows], "o-", label=name, markersize=3
+        )
+    axis.set_title("what estimators keep on the dense model's heads", fontsize=9.5, color=_INK)
+    axis.set_xlabel("causal blocks read")
+    axis.set_ylabel("attention kept")
+    axis.legend(frameon=False, fontsize=7.5)
+    _tidy(axis)
 
 
 def _draw_title(figure: Any, text: str) -> None:

@@ -9,7 +9,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,13 @@ from torch import Tensor, nn
 
 from tilewright.bench import environment
 
+from .host import NO_SPECIAL_BYTES, transformers_for, without_warnings
 from .plot import plot_scan
 from .text import load_text, random_batches, windows
 
 THEIRS, OURS = "transformers", "tilewright.swap"
 SCHEMA = 1
 _MODEL: dict[str, Any] = {"hidden_size": 192, "num_hidden_layers": 3, "initializer_range": 0.02}
-_NO_SPECIAL_BYTES = {"vocab_size": 256, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 _SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 _FINAL_LR = 3e-4
 # Rounding alone makes the losses of so few steps differ by some 1e-6; a wrong gradient shows at once.
@@ -41,9 +40,6 @@ _SAME_LOSS = 1e-3
 _PATIENCE = 30
 _ROUNDS = 3
 _PROMPT_BYTES, _TEMPERATURE = 384, 0.7
-_MISSING = (
-    "`tilewright demo scan` swaps a model of transformers, which is not installed: pip install transformers"
-)
 
 
 @dataclass(frozen=True)
@@ -148,7 +144,7 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
     size, seed = _QUICK if quick else _FULL, seeds[0]
     console = Console()
     started = time.perf_counter()
-    with _without_warnings():
+    with without_warnings("scan"):
         trainings = {name: Training(model, steps or size.steps) for name, model in make_models(seed).items()}
         train, held_out = load_text()
         announce(trainings[OURS], len(train), size, console)
@@ -190,9 +186,9 @@ def make_models(seed: int) -> dict[str, nn.Module]:
     """transformers' model with random weights, and a swapped copy of it."""
     from tilewright.swapping import swap
 
-    transformers = _transformers()
+    transformers = transformers_for("scan")
     torch.manual_seed(seed)
-    stock = transformers.MambaForCausalLM(transformers.MambaConfig(**_MODEL, **_NO_SPECIAL_BYTES)).train()
+    stock = transformers.MambaForCausalLM(transformers.MambaConfig(**_MODEL, **NO_SPECIAL_BYTES)).train()
     swapped = copy.deepcopy(stock)
     report = swap(swapped)
     if report.skipped or not report.swapped:
@@ -376,23 +372,3 @@ def _decoded(values: list[int]) -> str:
     return "".join(
         char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text
     )
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
-    return transformers
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keeps transformers from warning, amidst the progress bars, of what this shows: that it is slow."""
-    logging = _transformers().logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

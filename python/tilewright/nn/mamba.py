@@ -16,6 +16,8 @@ from ..scan.selective import MAX_STATES
 from .inference import conv_step, keep_last, states_of
 from .packing import packing_of
 
+_STEP_SEQUENCES = 8  # more of them make the projections products of matrices, which libraries do better
+
 
 class Mamba(nn.Module):
     """Mamba's block: project, convolve, scan, gate, project; a stand-in for ``mamba_ssm.Mamba``.
@@ -150,6 +152,8 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One token, ``(batch, 1, d_model)``; both states are updated in place and returned."""
         check_tokens("hidden_states", hidden_states, self.d_model, one=True)
+        if not torch.is_grad_enabled() and can_step(self, hidden_states, conv_state):
+            return step_of(self, hidden_states, conv_state, ssm_state), conv_state, ssm_state
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
         u = conv_step(self.conv1d, x, conv_state)
         dt, B, C = self._projected(u)
@@ -199,11 +203,40 @@ def wide(weight: Tensor) -> Tensor:
 
 
 def can_fuse(*linears: Any) -> bool:
-    """Whether to train from the projections' weights: plain ones, without adapters or hooks."""
-    return torch.is_grad_enabled() and all(
-        type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
-        for linear in linears
+    """Whether to train from the projections' weights."""
+    return torch.is_grad_enabled() and all(is_plain(linear) for linear in linears)
+
+
+def is_plain(linear: Any) -> bool:
+    """Whether calling this layer only multiplies by its weight: no adapters, hooks, offloading."""
+    return (
+        type(linear) is nn.Linear
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and "forward" not in linear.__dict__
     )
+
+
+def can_step(layer: Any, hidden_states: Tensor, conv_state: Tensor) -> bool:
+    """Whether `mamba_step` takes the token: few sequences, plain projections, one dtype."""
+    dtype = hidden_states.dtype
+    linears = (layer.in_proj, layer.x_proj, layer.dt_proj, layer.out_proj)
+    return (
+        hidden_states.shape[0] <= _STEP_SEQUENCES
+        and conv_state.dtype == dtype == layer.conv1d.weight.dtype
+        and all(is_plain(linear) and linear.weight.dtype == dtype for linear in linears)
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+    )
+
+
+def step_of(layer: Any, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, **norms: Any) -> Tensor:
+    """One token (batch, 1, d_model) through the layer's weights; moves both states on."""
+    out = scan.mamba_step(
+        hidden_states[:, 0], conv_state, ssm_state, layer.in_proj.weight, layer.in_proj.bias,
+        layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.x_proj.weight, layer.dt_proj.weight,
+        layer.dt_proj.bias, layer.A_log, layer.D, layer.out_proj.weight, layer.out_proj.bias, **norms,
+    )  # fmt: skip
+    return out.unsqueeze(1)
 
 
 def without_bias(dt_proj: Any, dt: Tensor) -> Tensor:

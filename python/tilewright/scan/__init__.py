@@ -5,6 +5,7 @@ from .inner import mamba_inner
 from .linear import linear_scan
 from .selective import selective_scan
 from .ssd import mamba_split_conv1d_scan_combined, ssd_chunk_scan
+from .step import mamba_step
 from .update import causal_conv1d_update, selective_state_update
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "linear_scan",
     "mamba_inner",
     "mamba_split_conv1d_scan_combined",
+    "mamba_step",
     "selective_scan",
     "selective_state_update",
     "ssd_chunk_scan",

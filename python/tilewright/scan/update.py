@@ -52,7 +52,7 @@ def causal_conv1d_update(
     Arguments as causal_conv1d.causal_conv1d_update.
     """
     silu = check_activation(activation)
-    _check((x, conv_state, weight, bias, cache_seqlens, conv_state_indices), _CONV_NAMES, 3)
+    check_tensors((x, conv_state, weight, bias, cache_seqlens, conv_state_indices), _CONV_NAMES, 3)
     if bias is not None and bias.dtype != weight.dtype:
         weight, bias = one_dtype(weight, bias)
     return _conv_update(  # type: ignore[no-any-return]
@@ -108,7 +108,7 @@ def selective_state_update(
     Source: Gu and Dao, "Mamba" (arXiv 2312.00752), Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060);
     arguments as mamba_ssm.ops.triton.selective_state_update.selective_state_update.
     """
-    _check((state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices), _STATE_NAMES, 6)
+    check_tensors((state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices), _STATE_NAMES, 6)
     return _state_update(  # type: ignore[no-any-return]
         state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
     )
@@ -118,7 +118,7 @@ _CONV_NAMES = ("x", "conv_state", "weight", "bias", "cache_seqlens", "conv_state
 _STATE_NAMES = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state_batch_indices")
 
 
-def _check(tensors: tuple[Any, ...], names: tuple[str, ...], required: int) -> None:
+def check_tensors(tensors: tuple[Any, ...], names: tuple[str, ...], required: int) -> None:
     """Refuses what is no tensor or needs a gradient; all else is checked by the binding."""
     differentiating = torch.is_grad_enabled()
     for i, tensor in enumerate(tensors):

@@ -3,7 +3,9 @@
 report.py        what was swapped, what was not and why
 instances.py     how one module gets other methods
 verify.py        whether a swapped model still computes the same
-transformers.py  the layers of Hugging Face transformers
+attention.py     the attention layers of Hugging Face transformers
+model_mask.py    what such a model lets its attention see
+transformers.py  its Mamba layers
 mamba_ssm.py     the layers of mamba_ssm
 """
 
@@ -19,7 +21,9 @@ import torch
 from torch import nn
 
 from .. import _backend
+from ..attention import BlockSparse
 from ..nn import Mamba, Mamba2
+from . import attention as attention_layers
 from .instances import Methods, exchange, is_swapped, replaced_forward, restore
 from .report import Skipped, Swapped, SwapReport
 from .verify import arguments_of, compare, outputs_of, tolerance_of
@@ -33,7 +37,7 @@ Include = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 def swap(
     model: nn.Module,
     *,
-    attention: Any = None,
+    attention: BlockSparse | None = None,
     scan: bool = True,
     linear: bool = True,
     include: Include = None,
@@ -49,7 +53,8 @@ def swap(
 
     Args:
         model: any module; the layers to swap are searched in it and its children.
-        attention: leave at None; block-sparse attention is not part of this version.
+        attention: a `tilewright.attention.BlockSparse`: the mask that the attention layers of a model of
+            transformers 5 get, besides the model's own. None: attention stays as it is.
         scan: swap Mamba layers: those of transformers (mamba, falcon_mamba, mamba2, jamba, bamba, zamba,
             zamba2, falcon_h1, granitemoehybrid, nemotron_h) and of mamba_ssm (Mamba, Mamba2).
         linear: swap linear layers whose weights are sparse. This version finds none.
@@ -58,23 +63,27 @@ def swap(
         dry_run: change nothing, and report what would be done.
         verify: example inputs: a tensor, a tuple of positional or a dict of keyword arguments. The model runs
             on them before and after, in evaluation mode and without gradients; if the outputs differ by more
-            than rounding, the swap is undone and an error is raised.
+            than rounding, the swap is undone and an error is raised. Attention is compared with torch's
+            under the same mask: what the mask itself changes is wanted.
 
     Returns:
         What was swapped and what was left alone, with the reason; ``print`` it.
 
     Raises:
         TypeError: an argument of a type that cannot be used.
-        NotImplementedError: `attention` is given.
         RuntimeError: `verify` found a difference. The model is as it was; so it is after any other error.
     """
     _check_arguments(model, attention, include, verify)
     report, changes = _plan(model, scan, include, dry_run)
-    if dry_run or not changes:
+    attending = [] if attention is None else _plan_attention(model, include, report)
+    if dry_run or not (changes or attending):
         return report
-    before = {} if verify is None else outputs_of(model, verify)
     done: list[nn.Module] = []
+    undo = attention_layers.install(model, attending, attention) if attention and attending else None
     try:
+        attention_layers.compare_by_elements(attending, verify is not None)
+        before = {} if verify is None else outputs_of(model, verify)
+        attention_layers.compare_by_elements(attending, False)
         for module, methods in changes:
             exchange(module, methods)
             done.append(module)
@@ -82,6 +91,8 @@ def swap(
             compare(before, outputs_of(model, verify), tolerance_of(model))
     except BaseException:
         restore(done)
+        if undo is not None:
+            undo()
         raise
     return report
 
@@ -99,7 +110,7 @@ def unswap(model: nn.Module) -> int:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     swapped = [module for module in model.modules() if is_swapped(module)]
     restore(swapped)
-    return len(swapped)
+    return len(swapped) + attention_layers.remove(model)
 
 
 def methods_for(cls: type) -> Methods:
@@ -112,8 +123,11 @@ def methods_for(cls: type) -> Methods:
 def _check_arguments(model: Any, attention: Any, include: Any, verify: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if attention is not None:
-        raise NotImplementedError("attention must be None: this version swaps no attention")
+    if not (attention is None or isinstance(attention, BlockSparse)):
+        raise TypeError(
+            "attention must be a tilewright.attention.BlockSparse, such as "
+            f"BlockSparse(BlockMask.sliding_window, window=512), got {type(attention).__name__}"
+        )
     patterns = isinstance(include, Sequence) and all(isinstance(pattern, str) for pattern in include)
     if not (include is None or callable(include) or patterns):
         raise TypeError(f"include must be a pattern, patterns or a function (name, module), got {include!r}")
@@ -141,6 +155,25 @@ def _plan(
         else:
             report.skipped.append(Skipped(path, name, why))
     return report, changes
+
+
+def _plan_attention(model: nn.Module, include: Include, report: SwapReport) -> list[nn.Module]:
+    """The attention layers to swap; the report is told of them and of the others."""
+    owners = {path: module for path, module in model.named_modules() if hasattr(module, "_supports_sdpa")}
+    chosen = []
+    for path, module in attention_layers.layers(model):
+        names = [name for name in owners if not name or path == name or path.startswith(f"{name}.")]
+        owner = owners[max(names, key=len)] if names else None
+        why = attention_layers.obstacle(module, owner)
+        if why is None:
+            why = None if _included(path, module, include) else "not included"
+        why = why or replaced_forward(module) or _device_obstacle(module)
+        if why is None:
+            report.swapped.append(Swapped(path, type(module).__name__, attention_layers.OP, _kernel(module)))
+            chosen.append(module)
+        else:
+            report.skipped.append(Skipped(path, type(module).__name__, why))
+    return chosen
 
 
 def _known_bases(cls: type) -> Iterator[tuple[type, ModuleType]]:

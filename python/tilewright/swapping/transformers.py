@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import scan
 from ..nn.inference import conv_step
-from ..nn.mamba import can_fuse, wide, without_bias
+from ..nn.mamba import can_fuse, can_step, step_of, wide, without_bias
 from ..nn.packing import Packing, packing_of
 from ..scan.conv import MAX_WIDTH
 from ..scan.selective import MAX_STATES
@@ -84,6 +84,14 @@ def _mamba_forward(
     mask = _padding(attention_mask, length)
     packing = _packing(kwargs, hidden_states)
     ends = _ends(packing, cache_params)
+    conv_state, state = _cached(self, cache_params, length)
+    if (
+        conv_state is not None
+        and state is not None
+        and mask is None
+        and can_step(self, hidden_states, conv_state)
+    ):
+        return step_of(self, hidden_states, conv_state, state, **_norms(self))
     xz = self.in_proj(_masked(hidden_states, mask))
     whole = cache_params is None and mask is None and packing is None
     if whole and can_fuse(self.x_proj, self.dt_proj, self.out_proj):
@@ -91,7 +99,6 @@ def _mamba_forward(
 
     x, z = xz.transpose(1, 2).chunk(2, dim=1)
     weights = (-torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj.bias))
-    conv_state, state = _cached(self, cache_params, length)
     if conv_state is not None and state is not None:
         u = conv_step(self.conv1d, x[..., 0], conv_state)
         u = u if mask is None else u * mask
@@ -111,18 +118,25 @@ def _mamba_forward(
 
 def _fused_mamba(self: Any, xz: Tensor) -> Tensor:
     """Training without cache and padding: intermediate results are computed again in the backward pass."""
-    norms: dict[str, Any] = {}
-    if hasattr(self, "b_layernorm"):
-        b, c, dt = self.b_layernorm.weight, self.c_layernorm.weight, self.dt_layernorm.weight
-        if dt.shape[0] != self.time_step_rank:  # FalconMamba's norms have no weights, and dummies of any size
-            dt = b.new_ones(self.time_step_rank)
-        eps = getattr(self.b_layernorm, "variance_epsilon", None) or self.b_layernorm.eps
-        norms = {"b_rms_weight": b, "c_rms_weight": c, "dt_rms_weight": dt, "b_c_dt_rms_eps": eps}
+    norms = _norms(self)
+    if norms and norms["dt_rms_weight"] is None:
+        norms["dt_rms_weight"] = norms["b_rms_weight"].new_ones(self.time_step_rank)
     return scan.mamba_inner(
         xz.transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
         self.out_proj.weight, self.out_proj.bias, -torch.exp(wide(self.A_log)), D=wide(self.D),
         delta_bias=wide(self.dt_proj.bias), delta_softplus=True, **norms,
     )  # fmt: skip
+
+
+def _norms(self: Any) -> dict[str, Any]:
+    """Jamba's and FalconMamba's norms of dt, B and C, as our functions take them."""
+    if not hasattr(self, "b_layernorm"):
+        return {}
+    b, c, dt = self.b_layernorm.weight, self.c_layernorm.weight, self.dt_layernorm.weight
+    if dt.shape[0] != self.time_step_rank:  # FalconMamba's norms have no weights, and dummies of any size
+        dt = None
+    eps = getattr(self.b_layernorm, "variance_epsilon", None) or self.b_layernorm.eps
+    return {"b_rms_weight": b, "c_rms_weight": c, "dt_rms_weight": dt, "b_c_dt_rms_eps": eps}
 
 
 def _projected(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

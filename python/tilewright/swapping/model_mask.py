@@ -1,0 +1,210 @@
+"""What a model of transformers lets its attention see, before it becomes a mask of blocks or of elements.
+
+transformers asks the mask function of the implementation that the config names for a mask, once a forward
+pass, and hands what it gets to every layer. That is a `ModelMask` here: lengths, offsets and mask function as
+they came. A layer turns it into what its kernel reads; layers that see the same share the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+from transformers import masking_utils
+
+from ..attention import BlockMask, BlockSparse
+from ..attention.compose import from_elements, hide_keys, restrict, same_documents
+
+
+class ModelMask(FlexBlockMask):
+    """Lengths, offsets and visibility of one forward pass.
+
+    Derived from FlexAttention's BlockMask, because models hand on untouched what is one, or a tensor.
+
+    Attributes:
+        q_len: queries.
+        kv_len: keys that can be seen: in a static cache, those that are filled.
+        q_offset: position of the first query.
+        kv_offset: position of the first key, if a cache has dropped those before it.
+        causal: whether keys after a query are hidden.
+        window: how many keys up to its own a query sees, by the model's config; None: all.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+        attention_mask: Tensor | None = None,
+        use_vmap: bool = False,
+        device: torch.device | str = "cpu",
+        **kwargs: Any,
+    ) -> None:
+        # Not super's, which wants lists. A static cache's offset is a tensor that changes later in the pass.
+        self.batch, self.q_len, self.kv_length = batch_size, int(q_length), int(kv_length)
+        self.q_offset, self.kv_offset = int(q_offset), int(kv_offset)
+        self.mask_function, self.use_vmap, self.where = mask_function, use_vmap, torch.device(device)
+        self.padding = masking_utils.prepare_padding_mask(attention_mask, self.kv_length, self.kv_offset)
+        self.causal, self.window, self.documents, self._others = _parts(mask_function)
+        self.kv_len = self.kv_length
+        if self.causal:
+            self.kv_len = min(self.kv_length, self.q_offset + self.q_len - self.kv_offset)
+        self._made: dict[Any, Any] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, 1, queries, keys), as of a mask of elements."""
+        return self.batch, 1, self.q_len, self.kv_length
+
+    @property
+    def ndim(self) -> int:
+        """As of a mask of elements."""
+        return 4
+
+    def __repr__(self) -> str:
+        return f"ModelMask(shape={self.shape}, q_offset={self.q_offset}, kv_offset={self.kv_offset})"
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError(
+            "the model takes a part of its attention mask, which tilewright's attention cannot follow: "
+            "call tilewright.unswap(model)"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> ModelMask:
+        """Itself: it is made where the layers are."""
+        return self
+
+    def contiguous(self) -> ModelMask:
+        """Itself, for `generate`."""
+        return self
+
+    def made(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns; made once in this pass for each key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def for_implementation(self, name: str, dtype: torch.dtype) -> Any:
+        """The mask that this implementation of transformers' takes."""
+        make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name]
+        return self.made(name, lambda: make(
+            batch_size=self.batch, q_length=self.q_len, kv_length=self.kv_length, q_offset=self.q_offset,
+            kv_offset=self.kv_offset, mask_function=self.mask_function, attention_mask=self.padding,
+            allow_is_causal_skip=False, use_vmap=self.use_vmap, device=self.where, dtype=dtype,
+        ))  # fmt: skip
+
+    def elements(self) -> Tensor:
+        """Bool (batch, 1, q_len, kv_len): what the model lets each query see."""
+        return self.for_implementation("sdpa", torch.float32)[..., : self.kv_len]  # type: ignore[no-any-return]
+
+    def total(self) -> int:
+        """The length of which q_len queries and the keys are the last."""
+        total = self.q_offset + self.q_len if self.causal else self.kv_offset + self.kv_len
+        if total != self.kv_offset + self.kv_len:
+            raise NotImplementedError(
+                f"block-sparse attention needs the last query at the last key; the queries end at position "
+                f"{total} and the keys at {self.kv_offset + self.kv_len}: is this cache of a kind of its own?"
+            )
+        return total
+
+    def rows(self, spec: BlockSparse) -> Tensor:
+        """Bool (batch or 1, heads, q_len, kv_len): what builder and model let the queries see."""
+
+        def make() -> Tensor:
+            seen = spec.rows_of_lengths(self.q_len, self.total(), self.where)[..., self.kv_offset :]
+            return seen & self.elements()
+
+        return self.made(("rows", id(spec)), make)  # type: ignore[no-any-return]
+
+    def blocks(self, spec: BlockSparse) -> BlockMask:
+        """The mask of blocks of a specification by lengths: what it and the model let the queries see."""
+
+        def base() -> BlockMask:
+            mask = spec.of_lengths(self.q_len, self.total(), self.where)
+            if self.kv_offset:
+                seen = spec.rows_of_lengths(self.q_len, self.total(), self.where)
+                mask = from_elements(seen[..., self.kv_offset :], mask.block_size)
+            return self._windowed(mask, self.causal)
+
+        def make() -> BlockMask:
+            key = (self.q_len, self.kv_len, self.kv_offset, self.causal, self.window, self.where)
+            return self.restricted(spec.kept(key, base))
+
+        return self.made(("blocks", id(spec)), make)  # type: ignore[no-any-return]
+
+    def estimated(self, mask: BlockMask) -> BlockMask:
+        """An estimated mask, without what the model hides; `causal` is left to the kernel."""
+        return self.restricted(self._windowed(mask, False))
+
+    def restricted(self, mask: BlockMask) -> BlockMask:
+        """The mask without padding, other documents, and whatever else the model's mask function hides."""
+        if self.documents is not None:
+            mask = same_documents(mask, self.documents)
+        if self._others:
+            others, q_offset, kv_offset = self._others, self.q_offset, self.kv_offset
+
+            def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return masking_utils.and_masks(*others)(batch, head, q + q_offset, k + kv_offset)  # type: ignore[no-any-return]
+
+            mask = restrict(mask, sees, self.batch)
+        if self.padding is not None:
+            visible = self.padding[:, self.kv_offset : self.kv_offset + self.kv_len].bool()
+            if not bool(visible.all()):
+                mask = hide_keys(mask, visible)
+        return mask
+
+    def _windowed(self, mask: BlockMask, causal: bool) -> BlockMask:
+        q_len, kv_len, size, device = self.q_len, self.kv_len, mask.block_size, mask.device
+        if self.window is not None and self.window < kv_len:
+            return mask & BlockMask.sliding_window(
+                q_len, self.window, kv_len=kv_len, block_size=size, device=device
+            )
+        return mask & BlockMask.causal(q_len, kv_len, block_size=size, device=device) if causal else mask
+
+
+def _parts(function: Any) -> tuple[bool, int | None, Tensor | None, list[Any]]:
+    """A mask function taken apart: causal, window, documents, and functions that are none of these."""
+    causal, window, documents, others = False, None, None, []
+    pending = [function]
+    while pending:
+        part = pending.pop()
+        name, inner = getattr(part, "__qualname__", ""), _closure(part)
+        if part is masking_utils.causal_mask_function:
+            causal = True
+        elif part is masking_utils.bidirectional_mask_function:
+            pass
+        elif name == "and_masks.<locals>.and_mask" and "mask_functions" in inner:
+            pending += inner["mask_functions"]
+        elif name == "sliding_window_overlay.<locals>.inner_mask" and "sliding_window" in inner:
+            window = min(inner["sliding_window"], window or inner["sliding_window"])
+        elif name == "packed_sequence_mask_function.<locals>.inner_mask" and "packed_sequence_mask" in inner:
+            documents = inner["packed_sequence_mask"]
+        elif (
+            name == "remap_positions_for_packed_sequence.<locals>.inner_mask"
+            and "mask_function" in inner
+            and _by_distance(inner["mask_function"])
+        ):
+            pending.append(inner["mask_function"])  # distances within a document are those in the row
+        else:
+            others.append(part)
+    if window is not None and not causal:  # then it is not one of `sliding_window`'s
+        return False, None, documents, [*others, function] if documents is not None else [function]
+    return causal, window, documents, others
+
+
+def _by_distance(function: Any) -> bool:
+    _, _, documents, others = _parts(function)
+    return documents is None and not others
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or not cells:
+        return {}
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
