@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import lists_of, make, random_mask, window
-from test_block_sparse import LOW, NAMES, check, results, run
+from test_block_sparse import LOW, NAMES, assert_same, check, results, run
 from torch import Tensor
 
 import tilewright.testing
@@ -130,8 +130,7 @@ def test_memory_around(backend: Backend, dtype: torch.dtype, layout: Callable[[T
     inputs = tuple(t.to(dtype).to(backend.device) for t in make(1, 2, 1, 45, 75, 24, 40))
     mask = lists_of(random_mask(1, 2, 45, 75, 16, 32), 16, 32)
     expected = run(backend, inputs, mask)
-    found = run(backend, tuple(layout(t) for t in inputs), mask)
-    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+    assert_same(backend, run(backend, tuple(layout(t) for t in inputs), mask), expected)
 
 
 @pytest.mark.parametrize("dtype", LOW)
