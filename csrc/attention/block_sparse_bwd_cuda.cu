@@ -108,17 +108,17 @@ struct KeyGrads {
       const T* queries = smem.first[stage] + part * kDim;
       const T* dout = smem.second[stage] + part * kDim;
       Scores s, d;
-      multiply_rows<T, kDim>(s, keys, first_row, queries, k.keep, k.flip);
+      multiply_rows<T, kDim>(s, keys, first_row, queries, k.p.head_dim, k.keep, k.flip);
       cap_scores(s, k);
       if constexpr (kKeys) {
-        multiply_rows<T, kDim>(d, values, first_row, dout, ~0u, 0u);
+        multiply_rows<T, kDim>(d, values, first_row, dout, k.p.value_dim, ~0u, 0u);
       } else {
         clear(d);
       }
       weigh(k, s, d, smem.lse2[stage] + part, smem.delta[stage] + part);
       if (masked) hide(s, d, {k.p, groups, place.first + first_row, place.offset + first_row}, part);
-      if constexpr (kValues) multiply_results<T, kDim>(dv, s, dout);
-      if constexpr (kKeys) multiply_results<T, kDim>(dk, d, queries);
+      if constexpr (kValues) multiply_results<T, kDim>(dv, s, dout, k.p.value_dim);
+      if constexpr (kKeys) multiply_results<T, kDim>(dk, d, queries, k.p.head_dim);
     }
   }
 
@@ -272,12 +272,12 @@ struct QueryGrads {
       const T* keys = smem.first[stage] + part * kDim;
       const T* values = smem.second[stage] + part * kDim;
       Scores s, d;
-      multiply_rows<T, kDim>(s, queries, first_row, keys, k.keep, k.flip);
+      multiply_rows<T, kDim>(s, queries, first_row, keys, k.p.head_dim, k.keep, k.flip);
       cap_scores(s, k);
-      multiply_rows<T, kDim>(d, dout, first_row, values, ~0u, 0u);
+      multiply_rows<T, kDim>(d, dout, first_row, values, k.p.value_dim, ~0u, 0u);
       weigh(k, s, d);
       if (masked) hide(d, {k.p, groups, place.first + first_row, place.offset + first_row}, part / kGroup);
-      multiply_results<T, kDim>(dq, d, keys);
+      multiply_results<T, kDim>(dq, d, keys, k.p.head_dim);
     }
   }
 

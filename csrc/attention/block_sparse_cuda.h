@@ -260,40 +260,45 @@ struct MatrixReader {
   }
 };
 
-// c = a bᵀ, rows of both along kDim. a: this warp's rows, first_row on; its bits are taken & keep ^ flip.
+// c = a bᵀ, rows of both along kDim, zeros from `depth` on. a: this warp's rows, first_row on; its bits are
+// taken & keep ^ flip.
 template <class T, int kDim, int kSlabs, int kTiles>
 __device__ __forceinline__ void multiply_rows(float (&c)[kSlabs][kTiles][4], const T* a, int first_row,
-                                              const T* b, uint32_t keep, uint32_t flip) {
+                                              const T* b, int depth, uint32_t keep, uint32_t flip) {
   const MatrixReader<kDim, true> left(a, first_row);
   const MatrixReader<kDim, false> right(b);
-  [[maybe_unused]] constexpr int kUnroll = kDim <= 64 ? 2 : 4;  // all of it would hold too much in flight
+  constexpr int kSteps = kDim <= 64 ? 2 : 4;  // more would hold too much in flight
   clear(c);
-#pragma unroll kUnroll
-  for (int k = 0; k < kDim / 16; ++k) {
-    uint32_t rows[kSlabs][4];
+#pragma unroll 1
+  for (int first = 0; first * 16 < depth; first += kSteps) {
 #pragma unroll
-    for (int s = 0; s < kSlabs; ++s) {
-      device::load_matrices(rows[s], left.at(s, k));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rows[s][i] = (rows[s][i] & keep) ^ flip;
-    }
-#pragma unroll
-    for (int n = 0; n < kTiles / 2; ++n) {
-      uint32_t columns[4];
-      device::load_matrices(columns, right.at(n, k));
+    for (int step = 0; step < kSteps; ++step) {
+      const int k = first + step;
+      uint32_t rows[kSlabs][4];
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s) {
-        device::mma_m16n8k16<T>(c[s][2 * n], rows[s], columns[0], columns[1]);
-        device::mma_m16n8k16<T>(c[s][2 * n + 1], rows[s], columns[2], columns[3]);
+        device::load_matrices(rows[s], left.at(s, k));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rows[s][i] = (rows[s][i] & keep) ^ flip;
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles / 2; ++n) {
+        uint32_t columns[4];
+        device::load_matrices(columns, right.at(n, k));
+#pragma unroll
+        for (int s = 0; s < kSlabs; ++s) {
+          device::mma_m16n8k16<T>(c[s][2 * n], rows[s], columns[0], columns[1]);
+          device::mma_m16n8k16<T>(c[s][2 * n + 1], rows[s], columns[2], columns[3]);
+        }
       }
     }
   }
 }
 
-// c += a b; a in the registers of results, b: rows along a's columns.
+// c += a b; a in the registers of results, b: rows along a's columns, zeros from column `width` on.
 template <class T, int kDim, int kSlabs, int kTiles>
 __device__ __forceinline__ void multiply_results(float (&c)[kSlabs][kDim / 8][4],
-                                                 const float (&a)[kSlabs][kTiles][4], const T* b) {
+                                                 const float (&a)[kSlabs][kTiles][4], const T* b, int width) {
   const MatrixReader<kDim, true> right(b);
 #pragma unroll
   for (int k = 0; k < kTiles / 2; ++k) {
@@ -308,6 +313,8 @@ __device__ __forceinline__ void multiply_results(float (&c)[kSlabs][kDim / 8][4]
     }
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
+      // Only where there is much to be left out: loads are not moved across a branch.
+      if (kDim > 128 && n % 4 == 0 && n * 16 >= width) break;
       uint32_t columns[4];
       device::load_matrices_transposed(columns, right.at(k, n));
 #pragma unroll

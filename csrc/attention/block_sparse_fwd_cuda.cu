@@ -222,13 +222,13 @@ __global__ void __launch_bounds__(Shape<kDim>::kMostThreads)
     if (tile + 1 < tiles) begin_copies(tile + 1);
     const Group* groups = smem.groups[tile % kGroupStages];
     Scores<kDim> scores;
-    multiply_rows<T, kDim>(scores, queries, first_row, smem.k[tile % 2], k.keep, k.flip);
+    multiply_rows<T, kDim>(scores, queries, first_row, smem.k[tile % 2], k.p.head_dim, k.keep, k.flip);
     cap_scores(scores, k);
     if (any_masked<S::kGroups>(groups)) {
       hide<kDim>(scores, {k.p, groups, place.first + first_row, place.offset + first_row});
     }
     soften<kDim>(scores, state, k.factor);
-    multiply_results<T, kDim>(state.out, scores, smem.v[tile % 2]);
+    multiply_results<T, kDim>(state.out, scores, smem.v[tile % 2], k.p.value_dim);
   }
   device::cp_async_wait<0>();
   device::sync_block();  // without tiles, the queries are only now all there

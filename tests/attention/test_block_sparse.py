@@ -62,6 +62,15 @@ def run(backend: Backend, inputs: tuple[Tensor, ...], mask: BlockMask, **options
     return {name: t.cpu() for name, t in found.items()}
 
 
+def assert_same(backend: Backend, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit by bit; but on a GPU another layout in memory may choose another kernel."""
+    for name, value in found.items():
+        if backend.name == "cuda":
+            torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-2)
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
 def check(
     backend: Backend,
     inputs: tuple[Tensor, ...],
@@ -203,8 +212,7 @@ def test_strides(backend: Backend, dtype: torch.dtype) -> None:
     )
     for layout in layouts:
         found = run(backend, tuple(layout(t) for t in (q, k, v)), mask)
-        for name, value in found.items():
-            assert torch.equal(value, expected[name]), name
+        assert_same(backend, found, expected)
     inside = layouts[0](q)
     assert block_sparse_attention(inside, k, v, mask).transpose(1, 2).is_contiguous()
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import lists_of, make, random_mask
-from test_block_sparse import LOW, NAMES, check, results, run
+from attention_cases import lists_of, make, random_mask, window
+from test_block_sparse import LOW, NAMES, assert_same, check, results, run
 from torch import Tensor
 
 import tilewright.testing
@@ -54,7 +54,10 @@ def test_block_sizes(backend: Backend, block_q: int, block_kv: int) -> None:
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"),
-    [(8, 8), (40, 64), (64, 40), (64, 64), (80, 128), (128, 8), (128, 128), (200, 136), (16, 256), (256, 256)]
+    [
+        (8, 8), (40, 64), (64, 40), (64, 64), (80, 128), (128, 8), (128, 128), (200, 136), (192, 128),
+        (16, 256), (256, 256),
+    ],
 )  # fmt: skip
 def test_head_dims(backend: Backend, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     visible = random_mask(1, 2, 70, 90, 32, 16, seed=head_dim)
@@ -70,6 +73,15 @@ def test_edges_of_tiles(backend: Backend, q_len: int, kv_len: int, head_dim: int
     inputs = make(1, 1, 1, q_len, kv_len, head_dim, head_dim)
     check(backend, inputs, visible, (128, 64), torch.bfloat16)
     check(backend, inputs, visible, (256, 256), torch.float16, causal=True)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("head_dim", "block"), [(64, (64, 64)), (128, (128, 128)), (128, (64, 32))])
+def test_long_windows(backend: Backend, head_dim: int, block: tuple[int, int], dtype: torch.dtype) -> None:
+    """Lists of many tiles; long ones where a device does the work."""
+    length, width = (2049, 700) if backend.name == "cuda" else (257, 150)
+    visible = window(length, length, width)[None, None]
+    check(backend, make(1, 2, 1, length, length, head_dim, head_dim), visible, block, dtype)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -118,8 +130,7 @@ def test_memory_around(backend: Backend, dtype: torch.dtype, layout: Callable[[T
     inputs = tuple(t.to(dtype).to(backend.device) for t in make(1, 2, 1, 45, 75, 24, 40))
     mask = lists_of(random_mask(1, 2, 45, 75, 16, 32), 16, 32)
     expected = run(backend, inputs, mask)
-    found = run(backend, tuple(layout(t) for t in inputs), mask)
-    assert all(torch.equal(found[name], expected[name]) for name in NAMES)
+    assert_same(backend, run(backend, tuple(layout(t) for t in inputs), mask), expected)
 
 
 @pytest.mark.parametrize("dtype", LOW)
