@@ -104,7 +104,7 @@ def _draw_estimators(axis: Any, estimators: dict[str, list[dict[str, float]]]) -
         axis.plot(
             [row["density"] for row in rows], [row["mass"] for row in rows], "o-", label=name, markersize=3
         )
-    axis.set_title("what estimators keep on the dense model's heads", fontsize=9.5, color=_INK)
+    axis.set_title("of the dense model's attention", fontsize=9.5, color=_INK)
     axis.set_xlabel("causal blocks read")
     axis.set_ylabel("attention kept")
     axis.legend(frameon=False, fontsize=7.5)
