@@ -1,4 +1,4 @@
-"""The attention family's benchmark cases: what they count, and that the planted keys are what they are for."""
+"""The attention family's benchmark cases: what they count, and that planted keys are what they are for."""
 
 from __future__ import annotations
 
