@@ -37,7 +37,7 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
     [
         (
             ["bench", "--cases", "nothing-like-it"],
-            "no case matches nothing-like-it; there are: adamw8bit-fp32",
+            "no case matches nothing-like-it; there are: window-fp32",
         ),
         (["bench", "--peers", "apex"], "unknown peer apex; there are: torch, bitsandbytes, torchao"),
         (["bench", "optim", "--device", "cpu", "--cases", "scan"], "no case matches scan"),
