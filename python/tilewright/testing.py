@@ -12,7 +12,9 @@ from . import _backend
 
 @contextlib.contextmanager
 def emulated(
-    seed: int | None = None, multiprocessors: int | None = None, compute_capability: int = 80
+    seed: int | None = None,
+    multiprocessors: int | None = None,
+    compute_capability: int | None = None,
 ) -> Iterator[ModuleType]:
     """Runs CUDA kernels on the CPU within the block: CPU tensors stand for device memory.
 
@@ -24,7 +26,8 @@ def emulated(
             every seed. None leaves the order as it is.
         multiprocessors: how many the kernels are told there are, within the block. With many, for example,
             scans split long sequences. None leaves the number as it is.
-        compute_capability: of the device that kernels are told they run on, within the block; 90 is Hopper.
+        compute_capability: of the device that kernels are told they run on, within the block; 80, or 90 for
+            Hopper. None leaves it as it is.
 
     Yields:
         The emulated extension.
@@ -37,11 +40,12 @@ def emulated(
         module.emulator_set_seed(seed)
     count = module.emulator_multiprocessors()
     module.emulator_set_multiprocessors(count if multiprocessors is None else multiprocessors)
-    module.emulator_set_compute_capability(compute_capability)
+    capability = module.emulator_compute_capability()
+    module.emulator_set_compute_capability(capability if compute_capability is None else compute_capability)
     before, _backend.C = _backend.C, module
     try:
         yield module
     finally:
         _backend.C = before
         module.emulator_set_multiprocessors(count)
-        module.emulator_set_compute_capability(80)
+        module.emulator_set_compute_capability(capability)
