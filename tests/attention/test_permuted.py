@@ -45,7 +45,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> tuple[
 def seen_by(q: Tensor, k: Tensor, block: int, segment: int, threshold: float) -> Tensor:
     """The elements that are seen, at the keys' true positions."""
     scale = 1 / math.sqrt(q.shape[3])
-    order, mask = permuted.choose(q, k, block, segment, threshold, True, scale)
+    order, _, mask = permuted.choose(q, k, block, segment, threshold, True, scale)
     mask.validate()
     arranged = mask.to_mask()
     order = order.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None].expand_as(arranged)

@@ -74,23 +74,23 @@ def permuted_block_sparse_attention(
             f"{tuple(k.shape)}, got {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}"
         )
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    order, mask = choose(q, k, block, segment_size, threshold, bool(causal), scale)
-    keys: Tensor = _Rows.apply(k, order)  # type: ignore[no-untyped-call]
+    order, keys, mask = choose(q, k, block, segment_size, threshold, bool(causal), scale)
     values: Tensor = _Rows.apply(v, order)  # type: ignore[no-untyped-call]
     return block_sparse_attention(q, keys, values, mask, scale=scale, return_lse=return_lse)
 
 
-@torch.no_grad()
 def choose(
     q: Tensor, k: Tensor, block: int, segment: int, threshold: float, causal: bool, scale: float
-) -> tuple[Tensor, BlockMask]:
-    """The order of the keys, and the mask of the blocks that are seen of keys in that order."""
+) -> tuple[Tensor, Tensor, BlockMask]:
+    """The order of the keys, the keys in it, and the mask of their blocks that are seen."""
     order = key_order(q, k, block, segment, scale)
+    keys: Tensor = _Rows.apply(k, order)  # type: ignore[no-untyped-call]
     geometry = Geometry(block, block, q.shape[2], k.shape[2])
     layout = _layout(geometry, segment, causal, q.device)
-    return order, _mask(q, k, order, geometry, layout, scale, threshold)
+    return order, keys, _mask(q, keys, order, geometry, layout, scale, threshold)
 
 
+@torch.no_grad()
 def key_order(q: Tensor, k: Tensor, block: int, segment: int, scale: float) -> Tensor:
     """int64 (batch, kv_heads, kv_len): the keys of each whole segment, heaviest first, the rest as it is."""
     batch, kv_heads, kv_len, _ = k.shape
@@ -142,9 +142,10 @@ def _layout(g: Geometry, segment: int, causal: bool, device: torch.device) -> tu
         return earlier.to(torch.uint8).to(device), own.nonzero().int().contiguous().to(device)
 
 
+@torch.no_grad()
 def _mask(
     q: Tensor,
-    k: Tensor,
+    keys: Tensor,
     order: Tensor,
     g: Geometry,
     layout: tuple[Tensor, Tensor],
@@ -153,7 +154,7 @@ def _mask(
 ) -> BlockMask:
     """The blocks that are chosen, and the own segments, as bits by position."""
     earlier, pairs = layout
-    means = pooled(_rows(k, order), g.block_kv)
+    means = pooled(keys, g.block_kv)
     scores = (pooled(q, g.block_q) @ of_heads(means, q).mT) * scale
     earlier = earlier[None, None]
     masses = scores.masked_fill(earlier == 0, -math.inf).softmax(-1)

@@ -46,8 +46,8 @@ def _estimators(block: int) -> dict[str, tuple[tuple[Any, ...], Choose]]:
         return lambda q, k, count: (k, estimator(q, k, block_size=block, count=count))
 
     def permuted(q: Tensor, k: Tensor, share: Any) -> tuple[Tensor, BlockMask]:
-        order, mask = choose(q, k, block, 4 * block, share, True, 1 / math.sqrt(q.shape[3]))
-        return k.take_along_dim(order[..., None], 2), mask
+        _, keys, mask = choose(q, k, block, 4 * block, share, True, 1 / math.sqrt(q.shape[3]))
+        return keys, mask
 
     return {
         "mean_pool_top_p": (_SHARES, by_share(estimate.mean_pool_top_p)),
