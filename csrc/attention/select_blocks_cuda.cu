@@ -22,13 +22,6 @@ __device__ __forceinline__ uint32_t key_of(float score) {
   return raw & 0x80000000u ? ~raw : raw | 0x80000000u;
 }
 
-__device__ __forceinline__ float add_lanes(float value) {
-#pragma unroll
-  for (int distance = device::kWarpSize / 2; distance > 0; distance /= 2)
-    value += device::shfl_xor(value, distance);
-  return value;
-}
-
 template <class Code>
 struct Row {
   const SelectBlocksParams& p;
@@ -50,7 +43,7 @@ struct Row {
       const float value = score(block);
       if (key_of(value) >= lowest) mass += weight(value);
     }
-    return add_lanes(mass);
+    return device::add_lanes(mass);
   }
 };
 

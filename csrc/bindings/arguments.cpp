@@ -155,6 +155,21 @@ bool runs_on_gpu(const TensorView& view) {
 #endif
 }
 
+bool is_real(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16 ||
+         dtype == DType::kFloat64;
+}
+
+void* Arguments::flat(py::handle object, Label name, int64_t numel, DType dtype, Device device) {
+  if (object.is_none()) return nullptr;
+  const TensorView view = tensor(object, name);
+  check_dtype(view, dtype, name);
+  check_device(view, device, name);
+  check_numel(view, numel, name);
+  if (numel != 0) check_contiguous(view, name);
+  return view.data;
+}
+
 void check_dtype(const TensorView& view, DType expected, Label name) {
   check_type(view.dtype == expected, name, ": got dtype ", view.dtype, ", expected ", expected);
 }

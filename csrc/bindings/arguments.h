@@ -46,6 +46,8 @@ class Arguments {
   // The tensor's memory as it is; `name` appears in messages.
   TensorView tensor(py::handle object, Label name, Access access = Access::kRead);
   std::optional<TensorView> optional_tensor(py::handle object, Label name, Access access = Access::kRead);
+  // The memory of a contiguous tensor of so many elements; null for None.
+  void* flat(py::handle object, Label name, int64_t numel, DType dtype, Device device);
 
   // The caller's current stream on the device of the tensors read so far.
   Stream current_stream(Device device) const;
@@ -61,6 +63,8 @@ class Arguments {
 
 // Emulated builds treat CPU memory as device memory; in all others a view's own device decides.
 bool runs_on_gpu(const TensorView& view);
+
+bool is_real(DType dtype);
 
 void check_dtype(const TensorView& view, DType expected, Label name);
 void check_contiguous(const TensorView& view, Label name);

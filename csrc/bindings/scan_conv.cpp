@@ -12,11 +12,6 @@ namespace {
 using scan::CausalConv1dParams;
 using scan::ConvTensor;
 
-bool is_real(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16 ||
-         dtype == DType::kFloat64;
-}
-
 // Reads tensors that share a device and reports what does not fit.
 class Reader {
  public:

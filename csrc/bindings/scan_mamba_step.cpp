@@ -14,11 +14,6 @@ using scan::MambaStepParams;
 using scan::StepTensor;
 using scan::TokenLinearParams;
 
-bool is_real(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16 ||
-         dtype == DType::kFloat64;
-}
-
 // Reads the arguments of one call; sizes come from the first tensor that has them.
 class StepReader {
  public:

@@ -65,13 +65,7 @@ class Reader {
   }
 
   void* flat(py::handle object, Label name, int64_t numel, DType dtype) {
-    if (object.is_none()) return nullptr;
-    const TensorView view = arguments.tensor(object, name);
-    check_dtype(view, dtype, name);
-    check_device(view, device, name);
-    check_numel(view, numel, name);
-    if (numel != 0) check_contiguous(view, name);
-    return view.data;
+    return arguments.flat(object, name, numel, dtype, device);
   }
 
   void inputs(py::dict t, bool softplus, double dt_min, double dt_max) {

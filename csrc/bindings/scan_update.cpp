@@ -11,11 +11,6 @@ namespace {
 using scan::SelectiveStateUpdateParams;
 using scan::StepTensor;
 
-bool is_real(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16 ||
-         dtype == DType::kFloat64;
-}
-
 // Which axes a tensor has, in this order.
 enum Axes : int { kBatch = 1, kHead = 2, kChannel = 4, kState = 8 };
 

@@ -179,4 +179,11 @@ __device__ __forceinline__ uint32_t match_any(T value, uint32_t mask = kFullWarp
 
 #endif
 
+// The sum of all lanes, for all of them, in an order that is the same every time.
+__device__ __forceinline__ float add_lanes(float value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) value += shfl_xor(value, distance);
+  return value;
+}
+
 }  // namespace tilewright::device

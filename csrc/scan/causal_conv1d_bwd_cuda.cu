@@ -109,12 +109,6 @@ __device__ __forceinline__ void backward_run(const CausalConv1dParams& p, int64_
   for (int i = 0; i < kRun; ++i) store_dinitial<T>(p, b, c, t + i, dx[i]);
 }
 
-__device__ __forceinline__ float add_lanes(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += device::shfl_xor(value, distance);
-  return value;
-}
-
 template <class T, int kTaps, bool kPacked>
 __global__ void __launch_bounds__(kThreads) backward_rows(const __grid_constant__ CausalConv1dParams p) {
   const int64_t segments = row_segments(p);
@@ -136,10 +130,10 @@ __global__ void __launch_bounds__(kThreads) backward_rows(const __grid_constant_
   const int64_t part = b * segments + segment;
 #pragma unroll
   for (int lag = 0; lag < kTaps; ++lag) {
-    const float sum = add_lanes(sums.weight[lag]);
+    const float sum = device::add_lanes(sums.weight[lag]);
     if (lag < p.width && device::lane_id() == 0) sums_of(p, part, p.width - 1 - lag)[c] = sum;
   }
-  const float sum = add_lanes(sums.bias);
+  const float sum = device::add_lanes(sums.bias);
   if (device::lane_id() == 0) sums_of(p, part, p.width)[c] = sum;
 }
 

@@ -22,13 +22,6 @@ struct LinearParams {
   bool vectors;  // rows of weights and tokens are whole, aligned vectors
 };
 
-__device__ __forceinline__ float add_lanes(float value) {
-#pragma unroll
-  for (int distance = device::kWarpSize / 2; distance > 0; distance /= 2)
-    value += device::shfl_xor(value, distance);
-  return value;
-}
-
 template <class T>
 __device__ __forceinline__ void add_vectors(const TokenLinearParams& p, const T* weight, const T* x,
                                             int tokens, int lane, float (&sums)[kTokens]) {
@@ -79,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) token_linear_kernel(const __grid_con
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       if (t >= tokens) break;
-      const float sum = add_lanes(sums[t]) + bias;
+      const float sum = device::add_lanes(sums[t]) + bias;
       if (lane == 0) static_cast<T*>(p.out)[(first + t) * p.out_row + row] = device::from_float<T>(sum);
     }
   }
@@ -118,7 +111,7 @@ __global__ void __launch_bounds__(kSegments* device::kWarpSize)
     const float value = device::to_float(x[i]);
     squares += value * value;
   }
-  const float mean = add_lanes(squares) / float(segment.size);
+  const float mean = device::add_lanes(squares) / float(segment.size);
   const float scale = 1.0f / device::sqrt_rn(mean + float(p.eps));
   for (int64_t i = lane; i < segment.size; i += device::kWarpSize)
     x[i] = device::from_float<T>(device::to_float(x[i]) * scale * weight_at(segment, i));
