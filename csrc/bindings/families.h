@@ -7,6 +7,7 @@ namespace tilewright {
 
 void bind_attention(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);
+void bind_prune(pybind11::module_& m);
 void bind_scan(pybind11::module_& m);
 
 // Of the attention family, called by bind_attention.

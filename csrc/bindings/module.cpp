@@ -59,6 +59,9 @@ py::dict build_info() {
 #if TILEWRIGHT_HAS_OPTIM
   families.append("optim");
 #endif
+#if TILEWRIGHT_HAS_PRUNE
+  families.append("prune");
+#endif
 #if TILEWRIGHT_HAS_SCAN
   families.append("scan");
 #endif
@@ -116,6 +119,9 @@ PYBIND11_MODULE(TILEWRIGHT_MODULE_NAME, m) {
 #endif
 #if TILEWRIGHT_HAS_OPTIM
   tilewright::bind_optim(m);
+#endif
+#if TILEWRIGHT_HAS_PRUNE
+  tilewright::bind_prune(m);
 #endif
 #if TILEWRIGHT_HAS_SCAN
   tilewright::bind_scan(m);

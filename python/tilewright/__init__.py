@@ -4,6 +4,8 @@
     Block-sparse attention, its masks, and which of them a model's layers get.
 ``tilewright.optim``
     8-bit blockwise optimizers and quantization, with bitsandbytes' arguments and checkpoints.
+``tilewright.prune``
+    Structured pruning of models, and the sparse layers that make it pay.
 ``tilewright.scan``
     Selective scans (Mamba), linear scans, causal convolutions: forward, backward and decode steps.
 ``tilewright.nn``
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tilewright._info import info
 
 if TYPE_CHECKING:
-    from tilewright import attention, compat, nn, optim, scan
+    from tilewright import attention, compat, nn, optim, prune, scan
     from tilewright.swapping import SwapReport, swap, unswap
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "info",
     "nn",
     "optim",
+    "prune",
     "scan",
     "swap",
     "unswap",
@@ -44,7 +47,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Families load when first used, so that `tilewright info` can report on a broken torch or extension.
-    if name in ("attention", "compat", "nn", "optim", "scan"):
+    if name in ("attention", "compat", "nn", "optim", "prune", "scan"):
         return import_module(f"tilewright.{name}")
     if name in ("SwapReport", "swap", "unswap"):
         return getattr(import_module("tilewright.swapping"), name)

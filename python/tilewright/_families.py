@@ -9,6 +9,7 @@ from typing import Any
 FAMILIES = {
     "attention": "block masks, block-sparse attention and estimators of what it may leave out",
     "optim": "8-bit optimizers and blockwise quantization",
+    "prune": "masks, block-sparse and n:m linear layers, pruning of whole models",
     "scan": "linear and selective scans, causal convolutions",
 }
 

@@ -1,0 +1,8 @@
+// Pruning; each group of ops has a file of its own beside this one.
+#include "bindings/families.h"
+
+namespace tilewright {
+
+void bind_prune([[maybe_unused]] pybind11::module_& m) {}
+
+}  // namespace tilewright

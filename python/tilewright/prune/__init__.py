@@ -1,0 +1,1 @@
+"""Structured pruning: masks, sparse linear layers, and models made faster by them."""
