@@ -16,7 +16,9 @@
 namespace tilewright::TW_ISA {
 namespace {
 
-constexpr int64_t kFewTokens = 12;
+constexpr int64_t kFewTokens = 12, kMostFewTokens = 32;
+constexpr int64_t kFewBytes = 768 << 10;  // of x, in the second cache
+constexpr int64_t kPrefetchBytes = 1024;  // of values, ahead of what is being multiplied
 constexpr int64_t kRowsTogether = 4;
 #if defined(__AVX512F__)
 constexpr int kTokensTogether = 4;
@@ -27,6 +29,12 @@ constexpr int64_t kFewRows = 32, kManyRows = 64;  // of the weight, in a unit of
 constexpr int64_t kPanelColumns = 64;             // of x, in the first cache
 
 constexpr int64_t padded_columns(int64_t in) { return divide_up(in, 64) * 64; }
+
+constexpr bool is_few(const SemiStructuredLinearParams& p) {
+  if (p.tokens <= kFewTokens) return true;
+  return p.tokens <= kMostFewTokens &&
+         p.tokens * padded_columns(p.weight.in) * int64_t{sizeof(float)} <= kFewBytes;
+}
 
 // ---- few tokens ----
 
@@ -71,6 +79,7 @@ void multiply_few(const SemiStructuredLinearParams& p, int64_t row, int64_t toke
     for (int64_t c = 0; c < whole; c += S::kColumns, at += S::kColumns) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + kPrefetchBytes);
         const auto weights = S::next(values[r], codes[r] + c / 8);
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) S::add(sums[r][t], weights, at + t * padded);
@@ -192,7 +201,7 @@ void forward_many(const SemiStructuredLinearParams& p, int threads) {
 
 template <class T, bool kTwoOfFour>
 void forward(const SemiStructuredLinearParams& p, int threads) {
-  if (p.tokens <= kFewTokens) return forward_few<T, kTwoOfFour>(p, threads);
+  if (is_few(p)) return forward_few<T, kTwoOfFour>(p, threads);
   if (vectors_of(p.tokens) == 1) return forward_many<T, kTwoOfFour, 1>(p, threads);
   if (vectors_of(p.tokens) == 2) return forward_many<T, kTwoOfFour, 2>(p, threads);
   forward_many<T, kTwoOfFour, 4>(p, threads);
@@ -218,7 +227,7 @@ void forward_float64(const SemiStructuredLinearParams& p, int threads) {
 }
 
 int64_t forward_workspace(const SemiStructuredLinearParams& p, int threads) {
-  if (p.tokens <= kFewTokens) return p.tokens * padded_columns(p.weight.in) * int64_t{sizeof(float)};
+  if (is_few(p)) return p.tokens * padded_columns(p.weight.in) * int64_t{sizeof(float)};
   const int64_t step = vectors_of(p.tokens) * kLanes, slots = larger(threads, 1);
   return (divide_up(p.tokens, step) * p.weight.in + slots * kManyRows) * step * int64_t{sizeof(float)};
 }
