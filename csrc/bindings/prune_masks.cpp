@@ -75,7 +75,7 @@ int64_t prune_group_scores_workspace(py::handle weight, int64_t group_rows, int6
 
 void prune_group_scores(py::handle weight, py::handle gradient, py::handle factors, py::handle scores,
                         py::handle workspace, int64_t group_rows, int64_t group_columns, int score,
-                        double power, int threads) {
+                        double power, [[maybe_unused]] int threads) {
   Arguments arguments;
   const Weight w = read_weight(arguments, weight, "weight");
   GroupScoresParams p = group_scores_params(w, group_rows, group_columns, score);
@@ -99,7 +99,8 @@ void prune_group_scores(py::handle weight, py::handle gradient, py::handle facto
          group_scores_cuda(p, w.device.index, stream));
 }
 
-void prune_random_scores(py::handle scores, uint64_t seed, uint32_t stream_number, int threads) {
+void prune_random_scores(py::handle scores, uint64_t seed, uint32_t stream_number,
+                         [[maybe_unused]] int threads) {
   Arguments arguments;
   const TensorView v = arguments.tensor(scores, "scores", Access::kOverwrite);
   RandomScoresParams p{};
@@ -115,7 +116,7 @@ void prune_random_scores(py::handle scores, uint64_t seed, uint32_t stream_numbe
 }
 
 void prune_select_groups(py::handle weight, py::handle factors, py::handle mask, py::handle invalid, int n,
-                         int m, int threads) {
+                         int m, [[maybe_unused]] int threads) {
   Arguments arguments;
   const Weight w = read_weight(arguments, weight, "weight");
   check_value(1 <= n && n < m && m <= kLargestGroup, "n, m: got ", n, ":", m,
@@ -211,7 +212,8 @@ void prune_select(const py::list& scores, const py::list& masks, py::handle inva
   TW_RUN(device.is_cuda, TW_CALL_CPU(select_cpu, p), select_cuda(p, device.index, stream));
 }
 
-void prune_expand(py::handle units, py::handle mask, int64_t group_rows, int64_t group_columns, int threads) {
+void prune_expand(py::handle units, py::handle mask, int64_t group_rows, int64_t group_columns,
+                  [[maybe_unused]] int threads) {
   Arguments arguments;
   const TensorView v = arguments.tensor(mask, "mask");
   check_value(v.ndim == 2, "mask: must have shape (rows, columns), got ", v.sizes());

@@ -57,7 +57,7 @@ struct Chunks {
 template <class T, class Body>
 void read_pieces(const SelectSource& source, int64_t begin, int64_t end, const Body& body) {
   Real<T> buffer[kSegment];
-  const bool flat = source.scores.column == 1 && source.scores.row == source.columns;
+  const bool flat = source.rows == 1 || source.scores.row == source.columns * source.scores.column;
   const int64_t columns = flat ? source.rows * source.columns : source.columns;
   for (int64_t at = begin; at < end;) {
     const int64_t row = at / columns, column = at % columns;

@@ -106,6 +106,7 @@ def _n_of_m(
     seed: int,
     name: str,
 ) -> Tensor:
+    _check_factors([factors], [name])
     source, by = weight, factors
     if score in ("products", "random"):
         source, by = _scores(weight, gradient, None, score, 1.0, 1, 1, seed, 0), None
@@ -147,6 +148,7 @@ def _best(
 ) -> list[Tensor]:
     every = [None] * len(weights)
     gradients_of, factors_of = gradients or every, factors or every
+    _check_factors(factors_of, names)
     single = rows == columns == 1
     if single and score == "sum" and not factors:
         scores = weights
@@ -176,6 +178,19 @@ def _expand(units: Tensor, weight: Tensor, rows: int, columns: int) -> Tensor:
     mask = weight.new_empty(weight.shape, dtype=torch.bool)
     _backend.C.prune_expand(units, mask, *_unit(weight, rows, columns), _backend.num_threads())
     return mask
+
+
+def _check_factors(factors: Sequence[Tensor | None], names: Sequence[str]) -> None:
+    """Refuses negative factors: what they would mean is not defined. Waits for a GPU."""
+    for by, name in zip(factors, names, strict=True):
+        if by is None or (by.is_cuda and torch.cuda.is_current_stream_capturing()):
+            continue
+        bad = (by < 0).nonzero()
+        if len(bad):
+            of = "" if name == "weight" else f" of {name}"
+            raise ValueError(
+                f"activation_norm{of}: holds {len(bad)} negative values, first at ({int(bad[0])})"
+            )
 
 
 def _check_finite(

@@ -61,14 +61,18 @@ def mask(
     how.check(_checked(weight, name).shape, name)
     item = _prepare(weight, activation_norm, gradient, name)
     if isinstance(how, NOfM):
-        _check_n_of_m(how, sparsity, scope)
+        how.check_sparsity(sparsity)
+        if scope is not None:
+            raise ValueError(
+                f"scope: pattern '{how}' compares within its groups, got {scope!r}: leave it out"
+            )
         kept: Tensor = prune_n_of_m(
             item.matrix, item.gradient, item.factors, chosen.elementwise, how.n, how.m, chosen.seed, name
         )
         return kept.view(weight.shape)
     down, across = how.units(weight.shape)
     by_row = _by_row(how, scope, criterion, across, name)
-    count = _kept(across if by_row else down * across, _check_sparsity(sparsity, how))
+    count = _kept(across if by_row else down * across, check_sparsity(sparsity, how))
     return _best([item], how, chosen, count, by_row)[0].view(weight.shape)
 
 
@@ -96,7 +100,7 @@ def global_masks(
         gradients: For "taylor": as many tensors, or a dictionary with the same names.
     """
     by_name = isinstance(weights, Mapping)
-    names = list(weights) if by_name else [f"weights[{i}]" for i in range(len(weights))]
+    names: list[str] = list(weights) if by_name else _numbered(weights)  # type: ignore[arg-type]
     tensors = _in_order("weights", weights, weights, names)
     norms = _in_order("activation_norms", activation_norms, weights, names)
     slopes = _in_order("gradients", gradients, weights, names)
@@ -106,7 +110,7 @@ def global_masks(
         raise ValueError(
             f"pattern: '{how}' keeps as many in every group, there is nothing to compare: use mask()"
         )
-    share = _check_sparsity(sparsity, how)
+    share = check_sparsity(sparsity, how)
     items = []
     for name, weight, norm, slope in zip(names, tensors, norms, slopes, strict=True):
         how.check(_checked(weight, name).shape, name)
@@ -246,7 +250,8 @@ def _prepare(weight: Tensor, norm: Tensor | None, gradient: Tensor | None, name:
     return _Item(matrix, slopes, factors, name)
 
 
-def _check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
+def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
+    """The sparsity as a float; refuses what is no number from [0, 1)."""
     if sparsity is None:
         raise ValueError(
             f"sparsity is needed for pattern '{pattern}': the share to remove, 0 <= sparsity < 1"
@@ -256,16 +261,6 @@ def _check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be a number, 0 <= sparsity < 1, got {sparsity!r}")
     return float(sparsity)
-
-
-def _check_n_of_m(pattern: NOfM, sparsity: float | None, scope: str | None) -> None:
-    removed = 1 - pattern.n / pattern.m
-    if sparsity is not None and abs(_check_sparsity(sparsity, pattern) - removed) > 1e-6:
-        raise ValueError(f"sparsity: pattern '{pattern}' removes {removed:g}, got {sparsity!r}: leave it out")
-    if scope is not None:
-        raise ValueError(
-            f"scope: pattern '{pattern}' compares within its groups, got {scope!r}: leave it out"
-        )
 
 
 def _by_row(pattern: Block, scope: str | None, criterion: str, across: int, name: str) -> bool:
@@ -303,6 +298,12 @@ def _best(
         [item.name for item in items],
     )
     return masks
+
+
+def _numbered(weights: Sequence[Tensor]) -> list[str]:
+    if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
+        raise TypeError(f"weights must be a list of tensors or a dictionary, got {type(weights).__name__}")
+    return [f"weights[{i}]" for i in range(len(weights))]
 
 
 def _in_order(

@@ -119,6 +119,14 @@ class NOfM:
         """Whether a weight of that shape can have this pattern."""
         return len(shape) >= 2 and matrix_shape(shape)[1] % self.m == 0
 
+    def check_sparsity(self, sparsity: float | None) -> None:
+        """Raises ValueError for a sparsity that is not this pattern's own; None is."""
+        removed = 1 - self.n / self.m
+        if sparsity is not None and abs(sparsity - removed) > 1e-6:
+            raise ValueError(
+                f"sparsity: pattern '{self}' removes {removed:g}, got {sparsity!r}: leave it out"
+            )
+
     def check_mask(self, mask: Tensor, name: str = "mask") -> None:
         """Raises ValueError where more than n of m neighbours are kept, and says how often."""
         self.check(mask.shape, name)
