@@ -5,4 +5,9 @@ from .mamba import Mamba
 from .mamba2 import Mamba2
 from .stable_embedding import StableEmbedding
 
-__all__ = ["BlockSparseLinear", "Mamba", "Mamba2", "StableEmbedding"]
+__all__ = [
+    "BlockSparseLinear",
+    "Mamba",
+    "Mamba2",
+    "StableEmbedding",
+]
