@@ -49,6 +49,9 @@ void run_product(const BlockSparseLinearParams& given, bool transposed, int devi
   if (p.tokens == 0 || p.lists == 0) return;
   if (!transposed && p.tokens <= kFewTokens) return block_sparse_product_few(p, stream);
   if (p.dtype == DType::kFloat32) return block_sparse_product_float32(p, transposed, stream);
+  const int64_t blocks = given.pattern.blocks;
+  if (block_sparse_product_sm90_fits(p, transposed, blocks, device))
+    return block_sparse_product_sm90(p, transposed, blocks, device, stream);
   block_sparse_product_mma(p, transposed, device, stream);
 }
 

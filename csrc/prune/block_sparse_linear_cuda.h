@@ -100,6 +100,8 @@ __device__ __forceinline__ BlockGroup group_of(const WeightProduct& p, uint32_t 
 
 void block_sparse_product_mma(const Product&, bool transposed, int device, Stream);
 void block_sparse_product_few(const Product&, Stream);
+bool block_sparse_product_sm90_fits(const Product&, bool transposed, int64_t blocks, int device);
+void block_sparse_product_sm90(const Product&, bool transposed, int64_t blocks, int device, Stream);
 void block_sparse_weight_mma(const WeightProduct&, int device, Stream);
 void block_sparse_product_float32(const Product&, bool transposed, Stream);
 void block_sparse_weight_float32(const WeightProduct&, Stream);
@@ -117,6 +119,44 @@ inline Access access_to(const Matrix& at, int64_t columns, DType dtype) {
   const bool vectors =
       at.column == 1 && at.row % each == 0 && columns % each == 0 && device::is_aligned(at.data, 16);
   return {at, int32_t(columns), vectors};
+}
+
+// ---- who does what ----
+
+// Neighbouring tiles of tokens walk through the lists together, longest lists first, so that their part of
+// `in` stays in the L2 cache: 2048 tokens.
+inline int32_t tiles_together(int64_t token_tiles) {
+  constexpr int64_t kMost = 8;
+  return int32_t(divide_up(token_tiles, divide_up(token_tiles, kMost)));
+}
+
+inline unsigned thread_blocks_of(const Product& p) {
+  const int64_t blocks = divide_up(p.token_tiles, p.together) * p.together * p.lists * p.slices;
+  check_value(blocks <= 0x7fffffff, "x: too many tokens for one launch");
+  return unsigned(blocks);
+}
+
+// A tile of tokens, which may lie behind the last one, and columns of a list.
+struct Work {
+  int64_t first_token, list;
+  int32_t first_column;  // of the list's width
+  int32_t begin, count;  // blocks
+  int32_t stages;
+};
+
+__device__ __forceinline__ Work work_of(const Product& p, uint32_t index, int columns) {
+  const uint32_t together = uint32_t(p.together), slices = uint32_t(p.slices);
+  const uint32_t each = uint32_t(p.lists) * slices * together;
+  const uint32_t group = index / each, rest = index % each;
+  const uint32_t tile = group * together + rest % together, slice = rest / together;
+  Work work;
+  work.first_token = int64_t{tile} * p.token_tile;
+  work.list = p.order[slice / slices];
+  work.first_column = int32_t(slice % slices) * columns;
+  work.begin = p.first[work.list];
+  work.count = p.first[work.list + 1] - work.begin;
+  work.stages = int32_t(divide_up(int64_t{work.count} << p.depth_bits, kDepth));
+  return work;
 }
 
 // ---- tiles in shared memory ----
@@ -186,6 +226,20 @@ __device__ __forceinline__ void store_chunk(const Access& to, int64_t row, int c
   }
 }
 
+// 8 neighbours of a token's result before the activation, already of T: so y does not depend on whether z is
+// kept, and is what torch's layer and then its activation give.
+template <class T>
+__device__ __forceinline__ void store_result(const Product& p, int64_t token, int column,
+                                             Vector<T, 8> chunk) {
+  if (p.linear.at.data != nullptr) store_chunk(p.linear, token, column, chunk);
+  if (p.activation != Activation::kNone) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      chunk[i] = device::from_float<T>(activate<false>(device::to_float(chunk[i]), p.activation));
+  }
+  store_chunk(p.out, token, column, chunk);
+}
+
 // ---- products ----
 
 template <int kSlabs, int kTiles>
@@ -235,10 +289,30 @@ __device__ __forceinline__ void multiply_stage(Sums<kSlabs, kTiles>& sums,
   }
 }
 
-// Hands a warp's results on, 8 neighbours of a row at a time, by way of a tile that only it uses:
-// value(slab, tile, i) is what an element becomes, write(row, column, chunk) takes them.
-template <class T, int kSlabs, int kTiles, class Value, class Write>
-__device__ __forceinline__ void store_sums(T* tile, const Value& value, const Write& write) {
+// Adds the bias of the columns from first_column on, or as far as there are any.
+template <class T, int kSlabs, int kTiles>
+__device__ __forceinline__ void add_bias(Sums<kSlabs, kTiles>& sums, const Product& p, int64_t first_column) {
+  if (p.bias == nullptr) return;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t column = first_column + n * 8 + device::lane_id() % 4 * 2 + i;
+      if (column >= p.out.columns) continue;
+      const float bias = device::to_float(static_cast<const T*>(p.bias)[column]);
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) {
+        sums[s][n][i] += bias;
+        sums[s][n][2 + i] += bias;
+      }
+    }
+  }
+}
+
+// Hands a warp's results on to write(row, column, chunk), 8 neighbours of a row at a time, by way of a tile
+// that only it uses.
+template <class T, int kSlabs, int kTiles, class Write>
+__device__ __forceinline__ void store_sums(T* tile, const Sums<kSlabs, kTiles>& sums, const Write& write) {
   constexpr int kWidth = kTiles * 8;
   const int lane = device::lane_id(), g = lane / 4, t = lane % 4;
   device::sync_warp();
@@ -250,7 +324,7 @@ __device__ __forceinline__ void store_sums(T* tile, const Value& value, const Wr
       for (int half = 0; half < 2; ++half) {
         T* pair = tile + place_of(s * 16 + half * 8 + g, n, kWidth) + 2 * t;
         device::store(reinterpret_cast<Vector<T, 2>*>(pair),
-                      device::from_float2<T>({value(s, n, 2 * half), value(s, n, 2 * half + 1)}));
+                      device::from_float2<T>({sums[s][n][2 * half], sums[s][n][2 * half + 1]}));
       }
     }
   }

@@ -155,11 +155,12 @@ __global__ void __launch_bounds__(kMostThreads) few_kernel(const __grid_constant
     float sum = 0.0f;
     for (int w = 0; w < warps; ++w) sum += smem.sums[w][i % kRows][token];
     if (p.bias != nullptr) sum += device::to_float(static_cast<const T*>(p.bias)[column]);
-    const auto write = [&](const Matrix& to, float value) {
-      static_cast<T*>(to.data)[token * to.row + column * to.column] = device::from_float<T>(value);
+    const auto write = [&](const Matrix& to, T value) {
+      static_cast<T*>(to.data)[token * to.row + column * to.column] = value;
     };
-    if (p.linear.at.data != nullptr) write(p.linear.at, sum);
-    write(p.out.at, activate<sizeof(T) == 4>(sum, p.activation));
+    const T linear = device::from_float<T>(sum);
+    if (p.linear.at.data != nullptr) write(p.linear.at, linear);
+    write(p.out.at, device::from_float<T>(activate<sizeof(T) == 4>(device::to_float(linear), p.activation)));
   }
 }
 

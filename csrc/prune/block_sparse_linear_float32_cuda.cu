@@ -43,7 +43,7 @@ using OwnSums = float[kOwn][kOwn];
 template <int kCount, class Element>
 __device__ __forceinline__ void fill(float (&tile)[kSteps][kCount + 4], bool along_k,
                                      const Element& element) {
-#pragma unroll 4
+#pragma unroll 2
   for (int at = int(threadIdx.x); at < kCount * kSteps; at += kThreads) {
     const int i = along_k ? at / kSteps : at % kCount, k = along_k ? at % kSteps : at / kCount;
     tile[k][i] = element(i, k);

@@ -38,30 +38,6 @@ struct alignas(128) Smem {
   Slot slots[kSlotStages][kDepthChunks];
 };
 
-// What a thread block does.
-struct Work {
-  int64_t first_token, list;
-  int32_t first_column;  // of the list's width
-  int32_t begin, count;  // blocks
-  int32_t stages;
-};
-
-template <int kColumns>
-__device__ __forceinline__ Work work_of_block(const Product& p) {
-  const uint32_t together = uint32_t(p.together), slices = uint32_t(p.slices);
-  const uint32_t each = uint32_t(p.lists) * slices * together;
-  const uint32_t group = blockIdx.x / each, rest = blockIdx.x % each;
-  const uint32_t tile = group * together + rest % together, slice = rest / together;
-  Work work;
-  work.first_token = int64_t{tile} * p.token_tile;
-  work.list = p.order[slice / slices];
-  work.first_column = int32_t(slice % slices) * kColumns;
-  work.begin = p.first[work.list];
-  work.count = p.first[work.list + 1] - work.begin;
-  work.stages = int32_t(divide_up(int64_t{work.count} << p.depth_bits, kDepth));
-  return work;
-}
-
 // Chunk threadIdx.x of a stage: these threads read it well before it is needed, and write it down later.
 __device__ __forceinline__ Slot find_slot(const Product& p, const Work& work, int stage) {
   const int depth = stage * kDepth + int(threadIdx.x) * kChunk, place = depth >> p.depth_bits;
@@ -103,7 +79,7 @@ __device__ __forceinline__ void copy_blocks(T* tile, const Product& p, const Wor
   const int chunk = int(threadIdx.x) % kChunks, step = int(blockDim.x) / kChunks;
   const T* values = static_cast<const T*>(p.values);
   const int width = 1 << p.width_bits, within = (1 << p.depth_bits) - 1;
-#pragma unroll 4
+#pragma unroll 2
   for (int r = int(threadIdx.x) / kChunks; r < kRows; r += step) {
     const Slot slot = slots[kTransposed ? r / kChunk : chunk];
     const int column = work.first_column + (kTransposed ? chunk * kChunk : r);
@@ -125,55 +101,17 @@ template <class T, int kColumns>
 using WarpSums = Sums<Shape<kColumns>::kSlabs, Shape<kColumns>::kTiles>;
 
 template <class T, int kColumns>
-__device__ __forceinline__ void add_bias(WarpSums<T, kColumns>& sums, const Product& p,
-                                         int64_t first_column) {
-  using S = Shape<kColumns>;
-#pragma unroll
-  for (int n = 0; n < S::kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t column = first_column + n * 8 + device::lane_id() % 4 * 2 + i;
-      if (column >= p.out.columns) continue;
-      const float bias = device::to_float(static_cast<const T*>(p.bias)[column]);
-#pragma unroll
-      for (int s = 0; s < S::kSlabs; ++s) {
-        sums[s][n][i] += bias;
-        sums[s][n][2 + i] += bias;
-      }
-    }
-  }
-}
-
-template <class T, int kColumns>
 __device__ __forceinline__ void finish(WarpSums<T, kColumns>& sums, const Product& p, const Work& work,
                                        int first_row, int first_column, T* tile) {
   using S = Shape<kColumns>;
-  first_column += work.first_column;  // of the list's width, and this of the result:
-  const int64_t column0 = (work.list << p.width_bits) + first_column;
+  const int width = (1 << p.width_bits) - work.first_column - first_column;
+  const int64_t column0 = (work.list << p.width_bits) + work.first_column + first_column;
   const int64_t row0 = work.first_token + first_row;
-  if (p.bias != nullptr) add_bias<T, kColumns>(sums, p, column0);
-  const auto write_to = [&](const Access& to) {
-    return [&](int row, int column, const Vector<T, 8>& chunk) {
-      const bool inside = row0 + row < p.tokens && first_column + column < 1 << p.width_bits;
-      if (inside && column0 + column < to.columns) store_chunk(to, row0 + row, int(column0) + column, chunk);
-    };
-  };
-  if (p.linear.at.data != nullptr) {
-    store_sums<T, S::kSlabs, S::kTiles>(
-        tile, [&](int s, int n, int i) { return sums[s][n][i]; }, write_to(p.linear));
-  }
-  if (p.activation != Activation::kNone) {
-#pragma unroll
-    for (int s = 0; s < S::kSlabs; ++s) {
-#pragma unroll
-      for (int n = 0; n < S::kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[s][n][i] = activate<false>(sums[s][n][i], p.activation);
-      }
-    }
-  }
-  store_sums<T, S::kSlabs, S::kTiles>(
-      tile, [&](int s, int n, int i) { return sums[s][n][i]; }, write_to(p.out));
+  add_bias<T, S::kSlabs, S::kTiles>(sums, p, column0);
+  store_sums<T, S::kSlabs, S::kTiles>(tile, sums, [&](int row, int column, const Vector<T, 8>& chunk) {
+    if (row0 + row < p.tokens && column < width && column0 + column < p.out.columns)
+      store_result(p, row0 + row, int(column0) + column, chunk);
+  });
 }
 
 template <class T, int kColumns, bool kTransposed>
@@ -182,7 +120,7 @@ __global__ void __launch_bounds__(kMostThreads) product_kernel(const __grid_cons
   Smem<T, kColumns>& smem = device::shared_memory<Smem<T, kColumns>>();
   T* const inputs = reinterpret_cast<T*>(&smem + 1);
   const int input_size = p.token_tile * kDepth;
-  const Work work = work_of_block<kColumns>(p);
+  const Work work = work_of(p, blockIdx.x, kColumns);
   if (work.first_token >= p.tokens) return;
   const auto write_slot = [&](int stage, const Slot& slot) {
     if (threadIdx.x < kDepthChunks) smem.slots[stage % kSlotStages][threadIdx.x] = slot;
@@ -228,11 +166,10 @@ template <class T, int kColumns, bool kTransposed>
 void launch_product(const Product& p, Stream stream) {
   using S = Shape<kColumns>;
   const size_t bytes = sizeof(Smem<T, kColumns>) + size_t(kStages * p.token_tile * kDepth) * sizeof(T);
-  const int64_t blocks = divide_up(p.token_tiles, p.together) * p.together * p.lists * p.slices;
-  check_value(blocks <= 0x7fffffff, "x: too many tokens for one launch");
+  const unsigned blocks = thread_blocks_of(p);
   const int warps = p.token_tile / S::kWarpRows * S::kAcross;
   device::preload(product_kernel<T, kColumns, kTransposed>);
-  device::launch(product_kernel<T, kColumns, kTransposed>, dim3(unsigned(blocks)),
+  device::launch(product_kernel<T, kColumns, kTransposed>, dim3(blocks),
                  dim3(unsigned(warps * device::kWarpSize)), bytes, stream, p);
 }
 
@@ -272,9 +209,7 @@ int cut(Product& p, int device) {
       break;
   }
   p.token_tile = rows;
-  // As many tokens as leave what their tiles need of `in` in the L2 cache.
-  constexpr int64_t kMostTogether = 8;
-  p.together = int32_t(divide_up(p.token_tiles, divide_up(p.token_tiles, kMostTogether)));
+  p.together = tiles_together(p.token_tiles);
   return columns;
 }
 

@@ -115,11 +115,9 @@ __global__ void __launch_bounds__(kMostThreads) weight_kernel(const __grid_const
   device::sync_block();  // the tiles become the warps' own
   if (!needed) return;
   T* const own = inputs + device::warp_id() * S::kWarpRows * S::kWarpColumns;
-  store_sums<T, S::kSlabs, S::kTiles>(
-      own, [&](int s, int n, int i) { return sums[s][n][i]; },
-      [&](int r, int c, const Vector<T, 8>& chunk) {
-        store_gradient(p, group, warp_row + r, warp_column + c, chunk);
-      });
+  store_sums<T, S::kSlabs, S::kTiles>(own, sums, [&](int r, int c, const Vector<T, 8>& chunk) {
+    store_gradient(p, group, warp_row + r, warp_column + c, chunk);
+  });
 }
 
 template <class T, int kRows>
