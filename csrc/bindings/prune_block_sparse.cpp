@@ -78,9 +78,11 @@ class LayerReader {
     const Device device = values_.device;
     const Stream stream = arguments.current_stream(device);
     py::gil_scoped_release released;
+    (void)call;  // each build needs some of these
     (void)threads;
     (void)stream;
-    TW_RUN(device.is_cuda, TW_CALL_CPU(block_sparse_linear_cpu, p, call, threads), no_cuda_in_build());
+    TW_RUN(device.is_cuda, TW_CALL_CPU(block_sparse_linear_cpu, p, call, threads),
+           prune::block_sparse_linear_cuda(p, call, device.index, stream));
   }
 
   bool on_gpu() const { return values_.device.is_cuda; }

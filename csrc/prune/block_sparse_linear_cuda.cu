@@ -80,11 +80,6 @@ void run_weight(const BlockSparseLinearParams& given, int device, Stream stream)
 
 void block_sparse_linear_cuda(const BlockSparseLinearParams& given, BlockSparseCall call, int device,
                               Stream stream) {
-  const DType dtype = given.dtype;
-  if (dtype != DType::kFloat32 && dtype != DType::kFloat16 && dtype != DType::kBFloat16) {
-    fail(ErrorKind::kNotImplemented,
-         "x: on a GPU the block-sparse linear layer takes float32, float16 and bfloat16, not ", dtype);
-  }
   const int64_t most = 0x7fffff00;
   check_value(given.out <= most && given.in <= most, "weight: too many features for a GPU: ", given.out,
               " x ", given.in);
