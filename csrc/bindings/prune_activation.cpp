@@ -28,8 +28,8 @@ uint8_t* read_keep(Arguments& arguments, py::handle object, const TensorView& x,
   return static_cast<uint8_t*>(keep.data);
 }
 
-void keep_inputs(py::handle x_object, py::handle scale, py::handle threshold, int64_t count,
-                 py::handle keep, py::handle workspace, int threads) {
+void keep_inputs(py::handle x_object, py::handle scale, py::handle threshold, int64_t count, py::handle keep,
+                 py::handle workspace, int threads) {
   Arguments arguments;
   const TensorView x = read_x(arguments, x_object);
   const DType wide = x.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -51,7 +51,7 @@ void keep_inputs(py::handle x_object, py::handle scale, py::handle threshold, in
   if (p.tokens * p.in == 0) return;
   const Stream stream = arguments.current_stream(x.device);
   py::gil_scoped_release released;
-  (void)stream;
+  (void)stream, (void)threads;
   TW_RUN(x.device.is_cuda, TW_CALL_CPU(keep_inputs_cpu, p, threads),
          prune::keep_inputs_cuda(p, x.device.index, stream));
 }
@@ -61,7 +61,7 @@ int64_t keep_inputs_workspace(int64_t in, int64_t item, int threads) {
 }
 
 int64_t workspace_of(bool on_gpu, int64_t tokens, int64_t in, int64_t out, int64_t item, int device) {
-  (void)device;
+  (void)device, (void)item;
   int64_t bytes = 0;
   TW_RUN(on_gpu, (void)(bytes = prune::activation_sparse_linear_workspace(tokens, in, out, item)),
          (void)(bytes = prune::activation_sparse_linear_workspace_cuda(tokens, in, out, device)));
@@ -72,8 +72,8 @@ int64_t linear_workspace(py::handle weight_object, int64_t tokens) {
   Arguments arguments;
   const TensorView weight = arguments.tensor(weight_object, "weight_t");
   check_value(weight.ndim == 2, "weight_t: must have shape (in, out), got ", weight.sizes());
-  return workspace_of(weight.device.is_cuda, tokens, weight.shape[0], weight.shape[1],
-                      itemsize(weight.dtype), weight.device.index);
+  return workspace_of(weight.device.is_cuda, tokens, weight.shape[0], weight.shape[1], itemsize(weight.dtype),
+                      weight.device.index);
 }
 
 void linear(py::handle x_object, py::handle keep, py::handle weight_object, py::handle bias, py::handle y,
@@ -90,8 +90,8 @@ void linear(py::handle x_object, py::handle keep, py::handle weight_object, py::
   const TensorView weight = arguments.tensor(weight_object, "weight_t");
   check_device(weight, x.device, "weight_t");
   check_dtype(weight, x.dtype, "weight_t");
-  check_value(weight.ndim == 2 && weight.shape[0] == p.in, "weight_t: must have shape (in, out) with in = ",
-              p.in, ", got ", weight.sizes());
+  check_value(weight.ndim == 2 && weight.shape[0] == p.in,
+              "weight_t: must have shape (in, out) with in = ", p.in, ", got ", weight.sizes());
   check_value(weight.shape[1] <= 1 || weight.stride(1) == 1,
               "weight_t: the weights of an input must lie side by side, got a stride of ", weight.stride(1));
   p.weight = weight.data;
@@ -108,7 +108,7 @@ void linear(py::handle x_object, py::handle keep, py::handle weight_object, py::
   p.workspace = room.data;
   const Stream stream = arguments.current_stream(x.device);
   py::gil_scoped_release released;
-  (void)stream;
+  (void)stream, (void)threads;
   TW_RUN(x.device.is_cuda, TW_CALL_CPU(activation_sparse_linear_cpu, p, threads),
          prune::activation_sparse_linear_cuda(p, x.device.index, stream));
 }
@@ -118,7 +118,8 @@ void linear(py::handle x_object, py::handle keep, py::handle weight_object, py::
 void bind_activation_sparse(py::module_& m) {
   m.def("keep_inputs_workspace", &keep_inputs_workspace, "Bytes that keep_inputs needs on a CPU.");
   m.def("keep_inputs", &keep_inputs, "Writes which inputs each token keeps.");
-  m.def("activation_sparse_linear_workspace", &linear_workspace, "Bytes that activation_sparse_linear needs.");
+  m.def("activation_sparse_linear_workspace", &linear_workspace,
+        "Bytes that activation_sparse_linear needs.");
   m.def("activation_sparse_linear", &linear, "Writes y of the inputs that are kept.");
 }
 

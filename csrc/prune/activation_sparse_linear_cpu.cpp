@@ -3,11 +3,12 @@
 //   keep:     the k-th largest |x| * scale by counting its bits' digits from the top, 11 at a time
 //   product:  y_t = bias + sum over kept i of x_ti W_i
 //
-// Roofline of the product: bytes = rows read * out * itemsize, 2 FLOPs an element and token. A unit of work is
-// a block of active rows and a slice of outputs whose sums stay in the L1 cache. It walks kRows rows at once,
-// so that sums are loaded and stored once for as many loads of weights, and asks for the next kRows rows ahead
-// of time: which row comes next is known here, and to no prefetcher. The split into units depends on the
-// shapes alone, and partial sums are added in the order of the rows: the same bits for any number of threads.
+// Roofline of the product: bytes = rows read * out * itemsize, 2 FLOPs an element and token. A unit of work
+// is a block of active rows and a slice of outputs whose sums stay in the L1 cache. It walks kRows rows at
+// once, so that sums are loaded and stored once for as many loads of weights, and asks for the next kRows
+// rows ahead of time: which row comes next is known here, and to no prefetcher. The split into units depends
+// on the shapes alone, and partial sums are added in the order of the rows: the same bits for any number of
+// threads.
 #include <cmath>
 
 #include "core/half.h"
@@ -137,7 +138,7 @@ void keep_inputs(const KeepInputsParams& p, int threads) {
 constexpr int kRows = kLanes == 16 ? 8 : 4;  // walked at once: as many as registers hold
 constexpr int64_t kMaxRowsPerSum = 512;
 
-constexpr int64_t slice_outputs(int tokens) { return tokens <= 2 ? 2048 : 1024; }
+constexpr int64_t slice_outputs(int tokens) { return tokens <= 1 ? 4096 : tokens <= 2 ? 2048 : 1024; }
 
 // sums[t][j] += x[0][t] rows[0][j] + ... + x[R - 1][t] rows[R - 1][j]; `next` is asked for.
 template <int R, int T, class W>
@@ -145,6 +146,8 @@ void add_rows(const W* const* rows, const W* const* next, const float* x, float*
               int64_t count) {
   constexpr int kLine = 64 / int(sizeof(W)), kVectors = kLine > kLanes ? kLine / kLanes : 1;
   constexpr int kStep = kVectors * kLanes;
+  constexpr int64_t kAhead =
+      sizeof(W) == 4 ? 16 * kLine : int64_t{1} << 40;  // further on, the CPU sees to it
   const auto add = [&](const Float(&w)[R], int t, Float sum) {
     Float even = splat(x[t]) * w[0];
     if constexpr (R == 1) return sum + even;
@@ -159,7 +162,7 @@ void add_rows(const W* const* rows, const W* const* next, const float* x, float*
   for (; j + kStep <= count; j += kStep) {
     Float w[kVectors][R];
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(next[r] + j, 0, 2);
+      if (j < kAhead) __builtin_prefetch(next[r] + j, 0, 2);
       for (int v = 0; v < kVectors; ++v) w[v][r] = load(rows[r] + j + v * kLanes);
     }
     for (int t = 0; t < T; ++t) {
@@ -285,9 +288,8 @@ void multiply(const ActivationSparseLinearParams& p, int threads) {
   const Active active = active_rows(p);
   const int64_t blocks = divide_up(active.count, active_rows_per_sum(p.tokens));
   const int64_t slices = divide_up(p.out, slice_outputs(T));
-  parallel_chunks(blocks * slices, threads, [&](int64_t unit) {
-    sum_block<T, W, Sum>(p, active, unit / slices, unit % slices);
-  });
+  parallel_chunks(blocks * slices, threads,
+                  [&](int64_t unit) { sum_block<T, W, Sum>(p, active, unit / slices, unit % slices); });
   parallel_chunks(slices, threads, [&](int64_t slice) { add_sums<T, W, Sum>(p, active, blocks, slice); });
 }
 
