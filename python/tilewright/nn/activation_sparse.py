@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..prune.activation_ops import ActivationSparse, keep_inputs
+from ..prune.activation_ops import activation_sparse_linear, keep_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,7 +99,9 @@ class ActivationSparseLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         if method == "teal" and calibration is None:
-            raise ValueError("method 'teal' takes its threshold from calibration, inputs of the layer; got None")
+            raise ValueError(
+                "method 'teal' takes its threshold from calibration, inputs of the layer; got None"
+            )
         if method == "wina" and calibration is not None:
             raise ValueError("calibration is for method 'teal': 'wina' needs none")
         weight, bias = linear.weight, linear.bias
@@ -183,7 +185,7 @@ class ActivationSparseLinear(nn.Module):
         if x.dtype != dtype:
             raise TypeError(f"x must have the dtype of the weights, {_name(dtype)}, got {_name(x.dtype)}")
         rows = x.reshape(-1, self.in_features)
-        y: Tensor = ActivationSparse.apply(rows, self._keep(rows), self.weight_t, self.bias)  # type: ignore[no-untyped-call]
+        y = activation_sparse_linear(rows, self._keep(rows), self.weight_t, self.bias)
         return y.view(*x.shape[:-1], self.out_features).to(cast)
 
     def refresh(self) -> None:
@@ -192,12 +194,14 @@ class ActivationSparseLinear(nn.Module):
             return
         with torch.no_grad():
             norms = torch.linalg.vector_norm(self.weight_t, dim=1, dtype=self._wide)
-            if _same_storage_kind(self.column_norm, norms):
+            if torch.compiler.is_compiling():
+                self.column_norm.copy_(norms)
+                return
+            if _can_take(self.column_norm, norms):  # a captured graph reads this memory
                 self.column_norm.copy_(norms)
             else:
                 self.column_norm = norms
-        if not torch.compiler.is_compiling():
-            self._norms_of = self._weights_now()
+        self._norms_of = self._weights_now()
 
     def reset_parameters(self) -> None:
         """Draws weights and bias as torch.nn.Linear does."""
@@ -268,7 +272,7 @@ class ActivationSparseLinear(nn.Module):
             state_dict[prefix + "weight_t"] = dense.t() if dense.dim() != 2 else _transposed(dense)
             if self.threshold is not None:  # a dense layer has none
                 state_dict.setdefault(prefix + "threshold", self.threshold)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self.refresh()
 
 
@@ -277,8 +281,8 @@ def _transposed(weight: Tensor) -> Tensor:
     return weight.t().clone(memory_format=torch.contiguous_format)
 
 
-def _same_storage_kind(old: Tensor, new: Tensor) -> bool:
-    """Whether the one can be copied into the other's memory."""
+def _can_take(old: Tensor, new: Tensor) -> bool:
+    """Whether the one's memory can hold the other as it is."""
     return (old.device, old.dtype) == (new.device, new.dtype) and not old.is_inference()
 
 

@@ -81,3 +81,14 @@ class ActivationSparse(torch.autograd.Function):
         dx = torch.where(keep, dy @ weight_t.mT, 0) if needs_x else None
         dweight = torch.where(keep, x, 0).mT @ dy if needs_weight else None
         return dx, None, dweight, dy.sum(0) if needs_bias else None
+
+
+def activation_sparse_linear(x: Tensor, keep: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
+    """ActivationSparse, or the op alone where nobody asks for a gradient."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        result: Tensor = ActivationSparse.apply(x, keep, weight_t, bias)  # type: ignore[no-untyped-call]
+    else:
+        result = _fwd(x, keep, weight_t, bias)
+    return result
