@@ -1,11 +1,13 @@
 """Modules that stand in for those people have."""
 
+from .activation_sparse import ActivationSparseLinear
 from .block_sparse_linear import BlockSparseLinear
 from .mamba import Mamba
 from .mamba2 import Mamba2
 from .stable_embedding import StableEmbedding
 
 __all__ = [
+    "ActivationSparseLinear",
     "BlockSparseLinear",
     "Mamba",
     "Mamba2",
