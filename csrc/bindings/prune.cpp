@@ -3,6 +3,9 @@
 
 namespace tilewright {
 
-void bind_prune([[maybe_unused]] pybind11::module_& m) {}
+void bind_prune(pybind11::module_& m) {
+  bind_prune_masks(m);
+  bind_prune_obs(m);
+}
 
 }  // namespace tilewright

@@ -1,10 +1,20 @@
 """Structured pruning: masks, sparse linear layers, and models made faster by them."""
 
 from .masked import drop_mask, import_torch_masks, mask_of, set_mask
+from .masks import global_masks, mask, scores
+from .obs import sparsegpt
+from .patterns import Block, NOfM, parse_pattern
 
 __all__ = [
+    "Block",
+    "NOfM",
     "drop_mask",
+    "global_masks",
     "import_torch_masks",
+    "mask",
     "mask_of",
+    "parse_pattern",
+    "scores",
     "set_mask",
+    "sparsegpt",
 ]
