@@ -15,6 +15,9 @@ void bind_block_mask(pybind11::module_& m);
 void bind_block_sparse(pybind11::module_& m);
 void bind_select_blocks(pybind11::module_& m);
 
+// Of the pruning family, called by bind_prune.
+void bind_block_sparse_linear(pybind11::module_& m);
+
 // Of the scan family, called by bind_scan.
 void bind_causal_conv1d(pybind11::module_& m);
 void bind_linear_scan(pybind11::module_& m);

@@ -3,6 +3,6 @@
 
 namespace tilewright {
 
-void bind_prune([[maybe_unused]] pybind11::module_& m) {}
+void bind_prune(pybind11::module_& m) { bind_block_sparse_linear(m); }
 
 }  // namespace tilewright

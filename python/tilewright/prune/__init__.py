@@ -1,6 +1,17 @@
 """Structured pruning: masks, sparse linear layers, and models made faster by them."""
 
+from .masked import drop_mask, import_torch_masks, mask_of, set_mask
 from .shrink_report import ShrinkReport, Shrunk, Unshrunk
 from .shrinking import load_shrunk, shrink
 
-__all__ = ["ShrinkReport", "Shrunk", "Unshrunk", "load_shrunk", "shrink"]
+__all__ = [
+    "ShrinkReport",
+    "Shrunk",
+    "Unshrunk",
+    "drop_mask",
+    "import_torch_masks",
+    "load_shrunk",
+    "mask_of",
+    "set_mask",
+    "shrink",
+]
