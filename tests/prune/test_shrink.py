@@ -296,12 +296,33 @@ def test_tied_and_masked_weights_stay() -> None:
     model, x = MLP(), torch.randn(2, 9)
     torch_prune.l1_unstructured(model[0], "weight", 0.5)
     report = tw.prune.shrink(model, x, 0.5)
-    why = "the weight of 0 is no plain parameter: make masks and parametrizations permanent first"
+    why = "the weight of 0 is no plain parameter: make it one by import_torch_masks or by "
     assert any(why in skip.why for skip in report.skipped), report
+    tw.prune.import_torch_masks(model)
+    assert len(tw.prune.shrink(model, x, 0.5).shrunk) == 2
     tied = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     tied[2].weight = tied[0].weight
     report = tw.prune.shrink(tied, torch.randn(2, 6), 0.5)
     assert any("the weight of 2 is also that of 0" in skip.why for skip in report.skipped)
+
+
+def test_masks_shrink_with_their_weights() -> None:
+    model, x = MLP(), torch.randn(6, 9)
+    mask = torch.rand(17, 24) < 0.5
+    tw.prune.set_mask(model[2], mask)
+    report = tw.prune.shrink(model, x, 0.5)
+    rows = [row for row in range(17) if row not in report.shrunk[1].removed]
+    columns = [column for column in range(24) if column not in report.shrunk[0].removed]
+    assert torch.equal(tw.prune.mask_of(model[2]), mask[rows][:, columns])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert not model[2].weight[~tw.prune.mask_of(model[2])].any()
+    report.undo()
+    assert torch.equal(tw.prune.mask_of(model[2]), mask)
+    assert not model[2].weight[~mask].any()
+    model(x).square().sum().backward()
+    assert not model[2].weight.grad[~mask].any()
 
 
 def test_bad_arguments_and_broken_models_change_nothing() -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .masked import drop_mask, mask_of, set_mask
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -144,7 +146,7 @@ class Journal:
     """Changes to objects, in order, and the way back."""
 
     def __init__(self) -> None:
-        self._entries: list[Callable[[], None]] = []
+        self._entries: list[Callable[[], Any]] = []
 
     def attribute(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute."""
@@ -172,7 +174,7 @@ class Journal:
         self._entries.append(lambda: owner.__setitem__(key, old))
         owner[key] = value
 
-    def call(self, undo: Callable[[], None]) -> None:
+    def call(self, undo: Callable[[], Any]) -> None:
         """Notes how to take back something done elsewhere."""
         self._entries.append(undo)
 
@@ -192,12 +194,15 @@ def apply(removal: Removal, journal: Journal) -> None:
     losses, sizes = _losses(removal)
     with torch.no_grad():
         for (module, name), along in losses.items():
-            value = getattr(module, name)
-            for dim, gone in along.items():
-                keep = torch.ones(value.shape[dim], dtype=torch.bool)
-                keep[gone] = False
-                value = value.index_select(dim, keep.nonzero().flatten().to(value.device))
-            journal.tensor(module, name, value.detach().contiguous())
+            kept = _kept(getattr(module, name), along)
+            mask = mask_of(module, name)
+            if mask is not None:  # its zeros stay zero in what is left, and in what comes back
+                journal.call(partial(set_mask, module, mask, name))
+                drop_mask(module, name)
+            journal.tensor(module, name, kept.detach().contiguous())
+            if mask is not None:
+                set_mask(module, _kept(mask, along), name)
+                journal.call(partial(drop_mask, module, name))
     for (module, size), count in sizes.items():
         old = getattr(module, size)
         if isinstance(module, nn.GroupNorm):
@@ -207,6 +212,14 @@ def apply(removal: Removal, journal: Journal) -> None:
     for group, units in removal.items():
         for owner, name, amount in group.counts:
             journal.attribute(owner, name, getattr(owner, name) - amount * len(units))
+
+
+def _kept(value: Tensor, along: Mapping[int, Tensor]) -> Tensor:
+    for dim, gone in along.items():
+        keep = torch.ones(value.shape[dim], dtype=torch.bool)
+        keep[gone] = False
+        value = value.index_select(dim, keep.nonzero().flatten().to(value.device))
+    return value
 
 
 @contextmanager
@@ -252,7 +265,7 @@ def _losses(
 
 def not_plain(path: str) -> str:
     """Why a layer is not cut whose weight is computed from others."""
-    return f"the weight of {path} is no plain parameter: make masks and parametrizations permanent first"
+    return f"the weight of {path} is no plain parameter: make it one by import_torch_masks or by removing its parametrization"
 
 
 def tied_with(model: nn.Module, groups: Iterable[Group]) -> dict[Group, str]:
