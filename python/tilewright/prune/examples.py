@@ -64,7 +64,27 @@ def outputs_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     return outputs
 
 
-def difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> str | None:
+def tolerance_of(model: nn.Module) -> float:
+    """The difference to allow, by the coarsest dtype the model has: outputs are often widened at the end."""
+    dtypes = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        dtypes.add(torch.bfloat16)
+    return max((_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes), default=1e-3)
+
+
+def largest_difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """Of all outputs, as a share of the largest value of each."""
+    shares = [0.0]
+    for name, old in before.items():
+        if old.numel():
+            largest = max(old.abs().nan_to_num(0, 0, 0).amax().item(), 1e-30)
+            shares.append((old - after[name]).abs().nan_to_num(0, 0, 0).amax().item() / largest)
+    return max(shares)
+
+
+def difference(
+    before: dict[str, Tensor], after: dict[str, Tensor], tolerance: float | None = None
+) -> str | None:
     """In words how two sets of outputs differ by more than rounding; None if they do not."""
     if before.keys() != after.keys():
         return f"the outputs were {sorted(before)} and became {sorted(after)}"
@@ -73,7 +93,8 @@ def difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> str | Non
         if old.shape != new.shape:
             return f"{name} had shape {tuple(old.shape)} and got {tuple(new.shape)}"
         largest = old.abs().nan_to_num(0, 0, 0).amax().item() if old.numel() else 0.0
-        allowed = _TOLERANCE.get(old.dtype, 1e-1) * max(largest, 1e-6)
+        share = _TOLERANCE.get(old.dtype, 1e-1) if tolerance is None else tolerance
+        allowed = share * max(largest, 1e-6)
         if not torch.allclose(old, new, rtol=0, atol=allowed, equal_nan=True):
             found = (old - new).abs().amax().item()
             return f"{name} differs by {found:.3g} where its largest value is {largest:.3g}"

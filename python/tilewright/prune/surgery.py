@@ -265,7 +265,10 @@ def _losses(
 
 def not_plain(path: str) -> str:
     """Why a layer is not cut whose weight is computed from others."""
-    return f"the weight of {path} is no plain parameter: make it one by import_torch_masks or by removing its parametrization"
+    return (
+        f"the weight of {path} is no plain parameter: make it one by import_torch_masks or by removing its "
+        "parametrization"
+    )
 
 
 def tied_with(model: nn.Module, groups: Iterable[Group]) -> dict[Group, str]:
