@@ -190,7 +190,9 @@ class CompressReport:
         lines += table(
             ("layer", "kept", "zeros", "tokens", "runs", "dense ms", "ms", "faster", "bytes", "why"), rows
         )
-        for tokens, (dense, now) in self.totals().items():
+        totals = self.totals()
+        lines += [""] if totals else []
+        for tokens, (dense, now) in totals.items():
             lines.append(f"All of them at {tokens} tokens: {dense:.3g} -> {now:.3g} ms ({dense / now:.2f}x).")
         if self.model_ms:
             lines.append(
