@@ -2,6 +2,7 @@
 
 from .activation_sparse import ActivationSparseLinear
 from .block_sparse_linear import BlockSparseLinear
+from .crossover_linear import CrossoverLinear
 from .mamba import Mamba
 from .mamba2 import Mamba2
 from .stable_embedding import StableEmbedding
@@ -9,6 +10,7 @@ from .stable_embedding import StableEmbedding
 __all__ = [
     "ActivationSparseLinear",
     "BlockSparseLinear",
+    "CrossoverLinear",
     "Mamba",
     "Mamba2",
     "StableEmbedding",
