@@ -5,6 +5,7 @@ from .block_sparse_linear import BlockSparseLinear
 from .crossover_linear import CrossoverLinear
 from .mamba import Mamba
 from .mamba2 import Mamba2
+from .semi_structured_linear import SemiStructuredLinear
 from .stable_embedding import StableEmbedding
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "CrossoverLinear",
     "Mamba",
     "Mamba2",
+    "SemiStructuredLinear",
     "StableEmbedding",
 ]
