@@ -112,7 +112,9 @@ class SemiStructuredLinear(nn.Module):
             if pattern not in (None, "2:4") or mask is not None:
                 raise ValueError("a weight in torch's semi-structured form is 2:4, and has no other mask")
             if getattr(weight, "meta", None) is None:
-                raise ValueError("weight is in cuSPARSELt's form, which only it can read: call to_dense() first")
+                raise ValueError(
+                    "weight is in cuSPARSELt's form, which only it can read: call to_dense() first"
+                )
             found, chosen = from_torch_semi_structured(weight.packed, weight.meta), Pattern(2, 4)  # type: ignore[arg-type]
         else:
             chosen = fitting_pattern(weight, mask) if pattern is None else Pattern.parse(pattern)

@@ -80,7 +80,7 @@ def _group_counts(weight: Tensor, mask: Tensor | None, m: int) -> Tensor:
 
 
 def fitting_pattern(weight: Tensor, mask: Tensor | None = None) -> Pattern:
-    """"2:4" if the zeros allow it, else the n:m with m of 4, 8 or 16 that keeps the smallest share.
+    """ "2:4" if the zeros allow it, else the n:m with m of 4, 8 or 16 that keeps the smallest share.
 
     Args:
         weight: ``(out, in)``.
@@ -156,7 +156,9 @@ def check_compressed(values: Tensor, indices: Tensor, pattern: Pattern) -> None:
     check_tensor("values", values)
     check_dtype("values", values, FLOATS)
     if values.dim() != 2 or values.shape[1] % pattern.n:
-        raise ValueError(f"values must have shape (out, in / {pattern.m} * {pattern.n}), got {tuple(values.shape)}")
+        raise ValueError(
+            f"values must have shape (out, in / {pattern.m} * {pattern.n}), got {tuple(values.shape)}"
+        )
     check_tensor("indices", indices)
     check_dtype("indices", indices, (torch.uint8,))
     out, columns = values.shape[0], ops.columns_of(values, *pattern)

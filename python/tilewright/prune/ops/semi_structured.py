@@ -146,7 +146,9 @@ def _activation_gradient(dy: Tensor, z: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return torch.ops.aten.silu_backward(dy, z)
     if activation in ("gelu", "gelu_tanh"):
-        return torch.ops.aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return torch.ops.aten.gelu_backward(
+            dy, z, approximate="tanh" if activation == "gelu_tanh" else "none"
+        )
     return dy
 
 
