@@ -2,8 +2,8 @@
 //
 //   y[t][o] = activation(sum over kept c of w[o][c] x[t][c] + bias[o]),  t < 8
 //
-// A warp takes a row of the weight. A lane takes 16 bytes of its values at a time and the positions that belong
-// to them; of the four elements of x that a group meets it picks two by their positions, in registers.
+// A warp takes a row of the weight. A lane takes 16 or 8 bytes of its values at a time and the positions that
+// belong to them; of the four elements of x that a group meets it picks two by their positions, in registers.
 //
 // Roofline: memory; 18 bytes of 8 16-bit values and their positions (17 of 4 float32 values), about 11
 // instructions a group for one token and 5 for each other.
@@ -19,23 +19,25 @@ struct FewParams {
   bool vectors;  // values by 16 bytes, x by groups
 };
 
-template <class T>
+// With several tokens a lane has enough loads under way, and x wants the registers.
+template <class T, int kTokens>
 struct Chunk {
-  static constexpr int kValues = 16 / int(sizeof(T)), kGroups = kValues / 2, kColumns = 2 * kValues;
+  static constexpr int kBytes = sizeof(T) == 2 && kTokens > 1 ? 8 : 16;
+  static constexpr int kValues = kBytes / int(sizeof(T)), kGroups = kValues / 2, kColumns = 2 * kValues;
   Vector<T, kValues> values;
   uint32_t positions;  // four bits a group
 };
 
-template <class T>
-__device__ __forceinline__ Chunk<T> load_chunk(const FewParams& f, const T* values, const uint8_t* positions,
-                                               int64_t chunk) {
-  using C = Chunk<T>;
+template <class T, int kTokens>
+__device__ __forceinline__ Chunk<T, kTokens> load_chunk(const FewParams& f, const T* values,
+                                                        const uint8_t* positions, int64_t chunk) {
+  using C = Chunk<T, kTokens>;
   C loaded;
   const int64_t groups = f.p.weight.in / 4, first = chunk * C::kGroups;
   if (f.vectors) {
     loaded.values = device::load_streaming(reinterpret_cast<const Vector<T, C::kValues>*>(values) + chunk);
-    const auto bytes = device::load(
-        reinterpret_cast<const Vector<uint8_t, C::kGroups / 2>*>(positions) + chunk);
+    const auto bytes =
+        device::load(reinterpret_cast<const Vector<uint8_t, C::kGroups / 2>*>(positions) + chunk);
     loaded.positions = 0;
 #pragma unroll
     for (int i = 0; i < C::kGroups / 2; ++i) loaded.positions |= uint32_t{bytes[i]} << 8 * i;
@@ -87,7 +89,7 @@ __device__ __forceinline__ Vector<float, 2> pick(const Vector<T, 4>& four, uint3
 
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ FewParams f) {
-  using C = Chunk<T>;
+  using C = Chunk<T, kTokens>;
   const SemiStructuredWeight& w = f.p.weight;
   const int64_t row = int64_t{blockIdx.x} * kWarps + device::warp_id();
   if (row >= w.out) return;
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ F
   const int64_t chunks = divide_up(w.in, C::kColumns);
 #pragma unroll 1
   for (int64_t chunk = device::lane_id(); chunk < chunks; chunk += device::kWarpSize) {
-    const C loaded = load_chunk<T>(f, values, positions, chunk);
+    const C loaded = load_chunk<T, kTokens>(f, values, positions, chunk);
 #pragma unroll
     for (int g = 0; g < C::kGroups; ++g) {
       const uint32_t nibble = loaded.positions >> 4 * g & 15u;
@@ -122,9 +124,8 @@ __global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ F
 
 template <class T>
 void launch_few(const SemiStructuredLinearParams& p, Stream stream) {
-  using C = Chunk<T>;
   const SemiStructuredWeight& w = p.weight;
-  const bool vectors = w.in % C::kColumns == 0 && p.x.column == 1 && p.x.row % 4 == 0 &&
+  const bool vectors = w.in % Chunk<T, 1>::kColumns == 0 && p.x.column == 1 && p.x.row % 4 == 0 &&
                        device::is_aligned(p.x.data, 4 * sizeof(T)) && device::is_aligned(w.values, 16) &&
                        device::is_aligned(w.positions, 2);
   const device::Kernel<FewParams> kernel = p.tokens == 1   ? few_kernel<T, 1>

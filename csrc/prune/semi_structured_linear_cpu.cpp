@@ -8,8 +8,8 @@
 // columns (36 bytes for 32 of bfloat16), some 9 instructions each.
 //
 // Many tokens: tokens lie along the vectors. x is transposed once; a kept element is broadcast and multiplied
-// with its column's vectors, so what was pruned costs nothing. Roofline: out * kept * tokens multiply-adds, of
-// which each reads a vector from the first cache.
+// with its column's vectors, so what was pruned costs nothing. Roofline: out * kept * tokens multiply-adds,
+// of which each reads a vector from the first cache.
 #include "core/threads.h"
 #include "prune/semi_structured_simd.h"
 
@@ -193,8 +193,7 @@ void forward_many(const SemiStructuredLinearParams& p, int threads) {
                                              smaller(begin + columns, in), x + (block * in + begin) * kStep);
     }
     for (int64_t t = 0; t < count; ++t) {
-      for (int64_t r = 0; r < rows; ++r)
-        finish<T>(p, block * kStep + t, first + r, sums[r * kStep + t]);
+      for (int64_t r = 0; r < rows; ++r) finish<T>(p, block * kStep + t, first + r, sums[r * kStep + t]);
     }
   });
 }

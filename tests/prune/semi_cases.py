@@ -7,11 +7,17 @@ from torch import Tensor
 
 from reference import prune_semi_structured as reference
 from tilewright.prune.ops import semi_structured as ops
-from tilewright.prune.semi_structured import Pattern, compress_weight
+from tilewright.prune.semi_structured import compress_weight
 
 HALVES = [torch.float16, torch.bfloat16]
 FLOATS = [torch.float32, *HALVES]
 ATOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def n_of(pattern: str) -> tuple[int, int]:
+    """(n, m)."""
+    n, m = map(int, pattern.split(":"))
+    return n, m
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -21,7 +27,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 def pruned(out: int, columns: int, pattern: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """A weight that keeps the n largest of each group."""
-    n, m = Pattern.parse(pattern)
+    n, m = n_of(pattern)
     weight = random(out, columns, dtype=dtype, seed=seed)
     groups = weight.unflatten(1, (-1, m))
     kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.abs().topk(n, -1).indices, True)
@@ -43,7 +49,7 @@ class Run:
         return [y.detach(), dx, dw * (self.inputs[1] != 0), *db]
 
     def ours(self, pattern: str, device: torch.device) -> list[Tensor]:
-        n, m = Pattern.parse(pattern)
+        n, m = n_of(pattern)
         x, weight, bias, dy = self.inputs
         values, indices = compress_weight(weight.to(device), pattern)
         x = x.detach().to(device).requires_grad_()
@@ -59,7 +65,7 @@ class Run:
 
 def check_close(found: list[Tensor], plain: list[Tensor], exact: list[Tensor], dtype: torch.dtype) -> None:
     for name, ours, theirs, truth in zip(("y", "dx", "dw", "db"), found, plain, exact, strict=False):
-        assert ours.dtype == dtype and ours.shape == truth.shape, name
+        assert (ours.dtype, ours.shape) == (dtype, truth.shape), name
         if truth.numel() == 0:
             continue
         error = (ours.double() - truth).abs().max()

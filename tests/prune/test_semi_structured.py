@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from semi_cases import FLOATS, HALVES, Run, check_close, n_of, pruned, random
 from torch import Tensor
 
 import tilewright.testing
-from semi_cases import FLOATS, HALVES, Run, check_close, pruned, random
 from reference import prune_semi_structured as reference
 from tilewright import _C
 from tilewright.prune.ops import semi_structured as ops
+from tilewright.prune.patterns import NOfM
 from tilewright.prune.semi_structured import (
-    Pattern,
     compress_weight,
     decompress_weight,
     fitting_pattern,
@@ -44,8 +44,9 @@ def test_every_pattern_of_a_group(backend, dtype):
     weight = random(*kept.shape, dtype=dtype).masked_fill(~kept, 0)
     values, indices = compress_weight(weight.to(backend.device))
     expected = reference.compress(weight, kept, 2, 4)
-    assert torch.equal(bits(values), bits(expected[0])) and torch.equal(indices.cpu(), expected[1])
-    assert not wrong_groups(indices, 8, Pattern(2, 4)).any()
+    assert torch.equal(bits(values), bits(expected[0]))
+    assert torch.equal(indices.cpu(), expected[1])
+    assert not wrong_groups(indices, 8, NOfM(2, 4)).any()
     assert torch.equal(bits(decompress_weight(values, indices)), bits(weight))
 
 
@@ -61,13 +62,14 @@ def test_groups_that_keep_too_many(kept):
 @pytest.mark.parametrize("out", [1, 7])
 @pytest.mark.parametrize("groups", [0, 1, 2, 9])
 def test_formats(backend, pattern, out, groups):
-    n, m = Pattern.parse(pattern)
+    n, m = n_of(pattern)
     weight = pruned(out, groups * m, pattern, torch.bfloat16)
     weight[:, ::3] = 0  # groups that are not full
     values, indices = compress_weight(weight.to(backend.device), pattern)
     expected = reference.compress(weight, weight != 0, n, m)
-    assert torch.equal(bits(values), bits(expected[0])) and torch.equal(indices.cpu(), expected[1])
-    assert not wrong_groups(indices, groups * m, Pattern(n, m)).any()
+    assert torch.equal(bits(values), bits(expected[0]))
+    assert torch.equal(indices.cpu(), expected[1])
+    assert not wrong_groups(indices, groups * m, NOfM(n, m)).any()
     assert torch.equal(bits(decompress_weight(values, indices, pattern)), bits(weight))
 
 
@@ -90,7 +92,8 @@ def test_a_mask_decides_what_is_kept(backend):
     mask = torch.tensor([False, False, True, True, False, True, False, False]).expand(2, 8)
     values, indices = compress_weight(weight.to(backend.device), mask=mask.to(backend.device))
     expected = reference.compress(weight, mask, 2, 4)
-    assert torch.equal(values.cpu(), expected[0]) and torch.equal(indices.cpu(), expected[1])
+    assert torch.equal(values.cpu(), expected[0])
+    assert torch.equal(indices.cpu(), expected[1])
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "3:8"])
@@ -102,14 +105,14 @@ def test_strided_weights(backend, pattern):
 
 
 def test_fitting_pattern():
-    assert fitting_pattern(pruned(3, 16, "2:4")) == (2, 4)
-    assert fitting_pattern(pruned(3, 16, "1:8")) == (2, 4)
-    assert fitting_pattern(pruned(3, 48, "5:16")) in [(5, 16)]
-    assert fitting_pattern(pruned(30, 48, "3:4")) == (3, 4)
-    assert fitting_pattern(torch.zeros(3, 8)) == (2, 4)
+    assert fitting_pattern(pruned(3, 16, "2:4")) == NOfM(2, 4)
+    assert fitting_pattern(pruned(3, 16, "1:8")) == NOfM(2, 4)
+    assert fitting_pattern(pruned(3, 48, "5:16")) == NOfM(5, 16)
+    assert fitting_pattern(pruned(30, 48, "3:4")) == NOfM(3, 4)
+    assert fitting_pattern(torch.zeros(3, 8)) == NOfM(2, 4)
     with pytest.raises(ValueError, match=r"\(3, 16\) fits no n:m pattern: .* keep 4 of 4, 8 of 8, 16 of 16"):
         fitting_pattern(torch.ones(3, 16))
-    with pytest.raises(ValueError, match="rows of 15 do not divide into groups of 4, 8, 16"):
+    with pytest.raises(ValueError, match=r"rows of 15 do not divide into groups of 4, 8, 16"):
         fitting_pattern(torch.ones(3, 15))
 
 
@@ -121,7 +124,9 @@ def make_run(
 ) -> Run:
     weight = pruned(out, columns, pattern, dtype, seed=1) / columns**0.5
     b = random(out, dtype=dtype, seed=2) if bias else None
-    return Run(random(tokens, columns, dtype=dtype), weight, b, random(tokens, out, dtype=dtype, seed=3), activation)
+    return Run(
+        random(tokens, columns, dtype=dtype), weight, b, random(tokens, out, dtype=dtype, seed=3), activation
+    )
 
 
 def check(run: Run, pattern: str, backend, dtype: torch.dtype) -> None:
@@ -129,7 +134,16 @@ def check(run: Run, pattern: str, backend, dtype: torch.dtype) -> None:
 
 
 # tokens, out, in: each way a kernel goes, with ragged edges
-SIZES = [(0, 5, 8), (1, 7, 12), (3, 65, 96), (8, 4, 160), (9, 33, 64), (13, 5, 1028), (33, 129, 72), (65, 63, 36)]
+SIZES = [
+    (0, 5, 8),
+    (1, 7, 12),
+    (3, 65, 96),
+    (8, 4, 160),
+    (9, 33, 64),
+    (13, 5, 1028),
+    (33, 129, 72),
+    (65, 63, 36),
+]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -142,8 +156,10 @@ def test_two_of_four(backend, sizes, dtype):
 @pytest.mark.parametrize("tokens", [1, 7, 17, 65])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_other_patterns(backend, pattern, tokens, dtype):
-    m = Pattern.parse(pattern).m
-    check(make_run(tokens, 9, 3 * m if m > 8 else 5 * m, pattern, dtype, "none", False), pattern, backend, dtype)
+    m = n_of(pattern)[1]
+    check(
+        make_run(tokens, 9, 3 * m if m > 8 else 5 * m, pattern, dtype, "none", False), pattern, backend, dtype
+    )
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
@@ -180,14 +196,15 @@ def test_strides(backend, kind, tokens, dtype):
 @settings(max_examples=25)
 @given(
     tokens=st.integers(0, 70), out=st.integers(1, 70), groups=st.integers(1, 40),
-    pattern=st.sampled_from(PATTERNS), dtype=st.sampled_from(FLOATS), activation=st.sampled_from(ops.ACTIVATIONS),
+    pattern=st.sampled_from(PATTERNS), dtype=st.sampled_from(FLOATS),
+    activation=st.sampled_from(ops.ACTIVATIONS),
     level=st.sampled_from(_C.cpu_levels()), kind=st.sampled_from(["plain", "transposed", "gaps", "expanded"]),
 )  # fmt: skip
 def test_any_sizes(tokens, out, groups, pattern, dtype, activation, level, kind):
     before = _C.cpu_level()
     _C.set_cpu_level(level)
     try:
-        run = make_run(tokens, out, groups * Pattern.parse(pattern).m, pattern, dtype, activation, True)
+        run = make_run(tokens, out, groups * n_of(pattern)[1], pattern, dtype, activation, True)
         x, *rest = run.inputs
         run = Run(x if kind == "plain" else strided(x, kind), *rest, activation)
         found = run.ours(pattern, torch.device("cpu"))
@@ -199,7 +216,7 @@ def test_any_sizes(tokens, out, groups, pattern, dtype, activation, level, kind)
 @pytest.mark.parametrize("pattern", ["2:4", "2:5"])
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
 def test_gradcheck(pattern, activation):
-    n, m = Pattern.parse(pattern)
+    n, m = n_of(pattern)
     values, indices = compress_weight(pruned(5, 20, pattern, torch.float64), pattern)
     x, bias = random(4, 20, dtype=torch.float64), random(5, dtype=torch.float64, seed=5)
     leaves = [t.requires_grad_() for t in (x, values, bias)]
@@ -209,21 +226,8 @@ def test_gradcheck(pattern, activation):
 def test_no_second_derivative():
     values, indices = compress_weight(pruned(4, 8, "2:4"))
     y = ops.linear(random(2, 8).requires_grad_(), values.requires_grad_(), indices, None, 2, 4, "none")
-    with pytest.raises(NotImplementedError, match="SemiStructuredLinear has no second derivative"):
+    with pytest.raises(NotImplementedError, match=r"SemiStructuredLinear has no second derivative"):
         torch.autograd.grad(y.sum(), values, create_graph=True)
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "3:8"])
-def test_zeros_get_no_gradient(backend, pattern):
-    """What fills a group up is not a weight, and neither is a kept one that is zero."""
-    n, m = Pattern.parse(pattern)
-    weight = pruned(6, 32, pattern)
-    weight[2, :] = 0
-    weight[:, 7] = 0
-    values, indices = compress_weight(weight.to(backend.device), pattern)
-    x, dy = random(5, 32).to(backend.device), random(5, 6).to(backend.device)
-    dvalues = ops._weight_gradient(dy, x, values, indices, n, m)
-    assert torch.equal(dvalues != 0, values != 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -261,7 +265,8 @@ def test_nan_and_infinity(backend, tokens):
     x = random(tokens, 32)
     x[0, 3] = float("nan")
     y = ops.linear(x.to(backend.device), values, indices, None, 2, 4, "none").cpu()
-    assert y[0][weight[:, 3] != 0].isnan().all() and y[1:].isfinite().all()
+    assert y[0][weight[:, 3] != 0].isnan().all()
+    assert y[1:].isfinite().all()
 
 
 # ---- as torch ops ----
@@ -269,7 +274,7 @@ def test_nan_and_infinity(backend, tokens):
 
 @pytest.mark.parametrize("pattern", ["2:4", "3:8"])
 def test_opcheck(pattern):
-    n, m = Pattern.parse(pattern)
+    n, m = n_of(pattern)
     weight = pruned(6, 16, pattern)
     values, indices = compress_weight(weight, pattern)
     x, dz, bias = random(3, 16), random(3, 6), random(6)
@@ -290,47 +295,49 @@ def test_opcheck(pattern):
 
 def test_bad_weights():
     weight = pruned(4, 8, "2:4")
-    with pytest.raises(TypeError, match='pattern must be a str such as "2:4", got 24'):
+    with pytest.raises(TypeError, match=r"pattern must be 'n:m' .*, got 24"):
         compress_weight(weight, 24)
-    for text in ("2:4:8", "a:4", "-2:4", ""):
-        with pytest.raises(ValueError, match='pattern must be "n:m" such as "2:4"'):
+    for text in ("2:4:8", "a:4", "-2:4", "", "row"):
+        with pytest.raises(ValueError, match=r"pattern must be .n:m. .*got"):
             compress_weight(weight, text)
     for text in ("4:4", "0:4", "2:33"):
-        with pytest.raises(ValueError, match='pattern must be "n:m" with 1 <= n < m <= 32'):
+        with pytest.raises(ValueError, match=f"pattern '{text}': needs 1 <= n < m <= 32"):
             compress_weight(weight, text)
-    with pytest.raises(ValueError, match="rows of 8 elements, which do not divide into groups of 5"):
+    with pytest.raises(ValueError, match=r"rows of 8 elements, which do not divide into groups of 5"):
         compress_weight(weight, "2:5")
-    with pytest.raises(TypeError, match="weight must have dtype float32, float16, bfloat16, float64, got int"):
+    with pytest.raises(
+        TypeError, match=r"weight must have dtype float32, float16, bfloat16, float64, got int"
+    ):
         compress_weight(torch.zeros(2, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"weight must have shape \(out, in\), got \(4,\)"):
         compress_weight(torch.zeros(4))
-    with pytest.raises(TypeError, match="mask must have dtype bool"):
+    with pytest.raises(TypeError, match=r"mask must have dtype bool"):
         compress_weight(weight, mask=torch.zeros(4, 8))
-    with pytest.raises(ValueError, match="weight is not zero where the mask prunes it, at row 0"):
+    with pytest.raises(ValueError, match=r"weight is not zero where the mask prunes it, at row 0"):
         compress_weight(weight, mask=torch.zeros(4, 8, dtype=torch.bool))
 
 
 def test_bad_compressed_forms():
     values, indices = compress_weight(pruned(4, 8, "2:4"))
-    with pytest.raises(ValueError, match="indices are not those of 2:4: row 2, group 1"):
-        wrong = indices.clone()
-        wrong[2, 0] = wrong[2, 0] & 15
+    wrong = indices.clone()
+    wrong[2, 0] = wrong[2, 0] & 15
+    with pytest.raises(ValueError, match=r"indices are not those of 2:4: row 2, group 1"):
         decompress_weight(values, wrong)
     with pytest.raises(ValueError, match=r"indices must have shape \(out, ceil\(in / 8\)\) = \(4, 1\)"):
         decompress_weight(values, indices[:3])
-    with pytest.raises(TypeError, match="indices must have dtype uint8, got int64"):
+    with pytest.raises(TypeError, match=r"indices must have dtype uint8, got int64"):
         decompress_weight(values, indices.long())
-    with pytest.raises(ValueError, match="indices are not those of 1:2: row"):
+    with pytest.raises(ValueError, match=r"indices are not those of 1:2: row"):
         decompress_weight(values, torch.full_like(indices, 255), "1:2")
 
 
 def test_the_binding_checks_too():
     values, indices = compress_weight(pruned(4, 8, "2:4"))
-    with pytest.raises(TypeError, match="x: got dtype float64, expected float32"):
+    with pytest.raises(TypeError, match=r"x: got dtype float64, expected float32"):
         ops._fwd(random(2, 8, dtype=torch.float64), values, indices, None, 2, 4, "none", False)
     with pytest.raises(ValueError, match=r"x: must have shape \(2, 8\), got \(2, 9\)"):
         ops._fwd(random(2, 9), values, indices, None, 2, 4, "none", False)
     with pytest.raises(ValueError, match=r"positions: must have shape \(4, 1\), got \(4, 2\)"):
         ops._fwd(random(2, 8), values, indices.repeat(1, 2), None, 2, 4, "none", False)
-    with pytest.raises(ValueError, match="values: must be contiguous"):
+    with pytest.raises(ValueError, match=r"values: must be contiguous"):
         ops._fwd(random(2, 8), values.t().contiguous().t(), indices, None, 2, 4, "none", False)
