@@ -224,7 +224,7 @@ void semi_structured_linear_cuda(const SemiStructuredLinearParams& p, SemiStruct
                                  Stream stream) {
   const device::DeviceGuard guard(device);
   const bool sparse = call == SemiStructuredCall::kForward && p.weight.two_of_four();
-  if (sparse && p.tokens <= semi::kFewTokens) return semi::forward_few(p, stream);
+  if (sparse && semi::forward_few(p, stream)) return;
   if (sparse && p.dtype != DType::kFloat32) return semi::forward_sparse_mma(p, stream);
   semi::product_dense(p, call, stream);
 }
