@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kSumColumns = 64;  // of dx, in the first cache
 constexpr int64_t kGatherRows = 64;  // of dz, transposed at a time
+constexpr int64_t kRowsAhead = 8;    // whose columns are asked for
 
 // ---- dx ----
 
@@ -88,9 +89,11 @@ void input_gradient(const SemiStructuredLinearParams& p, int threads) {
                   end = smaller(begin + columns, w.in);
     float* sums = all_sums + slot * columns * kStep;
     std::memset(sums, 0, size_t(columns * kStep) * sizeof(float));
-    for (int64_t row = 0; row < w.out; ++row)
+    for (int64_t row = 0; row < w.out; ++row) {
+      if (row + kRowsAhead < w.out) prefetch_columns<T>(w, row + kRowsAhead, begin, end);
       scatter_row<T, kTwoOfFour, kVectors>(sums, w, row, begin, end,
                                            gradients + (block * w.out + row) * kStep);
+    }
     const int64_t count = smaller(p.tokens - block * kStep, kStep);
     for (int64_t t = 0; t < count; ++t) {
       T* to = static_cast<T*>(p.dx.data) + (block * kStep + t) * p.dx.row;

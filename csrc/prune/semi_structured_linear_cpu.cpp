@@ -197,9 +197,12 @@ void forward_many(const SemiStructuredLinearParams& p, int threads) {
     float* sums = all_sums + slot * kManyRows * kStep;
     std::memset(sums, 0, size_t(rows * kStep) * sizeof(float));
     for (int64_t begin = 0; begin < in; begin += columns) {
-      for (int64_t r = 0; r < rows; ++r)
-        add_columns<T, kTwoOfFour, kVectors>(sums + r * kStep, w, first + r, begin,
-                                             smaller(begin + columns, in), x + (block * in + begin) * kStep);
+      const float* panel = x + (block * in + begin) * kStep;
+      const int64_t end = smaller(begin + columns, in), next = smaller(end + columns, in);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (end < in) prefetch_columns<T>(w, first + r, end, next);
+        add_columns<T, kTwoOfFour, kVectors>(sums + r * kStep, w, first + r, begin, end, panel);
+      }
     }
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t r = 0; r < rows; ++r) finish<T>(p, block * kStep + t, first + r, sums[r * kStep + t]);

@@ -38,6 +38,18 @@ inline void for_kept(const SemiStructuredWeight& w, int64_t row, int64_t begin, 
 // Vectors of tokens that a panel of transposed tokens holds.
 constexpr int64_t vectors_of(int64_t tokens) { return tokens <= kLanes ? 1 : tokens <= 2 * kLanes ? 2 : 4; }
 
+// Asks for a row's columns [begin, end), which will be read soon: its pieces are too short and too far from
+// each other for the hardware to foresee them.
+template <class T>
+inline void prefetch_columns(const SemiStructuredWeight& w, int64_t row, int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64;
+  const char* values = reinterpret_cast<const char*>(static_cast<const T*>(w.values) + row * w.kept());
+  const int64_t first = begin / w.m * w.n * int64_t{sizeof(T)}, last = end / w.m * w.n * int64_t{sizeof(T)};
+  for (int64_t at = first; at < last; at += kLine) __builtin_prefetch(values + at);
+  __builtin_prefetch(values + last - 1);
+  __builtin_prefetch(w.positions + row * position_bytes(w.in) + begin / 8);
+}
+
 // ---- the function applied to a result ----
 
 inline double activate(double z, Activation activation) {
