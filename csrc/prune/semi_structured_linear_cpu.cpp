@@ -17,7 +17,7 @@
 namespace tilewright::TW_ISA {
 namespace {
 
-constexpr int64_t kFewTokens = 12, kMostFewTokens = 32;
+constexpr int64_t kFewTokens = 32;
 constexpr int64_t kFewBytes = 640 << 10;  // of x, in the second cache
 constexpr int64_t kPrefetchBytes = 1024;  // of values, ahead of what is being multiplied
 constexpr int64_t kRowsTogether = 4;
@@ -34,10 +34,7 @@ constexpr int64_t padded_columns(int64_t in) { return divide_up(in, 64) * 64; }
 // Products of pairs are twice as many a step: there the walk along the columns stays ahead with any tokens.
 template <class T, bool kTwoOfFour>
 constexpr bool is_few(const SemiStructuredLinearParams& p) {
-  using X = typename Spread<T, kTwoOfFour>::X;
-  if (p.tokens <= kFewTokens || !std::is_same_v<X, float>) return true;
-  return p.tokens <= kMostFewTokens &&
-         p.tokens * padded_columns(p.weight.in) * int64_t{sizeof(X)} <= kFewBytes;
+  return p.tokens <= kFewTokens || !std::is_same_v<typename Spread<T, kTwoOfFour>::X, float>;
 }
 
 // ---- few tokens ----
