@@ -16,10 +16,10 @@ void check_real(const TensorView& v, const char* name) {
 
 // Sizes come from `values` and `positions` alone; `in` must be said, since positions are whole bytes.
 SemiStructuredWeight weight_of(Arguments& arguments, py::handle values, py::handle positions, int64_t in,
-                               int n, int m, DType& dtype, Device& device) {
+                               int n, int m, DType& dtype, Device& device, Access access = Access::kRead) {
   check_value(n >= 1 && n < m && m <= 32, "n, m: need 1 <= n < m <= 32, got ", n, ", ", m);
   check_value(in >= 0 && in % m == 0, "in: must be a multiple of m = ", m, ", got ", in);
-  const TensorView v = arguments.tensor(values, "values");
+  const TensorView v = arguments.tensor(values, "values", access);
   check_real(v, "values");
   dtype = v.dtype, device = v.device;
   const TensorView at = arguments.tensor(positions, "positions");
@@ -130,11 +130,12 @@ void weight_gradient(py::handle dz, py::handle x, py::handle values, py::handle 
 }
 
 SemiStructuredFormatParams format_of(Arguments& arguments, py::handle dense, py::handle mask,
-                                     py::handle values, py::handle positions, int n, int m, Device& device) {
+                                     py::handle values, py::handle positions, int n, int m, Device& device,
+                                     Access access) {
   const TensorView d = arguments.tensor(dense, "dense");
   check_value(d.ndim == 2, "dense: must have shape (out, in), got ", d.sizes());
   SemiStructuredFormatParams p{};
-  p.weight = weight_of(arguments, values, positions, d.shape[1], n, m, p.dtype, device);
+  p.weight = weight_of(arguments, values, positions, d.shape[1], n, m, p.dtype, device, access);
   p.dense = matrix(arguments, dense, "dense", p.weight.out, d.shape[1], p.dtype, device);
   p.mask = matrix(arguments, mask, "mask", p.weight.out, d.shape[1], DType::kBool, device);
   return p;
@@ -144,7 +145,8 @@ void compress(py::handle dense, py::handle mask, py::handle values, py::handle p
               int threads) {
   Arguments arguments;
   Device device;
-  const SemiStructuredFormatParams p = format_of(arguments, dense, mask, values, positions, n, m, device);
+  const SemiStructuredFormatParams p =
+      format_of(arguments, dense, mask, values, positions, n, m, device, Access::kOverwrite);
   if (p.weight.out * p.weight.in == 0) return;
   const Stream stream = arguments.current_stream(device);
   py::gil_scoped_release released;
@@ -157,7 +159,7 @@ void decompress(py::handle values, py::handle positions, py::handle dense, int n
   Arguments arguments;
   Device device;
   const SemiStructuredFormatParams p =
-      format_of(arguments, dense, py::none(), values, positions, n, m, device);
+      format_of(arguments, dense, py::none(), values, positions, n, m, device, Access::kRead);
   if (p.weight.out * p.weight.in == 0) return;
   const Stream stream = arguments.current_stream(device);
   py::gil_scoped_release released;
