@@ -129,16 +129,20 @@ class DigitsClassifier(nn.Module):
         return logits if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def digits_task(size: Size, seed: int, steps: int | None) -> Task:
-    """scikit-learn's 1797 images of handwritten digits, 8 x 8 pixels; a fifth of them is held out."""
+def _needed(module: str, package: str, what: str) -> Any:
     try:
-        load_digits = importlib.import_module("sklearn.datasets").load_digits
+        return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            "`tilewright demo prune` reads the handwritten digits of scikit-learn, which is not installed: "
-            "pip install scikit-learn"
+            f"`tilewright demo prune` {what}, which is not installed: pip install {package}"
         ) from error
-    found = load_digits()
+
+
+def digits_task(size: Size, seed: int, steps: int | None) -> Task:
+    """scikit-learn's 1797 images of handwritten digits, 8 x 8 pixels; a fifth of them is held out."""
+    _needed("torch_pruning", "torch-pruning", "takes channels out with torch-pruning")
+    datasets = _needed("sklearn.datasets", "scikit-learn", "reads the handwritten digits of scikit-learn")
+    found = datasets.load_digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(found.target), generator=generator)
     images = torch.from_numpy(found.data).float()[order] / 16
