@@ -80,7 +80,8 @@ class LayerReader {
     py::gil_scoped_release released;
     (void)threads;
     (void)stream;
-    TW_RUN(device.is_cuda, TW_CALL_CPU(block_sparse_linear_cpu, p, call, threads), no_cuda_in_build());
+    TW_RUN(device.is_cuda, TW_CALL_CPU(block_sparse_linear_cpu, p, call, threads),
+           prune::block_sparse_linear_cuda(p, call, device.index, stream));
   }
 
   bool on_gpu() const { return values_.device.is_cuda; }
@@ -129,6 +130,7 @@ int64_t workspace_bytes(py::handle values, int64_t out, int64_t in, int64_t toke
   reader.p.tokens = tokens;
   reader.p.pattern.rows = divide_up(out, reader.p.pattern.block_rows);
   reader.p.pattern.columns = divide_up(in, reader.p.pattern.block_columns);
+  (void)call;
   (void)threads;
   int64_t bytes = 0;
   TW_RUN(

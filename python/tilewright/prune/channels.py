@@ -163,7 +163,10 @@ def _group(
     channels = graph.get_out_channels(root)
     items = list(traced)
     if any(item.dep.target.type.name in _DIVIDING for item in items):
-        items, unit_of = _closed_units(graph, items, root, channels)
+        try:
+            items, unit_of = _closed_units(graph, items, root, channels)
+        except (AssertionError, LookupError, TypeError, ValueError):
+            return "torch-pruning lost track of its channels where they are divided"
     else:
         unit_of = {channel: channel for channel in range(channels)}
     cuts: list[Cut] = []
@@ -193,7 +196,9 @@ def _group(
             }
         cuts.append(found)
     if merged:
-        cuts = [_part(cut, merged) for cut in cuts]
+        alone = 1 + max(merged.values())
+        numbers = {unit: merged.get(unit, alone + unit) for cut in cuts for unit in cut.unit.tolist()}
+        cuts = [_part(cut, numbers) for cut in cuts]
     return _separate(cuts, paths)
 
 
