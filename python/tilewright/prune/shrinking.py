@@ -373,14 +373,14 @@ def _positions(removal: Removals) -> Any:
 def _flops(model: nn.Module, example_inputs: Any) -> int:
     with evaluation(model), torch.no_grad(), _FlopCounter() as counter:
         call(model, example_inputs)
-    return counter.total
+    return int(counter.total)
 
 
-class _FlopCounter(TorchDispatchMode):
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Multiplications and additions by torch's formulas, without the modules that torch's own tracks."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
