@@ -192,6 +192,8 @@ def test_distortions_are_those_of_the_outputs() -> None:
     dense = copy.deepcopy(model)
     report = prune(model, "2:4", calibration=data)
     x = torch.cat(data)
+    for network in (model, dense):
+        network.requires_grad_(False)
     difference, norm = (model(x) - dense(x)).double().square().sum(), dense(x).double().square().sum()
     assert math.isclose(report.distortion, difference / norm, rel_tol=1e-5)
     x, name = dense[1](dense[0](x)), "2"
@@ -488,6 +490,16 @@ def test_a_layer_that_calibration_never_reaches(criterion: str) -> None:
     before = snapshot(model)
     with pytest.raises(ValueError, match="calibration never reaches unused"):
         prune(model, "element", 0.5, criterion, batches(), loss_fn=lambda m, x: m(x).square().sum())
+    assert_same(before, snapshot(model))
+
+
+def test_sparsegpt_names_the_layer_it_cannot_do() -> None:
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"0: pattern: sparsegpt takes units of at most 512 columns, got 'row'"
+    ):
+        prune(model, "row", 0.5, "sparsegpt", batches())
     assert_same(before, snapshot(model))
 
 

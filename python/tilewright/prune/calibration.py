@@ -159,17 +159,18 @@ def input_norms(calibration: Calibration, targets: list[Target]) -> list[Tensor]
 
 
 def second_moments(calibration: Calibration, targets: list[Target]) -> Tensor:
-    """X^T X over all calibration tokens of layers that share an input; float32 (inputs, inputs).
+    """X^T X over all calibration tokens of layers that share an input; float32, or float64 for float64.
 
     The model is run up to the first of these layers only.
     """
     first = targets[0]
     size = first.matrix.shape[1]
-    total = torch.zeros(size, size, dtype=torch.float32, device=first.weight.device)
+    dtype = torch.promote_types(first.weight.dtype, torch.float32)
+    total = torch.zeros(size, size, dtype=dtype, device=first.weight.device)
 
     def see(index: int, x: Tensor) -> None:
         for rows in torch.split(x, _ROWS):
-            wide = rows.to(torch.float32)
+            wide = rows.to(dtype)
             total.addmm_(wide.t(), wide)
         if not calibration.runs_itself:
             raise _Enough

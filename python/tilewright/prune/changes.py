@@ -31,7 +31,7 @@ class Change:
         self.other = None
         if values is not None:
             self.other = target.as_matrix(values).to(weight.dtype).masked_fill(~self.mask, 0.0)
-        self.removed = None if self.other is not None else weight[~self.mask]
+        self.removed = None if self.other is not None else weight.masked_select(~self.mask)
         self.former_masks = [mask_of(module) for module in target.modules]
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class Change:
             if self.removed is None:
                 self._exchange(weight)
             else:
-                weight[~self.mask.to(weight.device)] = self.removed.to(weight)
+                weight.masked_scatter_(~self.mask.to(weight.device), self.removed.to(weight))
             self.applied = False
         if self.committed:
             for module, former in zip(self.target.modules, self.former_masks, strict=True):

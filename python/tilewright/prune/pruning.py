@@ -122,13 +122,14 @@ def prune(
         job.find(include, exclude)
         taken_over = len(undo)
         if train is None:
-            changes, report = _at_once(job, sparsity, optimizer, undo)
+            changes, report = _at_once(job, sparsity, undo)
         else:
             changes, report = _gradually(job, sparsity, schedule, train, optimizer, undo)
         if perp is not None:
             assert job.calibration is not None
             report.repair, saved = run_perp(job.calibration, job.targets, perp)
             undo.append(lambda: restore(saved))
+        job.clear(optimizer)
         report._undo = _undo_of(model, changes, undo[taken_over:])
         return report
 
@@ -201,7 +202,8 @@ class Pruner:
             return None
         sparsity = self._schedule.sparsity(due, self._final)
         with _all_or_nothing(self._job.model) as undo:
-            _, report = _at_once(self._job, sparsity, self._optimizer, undo)
+            report = _at_once(self._job, sparsity, undo)[1]
+            self._job.clear(self._optimizer)
         self.steps += 1
         self._history.append((self.steps, sparsity))
         self.report = replace(report, history=list(self._history))
@@ -306,9 +308,15 @@ class _Job:
         for target in self.targets:
             check_tensor(f"{target.name}: weight", target.weight)
             self.pattern.check(target.matrix.shape, target.name)
-            broken = target.weight.numel() - int(target.weight.detach().isfinite().sum())
-            if broken:
-                raise ValueError(f"{target.name}: {broken} of {target.weight.numel()} weights are not finite")
+            weight = target.weight.detach()
+            if weight.numel() and not torch.linalg.vector_norm(weight, torch.inf).isfinite():
+                broken = weight.numel() - int(weight.isfinite().sum())
+                raise ValueError(f"{target.name}: {broken} of {weight.numel()} weights are not finite")
+
+    def clear(self, optimizer: Optimizer | None) -> None:
+        """Makes the optimizer, if there is one, forget pruned weights."""
+        if optimizer is not None:
+            clear_optimizer(optimizer, [module for target in self.targets for module in target.modules])
 
     def prune_to(self, sparsity: float | None) -> tuple[list[Change], PruneReport]:
         """The changes that make the layers so sparse, not applied, and the report of them."""
@@ -471,7 +479,10 @@ class _Facts:
 
 
 def _sparsegpt_change(target: Target, moments: Tensor, pattern: Pattern, sparsity: float | None) -> Change:
-    values, kept = sparsegpt(target.matrix, moments, pattern, sparsity, name=target.name)
+    try:
+        values, kept = sparsegpt(target.matrix, moments, pattern, sparsity, name=target.name)
+    except ValueError as error:
+        raise ValueError(f"{target.name}: {error}") from error
     former = _former_mask(target)
     return Change(target, kept if former is None else kept & former, values)
 
@@ -482,15 +493,13 @@ def _former_mask(target: Target) -> Tensor | None:
 
 
 def _at_once(
-    job: _Job, sparsity: float | None, optimizer: Optimizer | None, undo: list[Callable[[], None]]
+    job: _Job, sparsity: float | None, undo: list[Callable[[], None]]
 ) -> tuple[list[Change], PruneReport]:
     """Prunes; `undo` learns how to take it back."""
     changes, report = job.prune_to(sparsity)
     undo.append(lambda: revert_all(changes))
     for change in changes:
         change.commit()
-    if optimizer is not None:
-        clear_optimizer(optimizer, [module for target in job.targets for module in target.modules])
     return changes, report
 
 
@@ -511,7 +520,8 @@ def _gradually(
     changes: list[Change] = []
     for pruning in range(1, schedule.steps + 1):
         sparsity = schedule.sparsity(pruning, final)
-        changes, report = _at_once(job, sparsity, optimizer, [])
+        changes, report = _at_once(job, sparsity, [])
+        job.clear(optimizer)
         history.append((pruning, sparsity))
         train(job.model, pruning)
     report.history = history

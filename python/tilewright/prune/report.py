@@ -85,8 +85,8 @@ class PruneReport:
         layers: what was pruned, in the model's order.
         skipped: the linear layers that were left dense, and why.
         allocation: how the sparsity was shared out: "uniform", "erk", "distortion", or "global".
-        distortion: relative error of the model's output on the calibration data, sum (f - f')^2 / sum f^2;
-            None: not measured.
+        distortion: relative error of the model's output on the calibration data, sum (f - f')^2 / sum f^2,
+            before any repair; of a gradual pruning, by its last step alone. None: not measured.
         predicted_distortion: the sum of what each layer alone would cost, which `allocation="distortion"`
             minimised; None for others.
         history: of a gradual pruning, (step, sparsity) of each pruning.
