@@ -16,7 +16,7 @@ from prune_models import assert_same, batches, mlp, snapshot, tiny_llama, token_
 from torch import Tensor, nn
 
 import tilewright as tw
-from tilewright.prune import Block, PruneReport, import_torch_masks, mask, mask_of, prune, set_mask
+from tilewright.prune import Block, Perp, PruneReport, import_torch_masks, mask, mask_of, prune, set_mask
 
 
 def square(model: nn.Module, batch: Tensor) -> Tensor:
@@ -210,6 +210,69 @@ def test_it_runs_in_evaluation_mode_and_spares_the_random_numbers() -> None:
     report = prune(model, "2:4", None, "wanda", loader)
     report.undo()
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pattern": "2:4", "criterion": "sparsegpt"},
+        {"pattern": "element", "sparsity": 0.5, "criterion": "wanda"},
+        {"pattern": Block(8, 8), "sparsity": 0.5, "allocation": "distortion", "grid": [0.3]},
+        {"pattern": "row", "sparsity": 0.6, "scope": "global"},
+    ],
+)
+def test_on_every_backend(options: dict[str, Any], backend: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).to(backend.device)
+    before = [layer.weight.detach().clone() for layer in linears(model).values()]
+    x = torch.randn(20, 16).to(backend.device)
+    optimizer = tw.optim.AdamW8bit(model.parameters(), lr=0.01)
+    report = prune(model, **options, calibration=x, loss_fn=square, repair=Perp(steps=2))
+    masks = [mask_of(layer) for layer in linears(model).values()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        square(model, x).backward()
+        optimizer.step()
+    for layer, kept in zip(linears(model).values(), masks, strict=True):
+        assert (layer.weight[~kept] == 0).all()
+    assert report.zeros == sum(int((~kept).sum()) for kept in masks)
+    report.undo()
+    for layer, weight in zip(linears(model).values(), before, strict=True):
+        assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(7, 1), (1, 7), (63, 65), (127, 129), (4, 0), (0, 4)])
+@pytest.mark.parametrize("pattern", ["element", "row", "column", Block(16, 16)])
+def test_odd_sizes(shape: tuple[int, int], pattern: Any) -> None:
+    model, data = nn.Sequential(nn.Linear(*shape)), torch.randn(3, shape[0])
+    before = snapshot(model)
+    report = prune(model, pattern, 0.5, "wanda", data)
+    expected = report.layers[0].weights - int(mask_of(model[0]).sum())
+    assert report.zeros == expected
+    report.undo()
+    assert_same(before, snapshot(model))
+
+
+def test_one_sample_without_a_batch() -> None:
+    assert prune(mlp(), "2:4", None, "wanda", torch.randn(32)).distortion > 0
+
+
+def test_a_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    data = batches()
+    for progress in (False, True):
+        prune(
+            mlp(), "element", 0.5, "sparsegpt", data, repair=Perp(steps=3), loss_fn=square, progress=progress
+        )
+        prune(mlp(), "element", 0.5, "wanda", data, "distortion", progress=progress)
+        assert bool(capfd.readouterr().err) == progress
+
+
+def test_a_compiled_model_is_pruned_below() -> None:
+    model = mlp()
+    report = prune(torch.compile(model), "2:4")
+    assert report.layers[0].name == "0"
+    assert mask_of(model[0]) is not None
 
 
 # ---- which layers ----

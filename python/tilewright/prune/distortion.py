@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .calibration import Calibration, check_reached, evaluation, progress_bar
+from .calibration import Calibration, check_reached, evaluation, input_of, progress_bar
 from .changes import Change
 from .layers import Target
 
@@ -27,12 +27,12 @@ def measure(calibration: Calibration, changes: Sequence[Change]) -> tuple[list[f
 
     def hook(index: int) -> Callable[..., None]:
         def on_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = (args[0] if args else kwargs.get("input", kwargs.get("x"))).detach()
+            x = input_of(args, kwargs)
             change = changes[index]
             dense = F.linear(x, change.target.matrix)
             errors[index] += _square(F.linear(x, change.pruned_matrix()) - dense)
             norms[index] += _square(dense)
-            reached[index] = reached[index] or x.numel() > 0
+            reached[index] = reached[index] or x.shape[0] > 0
 
         return on_forward
 
