@@ -289,7 +289,8 @@ def progress_bar(doing: str, total: int | None, wanted: bool | None) -> Iterator
 def input_of(args: Any, kwargs: Any) -> Tensor:
     """What a linear layer was called with, as (tokens, inputs)."""
     x: Tensor = args[0] if args else kwargs.get("input", kwargs.get("x"))
-    return torch.atleast_2d(x.detach()).flatten(0, -2)
+    x = x.detach()
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def check_reached(targets: list[Target], reached: list[bool]) -> None:

@@ -218,7 +218,10 @@ class _Keeper:
                 if value.is_floating_point():
                     value.masked_fill_(pruned, 0.0)
                 elif value.dtype == torch.uint8 and isinstance(state.get(f"qmap{key[-1:]}"), Tensor):
-                    value.masked_fill_(pruned, int(state[f"qmap{key[-1:]}"].abs().argmin()))
+                    levels = state[f"qmap{key[-1:]}"].abs()
+                    value.masked_fill_(pruned, int(levels.argmin()))
+                    if levels.min() != 0:  # a map of somebody's own, in which nothing is forgotten
+                        self.cleared.discard(optimizer)
 
     def after_step(self, optimizer: Optimizer, elementwise: bool) -> None:
         """Makes up for what the optimizer still knew of pruned weights, or for its not being elementwise."""
