@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
+from hypothesis import given
+from hypothesis import strategies as st
 from prune_models import assert_same, batches, mlp, snapshot, tiny_llama, token_batches
 from torch import Tensor, nn
 
@@ -250,6 +252,35 @@ def test_odd_sizes(shape: tuple[int, int], pattern: Any) -> None:
     report = prune(model, pattern, 0.5, "wanda", data)
     expected = report.layers[0].weights - int(mask_of(model[0]).sum())
     assert report.zeros == expected
+    report.undo()
+    assert_same(before, snapshot(model))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    unit=st.tuples(st.sampled_from([1, 3, 8, None]), st.sampled_from([1, 2, 8, None])),
+    sparsity=st.floats(0.0, 0.99),
+    criterion=st.sampled_from(["magnitude", "lp", "wanda", "random"]),
+    allocation=st.sampled_from(["uniform", "erk"]),
+)
+def test_any_shape_and_pattern(
+    sizes: list[int], unit: tuple[int | None, int | None], sparsity: float, criterion: str, allocation: Any
+) -> None:
+    model, pattern = mlp(tuple(sizes)), Block(*unit)
+    before = snapshot(model)
+    calibration = batches(sizes[0], 1, 3) if criterion == "wanda" else None
+    seed = 0 if criterion == "random" else None
+    scope: Any = "layer" if criterion == "wanda" else None
+    report = prune(model, pattern, sparsity, criterion, calibration, allocation, scope=scope, seed=seed)
+    for layer in report.layers:
+        kept = mask_of(linears(model)[layer.name])
+        pattern.check_mask(kept)
+        down, across = pattern.units(layer.shape)
+        whole = pattern.sizes(layer.shape)
+        if allocation == "uniform" and layer.shape == (down * whole[0], across * whole[1]):
+            pruned = min(round(sparsity * down * across), down * across - 1)
+            assert layer.zeros == pruned * whole[0] * whole[1]
+        assert layer.zeros == (~kept).sum() < layer.weights
     report.undo()
     assert_same(before, snapshot(model))
 
