@@ -254,6 +254,7 @@ def test_odd_sizes(shape: tuple[int, int], pattern: Any) -> None:
     assert report.zeros == expected
     report.undo()
     assert_same(before, snapshot(model))
+    prune(nn.Sequential(model, nn.Linear(8, 8)), pattern, 0.5, allocation="erk")
 
 
 @given(
@@ -412,6 +413,21 @@ def test_undo_of_what_is_not_the_last() -> None:
         report.undo()
 
 
+def test_compressed_and_back() -> None:
+    model = mlp((64, 128, 128, 64))
+    before, x = snapshot(model), torch.randn(16, 64)
+    report = prune(model, Block(16, 16), 0.8)
+    expected = model(x)
+    compressed = tw.prune.compress(model, x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    if any(not isinstance(layer, nn.Linear) for layer in (model[0], model[2], model[4])):
+        with pytest.raises(RuntimeError, match="was replaced since"):
+            report.undo()
+    compressed.undo()
+    report.undo()
+    assert_same({**before, "random": torch.get_rng_state()}, snapshot(model))
+
+
 def test_masks_of_torch_are_taken_over() -> None:
     model = mlp()
     for index in (0, 2, 4):
@@ -566,6 +582,13 @@ def test_weights_that_are_not_finite(criterion: str) -> None:
     with pytest.raises(ValueError, match="2: 2 of 1920 weights are not finite"):
         prune(model, "element", 0.5, criterion, None if criterion == "magnitude" else batches())
     assert_same(before, snapshot(model))
+
+
+def test_weights_that_are_nowhere() -> None:
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(ValueError, match="0: weight must be on a CPU or CUDA device, got meta"):
+        prune(model, "element", 0.5)
 
 
 class Branches(nn.Module):

@@ -189,7 +189,9 @@ class Job:
         else:
             assert facts is not None
             kept, predicted = self._by_distortion(layers, sparsity, facts)
-        shares = [(layer.units - units) / layer.units for layer, units in zip(layers, kept, strict=True)]
+        shares = [
+            (layer.units - units) / max(layer.units, 1) for layer, units in zip(layers, kept, strict=True)
+        ]
         return list(shares), predicted
 
     def _by_distortion(
