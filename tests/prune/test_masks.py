@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tilewright as tw
 from reference import prune_masks as reference
+from tilewright import _C
 from tilewright.prune import Block, global_masks, mask, scores
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -271,6 +272,40 @@ def test_many_chunks(dtype: torch.dtype) -> None:
                     mask(w[:, ::2], "element", sparsity), mask(w[:, ::2].clone(), "element", sparsity)
                 )
     finally:
+        torch.set_num_threads(threads)
+
+
+def large(kind: str) -> Tensor:
+    """More elements than are looked at one by one: a sample says where the threshold is."""
+    x = weights(1030, 1027)
+    if kind == "ties":
+        return (8 * x).round()
+    if kind == "sorted":  # what the sample brackets lies in one place
+        return x.flatten().sort().values.view_as(x)
+    if kind == "zeros":
+        return x.masked_fill(x < 0.7, 0)
+    return x.bfloat16().t() if kind == "bf16" else x
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "sorted", "zeros", "bf16"])
+@pytest.mark.parametrize("level", _C.cpu_levels())
+def test_large_weights(level: str, kind: str) -> None:
+    w = large(kind)
+    before, threads = _C.cpu_level(), torch.get_num_threads()
+    try:
+        _C.set_cpu_level(level)
+        for sparsity in (0.0, 1e-5, 0.5, 0.9, 0.99999):
+            torch.set_num_threads(1 if sparsity == 0.5 else 3)
+            expected = reference.best(w.abs(), reference.kept_units(w.numel(), sparsity))
+            assert torch.equal(mask(w, "element", sparsity), expected)
+        expected = reference.best(torch.stack([w.abs(), w.abs() / 2]), w.numel())
+        assert torch.equal(torch.stack(global_masks([w, w / 2], "element", 0.5)), expected)
+        broken = w.clone()
+        broken[700, 3] = float("nan")
+        with pytest.raises(ValueError, match="weight: holds 1 non-finite"):
+            mask(broken, "element", 0.5)
+    finally:
+        _C.set_cpu_level(before)
         torch.set_num_threads(threads)
 
 
