@@ -8,6 +8,7 @@
 #include "attention/block_sparse.h"
 #include "core/simd.h"
 #include "core/simd_math.h"
+#include "core/simd_transpose.h"
 #include "core/threads.h"
 
 namespace tilewright::TW_ISA {
@@ -128,56 +129,6 @@ void multiply(const Product& p, int64_t columns) {
   }
   for (; column + 2 * kLanes <= columns; column += 2 * kLanes) multiply_panel<Units, A, 2>(p, column);
   if (column < columns) multiply_panel<Units, A, 1>(p, column);
-}
-
-// ---- transposition ----
-
-#if defined(__AVX512F__)
-inline Float interleave_low(Float a, Float b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-inline Float interleave_high(Float a, Float b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-#elif defined(__AVX2__)
-inline Float interleave_low(Float a, Float b) {
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-}
-inline Float interleave_high(Float a, Float b) {
-  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-}
-#else
-inline Float interleave_low(Float a, Float b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-inline Float interleave_high(Float a, Float b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-#endif
-
-// A square of kLanes: every pass halves the distance of what has to become neighbours.
-__attribute__((always_inline)) inline void transpose_square(float* to, int64_t to_stride, const float* from,
-                                                            int64_t from_stride) {
-  Float x[kLanes], y[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) x[i] = load(from + i * from_stride);
-#pragma GCC unroll 4
-  for (int done = 1; done < kLanes; done *= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      y[2 * i] = interleave_low(x[i], x[i + kLanes / 2]);
-      y[2 * i + 1] = interleave_high(x[i], x[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, x[i]);
-}
-
-// to[j][i] = from[i][j]; both sizes are rounded up to kLanes.
-inline void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
-                      int64_t columns) {
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    for (int64_t j = 0; j < columns; j += kLanes)
-      transpose_square(to + j * to_stride + i, to_stride, from + i * from_stride + j, from_stride);
-  }
 }
 
 // ---- rows of tensors ----
@@ -312,19 +263,6 @@ inline bool any_above(Float a, Float b) {
   const Int above = a > b;
   return (above[0] | above[1] | above[2] | above[3]) != 0;
 #endif
-}
-
-inline Float tanh(Float x) {
-  const Float size = abs(x);
-  const Float e = exp(size * -2.0f);
-  const Float large = (1.0f - e) / (1.0f + e);
-  // Below 1/16, x - x^3/3 + 2 x^5/15 - 17 x^7/315: the quotient would cancel.
-  const Float square = x * x;
-  Float series = fma(square, splat(-17.0f / 315), splat(2.0f / 15));
-  series = fma(series, square, splat(-1.0f / 3));
-  series = fma(series * square, size, size);
-  const Float result = select_above(size, splat(0.0625f), large, series);
-  return from_bits(bits(result) | (bits(x) & int32_t(0x80000000)));
 }
 
 // ---- scratch memory ----

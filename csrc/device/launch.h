@@ -42,6 +42,8 @@ inline int multiprocessor_count(int) { return emulator::multiprocessors(); }
 
 inline int compute_capability(int) { return emulator::compute_capability(); }
 
+inline size_t shared_memory_limit(int) { return emulator::kMaxSharedBytes; }
+
 template <class Params>
 bool is_native(Kernel<Params>, int capability) {
   return capability == emulator::compute_capability();
@@ -75,22 +77,29 @@ inline void check_cuda(cudaError_t status, const char* what) {
   fail(ErrorKind::kRuntime, what, ": ", cudaGetErrorString(status));
 }
 
+// What a thread block can have when it asks for it, in bytes.
+inline size_t shared_memory_limit(int device) {
+  int most = 0;
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "shared memory of the device");
+  return size_t(most);
+}
+
 // Shared memory beyond 48 KiB has to be asked for, kernel by kernel. It is always all that the device has:
 // launches of one kernel may need different amounts, from several threads at once.
 template <class Params>
 void allow_shared_memory(Kernel<Params> kernel, size_t bytes) {
   constexpr size_t kGrantedUnasked = 48 * 1024;
   if (bytes <= kGrantedUnasked) return;
-  int device = 0, most = 0;
+  int device = 0;
   check_cuda(cudaGetDevice(&device), "current device");
-  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "shared memory of the device");
-  if (bytes > size_t(most)) {
+  const size_t most = shared_memory_limit(device);
+  if (bytes > most) {
     fail(ErrorKind::kRuntime, "this needs ", bytes,
          " bytes of shared memory in a thread block, the device has ", most);
   }
   check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)),
              "shared memory of a kernel");
 }
 

@@ -35,6 +35,8 @@ __device__ __forceinline__ float log(float a) { return ::logf(a); }
 __device__ __forceinline__ float log1p(float a) { return ::log1pf(a); }
 __device__ __forceinline__ float log2(float a) { return ::log2f(a); }
 __device__ __forceinline__ float tanh(float a) { return ::tanhf(a); }
+__device__ __forceinline__ float erf(float a) { return ::erff(a); }
+__device__ __forceinline__ float erfc(float a) { return ::erfcf(a); }
 
 // log(1 + exp(a)); beyond 20, as in torch, a itself, from which float32 can hardly tell it.
 __device__ __forceinline__ float softplus(float a) { return a > 20.0f ? a : log1p(exp(a)); }

@@ -1,0 +1,152 @@
+// The block-sparse linear layer and its gradient.
+#include "bindings/arguments.h"
+#include "bindings/families.h"
+#include "core/dispatch.h"
+#include "core/integers.h"
+#include "prune/block_sparse_linear.h"
+
+namespace tilewright {
+namespace {
+
+using prune::Activation;
+using prune::BlockPattern;
+using prune::BlockSparseCall;
+using prune::BlockSparseLinearParams;
+using prune::Matrix;
+
+// Reads the arguments of one call. Sizes come from the values and from the matrices, which have to agree.
+class LayerReader {
+ public:
+  LayerReader(py::handle values, int64_t out, int64_t in) : values_(arguments.tensor(values, "values")) {
+    check_value(values_.ndim == 3, "values: must have shape (blocks, block rows, block columns), got ",
+                values_.sizes());
+    check_contiguous(values_, "values");
+    check_type(is_real(values_.dtype), "values: got dtype ", values_.dtype,
+               ", allowed: float32, float16, bfloat16, float64");
+    check_type(!runs_on_gpu(values_) || values_.dtype != DType::kFloat64,
+               "values: got dtype float64, which the CUDA kernels do not take: float32, float16, bfloat16");
+    for (int32_t axis = 1; axis <= 2; ++axis) {
+      const int64_t size = values_.shape[axis];
+      check_value(size >= 8 && size <= 128 && (size & (size - 1)) == 0, "values: ", size,
+                  axis == 1 ? " rows" : " columns", " a block, allowed: 8, 16, 32, 64, 128");
+    }
+    p.tokens = -1;  // as the first matrix says
+    p.values = values_.data;
+    p.dtype = values_.dtype;
+    p.out = out, p.in = in;
+    p.pattern.block_rows = int32_t(values_.shape[1]);
+    p.pattern.block_columns = int32_t(values_.shape[2]);
+  }
+
+  void read_pattern(py::handle object) {
+    BlockPattern& to = p.pattern;
+    to.blocks = values_.shape[0];
+    to.rows = divide_up(p.out, to.block_rows);
+    to.columns = divide_up(p.in, to.block_columns);
+    const int64_t size = prune::pattern_size(to.rows, to.columns, to.blocks);
+    const auto* at =
+        static_cast<const int32_t*>(arguments.flat(object, "pattern", size, DType::kInt32, values_.device));
+    const auto take = [&](int64_t count) {
+      at += count;
+      return at - count;
+    };
+    to.first = take(to.rows + 1);
+    to.column = take(to.blocks);
+    to.row = take(to.blocks);
+    to.order = take(to.rows);
+    to.t_first = take(to.columns + 1);
+    to.t_row = take(to.blocks);
+    to.t_block = take(to.blocks);
+    to.t_order = take(to.columns);
+  }
+
+  // A matrix (tokens, width) of the values' dtype.
+  Matrix matrix(py::handle object, const char* name, int64_t width, Access access = Access::kRead) {
+    const TensorView v = arguments.tensor(object, name, access);
+    check_device(v, values_.device, name);
+    check_dtype(v, p.dtype, name);
+    check_value(v.ndim == 2 && v.shape[1] == width, name, ": must have shape (tokens, ", width, "), got ",
+                v.sizes());
+    check_value(p.tokens < 0 || v.shape[0] == p.tokens, name, ": holds ", v.shape[0], " tokens, not ",
+                p.tokens);
+    p.tokens = v.shape[0];
+    return {v.data, v.stride(0), v.stride(1)};
+  }
+
+  void run(BlockSparseCall call, py::handle workspace, int threads) {
+    if (!workspace.is_none()) p.workspace = arguments.tensor(workspace, "workspace").data;
+    const Device device = values_.device;
+    const Stream stream = arguments.current_stream(device);
+    py::gil_scoped_release released;
+    (void)threads;
+    (void)stream;
+    TW_RUN(device.is_cuda, TW_CALL_CPU(block_sparse_linear_cpu, p, call, threads),
+           prune::block_sparse_linear_cuda(p, call, device.index, stream));
+  }
+
+  bool on_gpu() const { return values_.device.is_cuda; }
+
+  Arguments arguments;
+  BlockSparseLinearParams p{};
+
+ private:
+  TensorView values_;
+};
+
+void forward(py::handle x, py::handle values, py::handle pattern, py::handle bias, py::handle y, py::handle z,
+             int64_t out, int64_t in, int activation, py::handle workspace, int threads) {
+  LayerReader reader(values, out, in);
+  BlockSparseLinearParams& p = reader.p;
+  reader.read_pattern(pattern);
+  p.x = reader.matrix(x, "x", in);
+  p.y = reader.matrix(y, "y", out, Access::kOverwrite);
+  if (!z.is_none()) p.z = reader.matrix(z, "z", out, Access::kOverwrite);
+  p.bias = reader.arguments.flat(bias, "bias", out, p.dtype, reader.arguments.tensor(x, "x").device);
+  p.activation = Activation(activation);
+  reader.run(BlockSparseCall::kForward, workspace, threads);
+}
+
+void input_gradient(py::handle dz, py::handle values, py::handle pattern, py::handle dx, int64_t out,
+                    int64_t in, py::handle workspace, int threads) {
+  LayerReader reader(values, out, in);
+  reader.read_pattern(pattern);
+  reader.p.y = reader.matrix(dz, "dz", out);
+  reader.p.dx = reader.matrix(dx, "dx", in, Access::kOverwrite);
+  reader.run(BlockSparseCall::kInput, workspace, threads);
+}
+
+void weight_gradient(py::handle dz, py::handle x, py::handle pattern, py::handle dvalues, int64_t out,
+                     int64_t in, py::handle workspace, int threads) {
+  LayerReader reader(dvalues, out, in);
+  reader.read_pattern(pattern);
+  reader.p.y = reader.matrix(dz, "dz", out);
+  reader.p.x = reader.matrix(x, "x", in);
+  reader.run(BlockSparseCall::kWeight, workspace, threads);
+}
+
+// Bytes of scratch that a call needs.
+int64_t workspace_bytes(py::handle values, int64_t out, int64_t in, int64_t tokens, int call, int threads) {
+  LayerReader reader(values, out, in);
+  reader.p.tokens = tokens;
+  reader.p.pattern.rows = divide_up(out, reader.p.pattern.block_rows);
+  reader.p.pattern.columns = divide_up(in, reader.p.pattern.block_columns);
+  (void)call;
+  (void)threads;
+  int64_t bytes = 0;
+  TW_RUN(
+      reader.on_gpu(),
+      void(bytes = TW_CALL_CPU(block_sparse_linear_workspace_cpu, reader.p, BlockSparseCall(call), threads)),
+      void());
+  return bytes;
+}
+
+}  // namespace
+
+void bind_block_sparse_linear(py::module_& m) {
+  m.def("block_sparse_linear_fwd", &forward, "Writes y = activation(x W^T + bias), and z before it.");
+  m.def("block_sparse_linear_dx", &input_gradient, "Writes dx = dz W.");
+  m.def("block_sparse_linear_dw", &weight_gradient, "Writes dW = dz^T x at the blocks that are there.");
+  m.def("block_sparse_linear_workspace", &workspace_bytes, "Bytes of scratch a call needs.");
+}
+
+}  // namespace tilewright
