@@ -1,6 +1,7 @@
 """Masks and scores: against the definitions, at odd sizes, with ties, in any layout, whatever the threads."""
 
 import math
+from functools import lru_cache
 
 import pytest
 import torch
@@ -275,31 +276,36 @@ def test_many_chunks(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
 
 
-def large(kind: str) -> Tensor:
-    """More elements than are looked at one by one: a sample says where the threshold is."""
+LARGE = ["normal", "ties", "sorted", "zeros", "bf16"]
+
+
+@lru_cache(maxsize=1)
+def large(kind: str) -> tuple[Tensor, Tensor]:
+    """More elements than are looked at one by one, and their numbers, best first."""
     x = weights(1030, 1027)
     if kind == "ties":
-        return (8 * x).round()
+        x = (8 * x).round()
     if kind == "sorted":  # what the sample brackets lies in one place
-        return x.flatten().sort().values.view_as(x)
+        x = x.flatten().sort().values.view_as(x)
     if kind == "zeros":
-        return x.masked_fill(x < 0.7, 0)
-    return x.bfloat16().t() if kind == "bf16" else x
+        x = x.masked_fill(x < 0.7, 0)
+    if kind == "bf16":
+        x = x.bfloat16().t()
+    return x, x.float().abs().flatten().sort(descending=True, stable=True).indices
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "sorted", "zeros", "bf16"])
 @pytest.mark.parametrize("level", _C.cpu_levels())
-def test_large_weights(level: str, kind: str) -> None:
-    w = large(kind)
+@pytest.mark.parametrize("kind", LARGE)
+def test_large_weights(kind: str, level: str) -> None:
+    w, order = large(kind)
     before, threads = _C.cpu_level(), torch.get_num_threads()
     try:
         _C.set_cpu_level(level)
         for sparsity in (0.0, 1e-5, 0.5, 0.9, 0.99999):
             torch.set_num_threads(1 if sparsity == 0.5 else 3)
-            expected = reference.best(w.abs(), reference.kept_units(w.numel(), sparsity))
-            assert torch.equal(mask(w, "element", sparsity), expected)
-        expected = reference.best(torch.stack([w.abs(), w.abs() / 2]), w.numel())
-        assert torch.equal(torch.stack(global_masks([w, w / 2], "element", 0.5)), expected)
+            kept = order[: reference.kept_units(w.numel(), sparsity)]
+            expected = torch.zeros(w.numel(), dtype=torch.bool).index_fill(0, kept, True)
+            assert torch.equal(mask(w, "element", sparsity).flatten(), expected)
         broken = w.clone()
         broken[700, 3] = float("nan")
         with pytest.raises(ValueError, match="weight: holds 1 non-finite"):
@@ -307,6 +313,12 @@ def test_large_weights(level: str, kind: str) -> None:
     finally:
         _C.set_cpu_level(before)
         torch.set_num_threads(threads)
+
+
+def test_two_large_weights() -> None:
+    w, _ = large("normal")
+    expected = reference.best(torch.stack([w.abs(), w.abs() / 2]), w.numel())
+    assert torch.equal(torch.stack(global_masks([w, w / 2], "element", 0.5)), expected)
 
 
 def test_threads_change_nothing() -> None:
