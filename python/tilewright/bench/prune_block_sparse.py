@@ -122,6 +122,4 @@ def _backward(
     ]
     name, title = _names(block, zeros, tokens, dtype)
     sizes = _sizes(size, block, zeros, tokens, dtype)
-    return Case(
-        f"bsr-grad-{name}", f"its gradients, {title}", contenders, 4.0 * tokens * kept, sizes=sizes
-    )
+    return Case(f"bsr-grad-{name}", f"its gradients, {title}", contenders, 4.0 * tokens * kept, sizes=sizes)
