@@ -112,9 +112,12 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_slower_and_wrong_are_said_plainly() -> None:
     good = " ".join(prune.verdicts(result()))
     assert "accuracy 98.0% dense, 60.0% pruned, 95.0% repaired" in good
-    assert "0.50x as fast, SLOWER, at 1 image, 2.00x as fast at 256 images" in good
+    assert "0.50x as fast (SLOWER) at 1 image, 2.00x as fast at 256 images" in good
     assert "1 of 2 pruned layers stay dense: sparse does not pay. first: too small" in good
     assert "WRONG" not in good
+    all_dense = result()
+    all_dense["rows"][prune.BLOCKS]["layers"].pop()
+    assert "all layers stay dense, and take the time that dense layers take" in prune.verdicts(all_dense)[0]
     for wrong in (result(final=0.9), result(final=float("nan"))):
         assert not prune.is_sound(wrong)
         assert "WRONG" in prune.verdicts(wrong)[-1]

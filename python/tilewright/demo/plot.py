@@ -153,7 +153,8 @@ def _draw_speeds(axis: Any, result: dict[str, Any]) -> None:
     axis.axhline(1.0, color=_INK, linewidth=0.8)
     axis.set_xticks(range(len(pruned)), [label for label, _ in pruned], fontsize=8.5)
     axis.set_title("times as fast as dense", fontsize=9.5, color=_INK)
-    axis.legend(frameon=False, fontsize=8)
+    axis.margins(y=0.3)  # room for the legend
+    axis.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
     _tidy(axis)
 
 

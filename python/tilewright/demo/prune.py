@@ -119,14 +119,14 @@ def _sparse(task: Task, name: str, size: Size, say: Say) -> tuple[nn.Module, dic
     from tilewright import prune
 
     model = copy.deepcopy(task.model)
-    batches = task.calibration(max(_CALIBRATION, size.repair_steps))
+    batches = task.calibration(max(_CALIBRATION, task.repair_steps))
     say(f"{name}: pruning")
     pattern = prune.Block(_BLOCK, _BLOCK) if name == BLOCKS else name
     sparsity = _SPARSITY if name == BLOCKS else None
     prune.prune(model, pattern, sparsity, "wanda", batches[:_CALIBRATION], progress=False)
     quality = {"pruned": task.quality(model)}
     say(f"{name}: repair")
-    settings = prune.Perp(steps=size.repair_steps, lr=_REPAIR_LR, max_trainable=None)
+    settings = prune.Perp(steps=task.repair_steps, lr=_REPAIR_LR, max_trainable=None)
     prune.repair(model, batches, settings, progress=False)
     quality["repaired"] = task.quality(model)
     kept = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
@@ -153,7 +153,7 @@ def _smaller(task: Task, size: Size, say: Say) -> tuple[nn.Module, dict[str, Any
     prune.shrink(model, max(task.inputs.items())[1], _RATIO)
     quality = {"pruned": task.quality(model)}
     say(f"{CHANNELS}: training on")
-    task.train(model, size.repair_steps, task.lr / 2)
+    task.train(model, task.repair_steps, task.lr / 2)
     quality["repaired"] = quality["final"] = task.quality(model)
     return model, _row(task.model, model, quality)
 
@@ -247,32 +247,34 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         if name == DENSE:
             continue
         stages = [_quality(result, value) for value in (dense["quality"]["final"], *row["quality"].values())]
-        speeds = [
-            f"{_speed(dense['ms'][count] / ms)} at {_count(int(count), result['unit'])}"
-            for count, ms in row["ms"].items()
-        ]
+        left = [layer for layer in row["layers"] if layer["kernel"] == DENSE]
+        speeds = ", ".join(_speeds(result, row["ms"], _SLOWER))
+        if left and len(left) == len(row["layers"]):
+            speeds = "all layers stay dense, and take the time that dense layers take"
         lines.append(
             f"{name}: {result['measure']} {stages[0]} dense, {stages[1]} pruned, {stages[2]} repaired; "
-            f"{', '.join(speeds)}."
+            f"{speeds}."
         )
-        left = [layer for layer in row["layers"] if layer["kernel"] == DENSE]
         if left:
             lines.append(
                 f"   {len(left)} of {len(row['layers'])} pruned layers stay dense: sparse does not pay. "
-                f"{left[0]['name']}: {left[0]['why']}."
+                f"{left[-1]['name']}: {left[-1]['why']}."
             )
-    alone = [
-        f"{_speed(dense['ms'][count] / ms)} at {_count(int(count), result['unit'])}"
-        for count, ms in result["zeros_alone_ms"].items()
-    ]
-    lines.append(f"The same zeros in dense layers save nothing: {', '.join(alone)}.")
+    alone = ", ".join(_speeds(result, result["zeros_alone_ms"], 0.0))
+    lines.append(f"Zeros that stay in dense layers save nothing: with those of the blocks {alone}.")
     if not is_sound(result):
         lines.append("WRONG: a loss is no number, or compression changed what a model computes.")
     return lines
 
 
-def _speed(ratio: float) -> str:
-    return f"{ratio:.2f}x as fast" + (", SLOWER," if ratio < _SLOWER else "")
+def _speeds(result: dict[str, Any], ms: dict[str, float], slower: float) -> list[str]:
+    """How fast compared to dense, for each number of units."""
+    found = []
+    for count, value in ms.items():
+        ratio = result["rows"][DENSE]["ms"][count] / value
+        mark = " (SLOWER)" if ratio < slower else ""
+        found.append(f"{ratio:.2f}x as fast{mark} at {_count(int(count), result['unit'])}")
+    return found
 
 
 def _quality(result: dict[str, Any], value: float) -> str:

@@ -34,7 +34,8 @@ class Size:
     layers: int
     digits_steps: int
     text_steps: int
-    repair_steps: int
+    digits_repair: int
+    text_repair: int
     batch: int
     length: int
     held_out: int
@@ -43,12 +44,12 @@ class Size:
 
 
 FULL = Size(
-    width=1024, hidden=256, intermediate=1024, layers=3, digits_steps=150, text_steps=220, repair_steps=60,
-    batch=8, length=128, held_out=12, many=256, seconds=0.4,
+    width=1024, hidden=256, intermediate=1024, layers=3, digits_steps=150, text_steps=220,
+    digits_repair=200, text_repair=60, batch=8, length=128, held_out=12, many=256, seconds=0.4,
 )  # fmt: skip
 QUICK = Size(
-    width=128, hidden=64, intermediate=128, layers=1, digits_steps=25, text_steps=6, repair_steps=3,
-    batch=2, length=32, held_out=1, many=32, seconds=0.01,
+    width=128, hidden=64, intermediate=128, layers=1, digits_steps=25, text_steps=6,
+    digits_repair=5, text_repair=3, batch=2, length=32, held_out=1, many=32, seconds=0.01,
 )  # fmt: skip
 
 
@@ -66,6 +67,7 @@ class Task:
         held_out: to judge by.
         inputs: by number of units, what forward passes are timed on.
         steps, lr: of the training.
+        repair_steps: of the repair, or of the training on after channels left.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Task:
     held_out: list[Batch]
     inputs: dict[int, Batch]
     steps: int
+    repair_steps: int
     lr: float
 
     def train(
@@ -159,6 +162,7 @@ def digits_task(size: Size, seed: int, steps: int | None) -> Task:
         held_out=[{"images": images[cut:], "labels": labels[cut:]}],
         inputs={n: {"images": images[:n]} for n in (1, size.many)},
         steps=steps or size.digits_steps,
+        repair_steps=size.digits_repair,
         lr=2e-3,
     )
 
@@ -191,6 +195,7 @@ def text_task(size: Size, seed: int, steps: int | None) -> Task:
         held_out=[_labelled(x) for x, _ in judged],
         inputs={n: {"input_ids": tokens[:, :n]} for n in (1, size.many)},
         steps=steps or size.text_steps,
+        repair_steps=size.text_repair,
         lr=2e-3,
     )
 
