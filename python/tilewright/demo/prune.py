@@ -211,13 +211,18 @@ def print_table(record: dict[str, Any], console: Console) -> None:
     """A table a model, and what it shows in words."""
     for result in record["tasks"].values():
         counts = list(result["rows"][DENSE]["ms"])
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=result["title"], title_justify="left")
-        measured = "accuracy" if result["measure"] == "accuracy" else "loss"
-        headings = ["", "kept", f"{measured}, pruned", "repaired", "stored"]
+        units = " and ".join(_count(int(count), result["unit"]) for count in counts)
+        console.print(
+            f"[bold]{result['title']}[/bold]\n"
+            f"{result['measure'].capitalize()} of held-out data; milliseconds for {units}, and speed.",
+            highlight=False,
+        )
+        headings = ["", "kept", "pruned", "repaired", "MB"]
         for count in counts:
-            headings += [f"ms, {_count(int(count), result['unit'])}", "speed"]
+            headings += [f"ms, {count}", "speed"]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if index else "left")
+            table.add_column(heading, justify="right" if index else "left", no_wrap=True)
         for cells in summary_rows(result):
             table.add_row(*cells)
         console.print(table)
@@ -233,7 +238,7 @@ def summary_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     for name, row in result["rows"].items():
         quality = [_quality(result, row["quality"][stage]) for stage in ("pruned", "repaired")]
         cells = [name, f"{row['kept']:.0%}", *(quality if name != DENSE else ["", quality[1]])]
-        cells.append(f"{row['bytes'] / 1e6:.1f} MB")
+        cells.append(f"{row['bytes'] / 1e6:.1f}")
         for count, ms in row["ms"].items():
             cells += [f"{ms:.3g}", f"{dense['ms'][count] / ms:.2f}x"]
         rows.append(tuple(cells))
