@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..bench import timing
 from .compress_report import Compressed, CompressReport
 from .examples import call, check_inputs, difference, evaluation, largest_difference, outputs_of, tolerance_of
-from .forms import DENSE, Findings, find_forms
+from .forms import DENSE, Findings, Form, find_forms
 from .surgery import Journal
 
 _SAMPLE = 1e-3  # seconds a sample lasts at least: shorter calls are timed several at once
@@ -302,7 +302,9 @@ def _decide(work: Work, margin: float, crossover: bool, seconds: float) -> None:
     linear = work.linear
     modules: dict[str, nn.Module] = {DENSE: linear}
     for form in work.findings.forms:
-        modules[form.name] = form.build()
+        made = _tried(form, work)
+        if made is not None:
+            modules[form.name] = made
     work.times = {name: {} for name in modules}
     for count in work.tokens:
         for name, ms in _race(modules, _input(work, count), seconds).items():
@@ -317,6 +319,17 @@ def _decide(work: Work, margin: float, crossover: bool, seconds: float) -> None:
         for name, count in sorted(found - won):  # alone against dense: the first win may have been luck
             again = _race({DENSE: linear, name: modules[name]}, _input(work, count), seconds)
             (won if again[name] * (1 + margin) <= again[DENSE] else lost).add((name, count))
+
+
+def _tried(form: Form, work: Work) -> nn.Module | None:
+    """The layer in this form, if its kernels take it as it is."""
+    try:
+        made = form.build().train(work.linear.training)
+        made(_input(work, work.tokens[0]))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        work.findings.why_not.append(f"{form.name}: {error}")
+        return None
+    return made
 
 
 def _choose(
@@ -472,6 +485,8 @@ def _why(work: Work) -> str:
         return work.obstacle
     sparse = [name for name in work.times if name != DENSE]
     names = set(work.chosen.values())
+    if not sparse:
+        return "; ".join(work.findings.why_not)
     if names == {DENSE}:
         speeds = {
             (name, c): work.times[DENSE][c] / work.times[name][c] for name in sparse for c in work.tokens
