@@ -52,26 +52,6 @@ __device__ __forceinline__ void copy_tokens(T* tile, const Access& from, int64_t
   }
 }
 
-// Row i of a block's gradient and 8 columns of it; what sticks out of the weight is zero, whatever x is
-// there.
-template <class T>
-__device__ __forceinline__ void store_gradient(const WeightProduct& p, const BlockGroup& group, int row,
-                                               int column, Vector<T, 8> chunk) {
-  const int place = column >> p.column_bits, within = column & ((1 << p.column_bits) - 1);
-  if (place >= group.count || row >= 1 << p.row_bits) return;
-  const int64_t number = group.begin + place;
-  const int64_t out = (int64_t{group.row} << p.row_bits) + row;
-  const int64_t in = (int64_t{p.column[number]} << p.column_bits) + within;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (out >= p.dz.columns || in + i >= p.x.columns) chunk[i] = T{};
-  }
-  T* to = static_cast<T*>(p.values) + (((number << p.row_bits) + row) << p.column_bits) + within;
-  if (p.values_vectors) return device::store(reinterpret_cast<Vector<T, 8>*>(to), chunk);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) to[i] = chunk[i];
-}
-
 template <class T, int kRows>
 __global__ void __launch_bounds__(kMostThreads) weight_kernel(const __grid_constant__ WeightProduct p) {
   using S = Shape<kRows>;
