@@ -16,7 +16,11 @@ void bind_block_sparse(pybind11::module_& m);
 void bind_select_blocks(pybind11::module_& m);
 
 // Of the pruning family, called by bind_prune.
+void bind_activation_sparse(pybind11::module_& m);
 void bind_block_sparse_linear(pybind11::module_& m);
+void bind_prune_masks(pybind11::module_& m);
+void bind_prune_obs(pybind11::module_& m);
+void bind_semi_structured(pybind11::module_& m);
 
 // Of the scan family, called by bind_scan.
 void bind_causal_conv1d(pybind11::module_& m);

@@ -271,6 +271,7 @@ class Block {
 
 // What a warp's matrix instructions do, once all lanes have come; `values` are the lanes' operands.
 void multiply_fragments(const uint64_t* values, bool brain_floats);
+void multiply_sparse_fragments(const uint64_t* values, uint32_t variant);
 void spread_matrices(const uint64_t* values, bool transposed);
 
 // ---- The path of every wait --------------------------------------------------------------------

@@ -62,6 +62,65 @@ void multiply_fragments(const uint64_t* values, bool brain_floats) {
   }
 }
 
+namespace {
+
+constexpr unsigned kSparseDepth = 32;
+
+// The first operand. What is not kept meets nothing, not even an infinity.
+struct KeptElement {
+  float value = 0.0f;
+  bool kept = false;
+};
+
+void gather_kept(KeptElement (&to)[kRows][kSparseDepth], const uint64_t* values, bool brain_floats,
+                 unsigned selector) {
+  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+    const MmaSparseOperands& from = operand<MmaSparseOperands>(values, lane);
+    const unsigned g = lane / 4, t = lane % 4;
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned row = g + i % 2 * 8, half = i / 2;  // of the columns; t is the group of four there
+      const MmaSparseOperands& source =
+          operand<MmaSparseOperands>(values, g * 4 + 2 * selector + half);
+      const unsigned nibble = source.metadata >> (16 * (i % 2) + 4 * t) & 15u;
+      const unsigned first = nibble & 3u, second = nibble >> 2;
+      if (first >= second) {
+        Block::running().report(source.site, str("mma_sparse_m16n8k32: the metadata of row ", row, ", columns ",
+                                16 * half + 4 * t, " on, are ", nibble, ": positions must ascend"));
+      }
+      KeptElement* four = to[row] + 16 * half + 4 * t;
+      four[first] = {widened(uint16_t(from.a[i]), brain_floats), true};
+      four[second] = {widened(uint16_t(from.a[i] >> 16), brain_floats), true};
+    }
+  }
+}
+
+}  // namespace
+
+void multiply_sparse_fragments(const uint64_t* values, uint32_t variant) {
+  const bool brain_floats = (variant & 1u) != 0;
+  KeptElement a[kRows][kSparseDepth];
+  float b[kSparseDepth][kColumns];
+  gather_kept(a, values, brain_floats, variant >> 1);
+  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+    const MmaSparseOperands& from = operand<MmaSparseOperands>(values, lane);
+    for (unsigned i = 0; i < 4; ++i) {
+      for (unsigned half = 0; half < 2; ++half)
+        b[8 * i + 2 * (lane % 4) + half][lane / 4] = widened(uint16_t(from.b[i] >> 16 * half), brain_floats);
+    }
+  }
+  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+    float* c = operand<MmaSparseOperands>(values, lane).c;
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned row = lane / 4 + i / 2 * 8, column = 2 * (lane % 4) + i % 2;
+      float sum = 0;
+      for (unsigned k = 0; k < kSparseDepth; ++k) {
+        if (a[row][k].kept) sum += a[row][k].value * b[k][column];
+      }
+      c[i] += sum;
+    }
+  }
+}
+
 void spread_matrices(const uint64_t* values, bool transposed) {
   uint16_t matrices[4][8][8];
   for (unsigned lane = 0; lane < kWarpLanes; ++lane)
@@ -92,6 +151,11 @@ void Block::load_matrices(uint32_t (&registers)[4], uint32_t row, bool transpose
 void mma_m16n8k16(MmaOperands& operands, bool brain_floats, Site site) {
   Block::running().warp_collective(WarpOp::kMma, reinterpret_cast<uint64_t>(&operands), brain_floats, ~0u,
                                    site);
+}
+
+void mma_sparse_m16n8k32(MmaSparseOperands& operands, bool brain_floats, int selector, Site site) {
+  Block::running().warp_collective(WarpOp::kMmaSparse, reinterpret_cast<uint64_t>(&operands),
+                                   uint32_t(brain_floats) | uint32_t(selector) << 1, ~0u, site);
 }
 
 void load_matrices(uint32_t (&registers)[4], uint32_t row, bool transposed, Site site) {

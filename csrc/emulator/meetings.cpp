@@ -216,8 +216,9 @@ void Block::exchange(WarpOp op, uint32_t mask, Lane* lanes) const {
   for_each_lane(mask, [&](unsigned i) { values[i] = lanes[i].value; });
   if (is_shuffle(op)) {
     for_each_lane(mask, [&](unsigned i) { lanes[i].value = shuffled(op, mask, values, lanes[i]); });
-  } else if (op == WarpOp::kMma || op == WarpOp::kLoadMatrices) {
+  } else if (op == WarpOp::kMma || op == WarpOp::kMmaSparse || op == WarpOp::kLoadMatrices) {
     check_same_variant(lanes);
+    if (op == WarpOp::kMmaSparse) return multiply_sparse_fragments(values, lanes->argument);
     op == WarpOp::kMma ? multiply_fragments(values, lanes->argument != 0)
                        : spread_matrices(values, lanes->argument != 0);
   } else if (op == WarpOp::kMatchAny) {

@@ -59,6 +59,8 @@ const char* name_of(WarpOp op) {
       return "wgmma_wait";
     case WarpOp::kMma:
       return "mma_m16n8k16";
+    case WarpOp::kMmaSparse:
+      return "mma_sparse_m16n8k32";
     case WarpOp::kLoadMatrices:
       return "load_matrices";
   }

@@ -74,6 +74,7 @@ enum class WarpOp : uint8_t {
   kMatchAny,
   kMatrixWait,
   kMma,
+  kMmaSparse,
   kLoadMatrices
 };
 // `value` is the lane's operand, `argument` a shuffle's lane, mask or distance. Returns the lane's result.
@@ -85,6 +86,14 @@ struct MmaOperands {
   float* c;
 };
 void mma_m16n8k16(MmaOperands& operands, bool brain_floats, Site site);
+
+// As device/mma_sparse.h says.
+struct MmaSparseOperands {
+  uint32_t a[4], b[4], metadata;
+  float* c;
+  Site site;
+};
+void mma_sparse_m16n8k32(MmaSparseOperands& operands, bool brain_floats, int selector, Site site);
 
 // `row` is an offset in shared memory.
 void load_matrices(uint32_t (&registers)[4], uint32_t row, bool transposed, Site site);

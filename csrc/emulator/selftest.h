@@ -100,6 +100,10 @@ Floats widen(const std::string& type, const Halves& bits);
 Floats matrix_product(const std::string& type, const Halves& a, const Halves& b, const Floats& c,
                       bool a_transposed, bool b_transposed);
 
+// c + a b of bits, where a (16 x 32) keeps 16 of the elements of a row, at these places.
+Floats sparse_matrix_product(const std::string& type, const Halves& a, const Bytes& places, const Halves& b,
+                             const Floats& c, int selector);
+
 // ---- The host side, and misuse -----------------------------------------------------------------
 
 // A launch with parameters of the largest size; the sum of them all, as each of 64 threads saw it.

@@ -57,6 +57,8 @@ void bind_arithmetic(py::module_& module) {
   define(module, "widen", &selftest::widen, py::arg("type"), py::arg("bits"));
   define(module, "matrix_product", &selftest::matrix_product, py::arg("type"), py::arg("a"), py::arg("b"),
          py::arg("c"), py::arg("a_transposed"), py::arg("b_transposed"));
+  define(module, "sparse_matrix_product", &selftest::sparse_matrix_product, py::arg("type"), py::arg("a"),
+         py::arg("places"), py::arg("b"), py::arg("c"), py::arg("selector"));
 }
 
 void bind_hopper(py::module_& module) {

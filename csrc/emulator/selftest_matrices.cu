@@ -2,6 +2,7 @@
 #include "core/check.h"
 #include "device/launch.h"
 #include "device/mma.h"
+#include "device/mma_sparse.h"
 #include "device/warp.h"
 #include "emulator/selftest.h"
 
@@ -60,7 +61,53 @@ __global__ void product_kernel(const __grid_constant__ ProductParams p) {
   for (int i = 0; i < 4; ++i) p.c[(row + i / 2 * 8) * kColumns + column + i % 2] = c[i];
 }
 
+struct SparseParams {
+  const uint16_t* a;      // [kRows, kDepth], the kept elements
+  const uint8_t* places;  // [kRows, kSparseDepth / 8], four bits for each four columns
+  const uint16_t* b;      // [kSparseDepth, kColumns]
+  float* c;
+};
+
+constexpr int kSparseDepth = 32;
+
+// The lanes that a selector does not name bring metadata that would be refused.
+template <class T, int kSelector>
+__global__ void sparse_kernel(const __grid_constant__ SparseParams p) {
+  const int lane = lane_id(), g = lane / 4, t = lane % 4;
+  uint32_t a[4], b[4], metadata = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint16_t* pair = p.a + (g + i % 2 * 8) * kDepth + 2 * t + i / 2 * 8;
+    a[i] = uint32_t{pair[1]} << 16 | pair[0];
+    const uint16_t* column = p.b + (8 * i + 2 * t) * kColumns + g;
+    b[i] = uint32_t{column[kColumns]} << 16 | column[0];
+  }
+  if (t / 2 == kSelector) {
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* bytes = p.places + (g + half * 8) * (kSparseDepth / 8) + t % 2 * 2;
+      metadata |= (uint32_t{bytes[0]} | uint32_t{bytes[1]} << 8) << 16 * half;
+    }
+  }
+  float c[4];
+  for (int i = 0; i < 4; ++i) c[i] = p.c[(g + i / 2 * 8) * kColumns + 2 * t + i % 2];
+  mma_sparse_m16n8k32<T, kSelector>(c, a, b, metadata);
+  for (int i = 0; i < 4; ++i) p.c[(g + i / 2 * 8) * kColumns + 2 * t + i % 2] = c[i];
+}
+
 }  // namespace
+
+Floats sparse_matrix_product(const std::string& type, const Halves& a, const Bytes& places, const Halves& b,
+                             const Floats& c, int selector) {
+  check_value(a.size() == kRows * kDepth && places.size() == kRows * kSparseDepth / 8 &&
+                  b.size() == kSparseDepth * kColumns && c.size() == kRows * kColumns,
+              "a, places, b, c: matrices of 16 x 16, 16 x 4, 32 x 8, 16 x 8");
+  check_value(type == "fp16" || type == "bf16", "type: got ", type);
+  Floats out = c;
+  const Kernel<SparseParams> first = type == "fp16" ? sparse_kernel<fp16, 0> : sparse_kernel<bf16, 0>;
+  const Kernel<SparseParams> second = type == "fp16" ? sparse_kernel<fp16, 1> : sparse_kernel<bf16, 1>;
+  launch(selector == 0 ? first : second, 1, kWarpSize, 0, nullptr,
+         {a.data(), places.data(), b.data(), out.data()});
+  return out;
+}
 
 Floats matrix_product(const std::string& type, const Halves& a, const Halves& b, const Floats& c,
                       bool a_transposed, bool b_transposed) {

@@ -38,7 +38,7 @@ constexpr int kRows = 4;
 #endif
 constexpr int kTokens = 2 * kLanes;     // of a panel
 constexpr int kGroupPanels = 8;         // panels that go through a chunk of weights together
-constexpr int64_t kChunkWords = 65536;  // of weights: a quarter of a second-level cache
+constexpr int64_t kChunkWords = 131072;  // of weights: a quarter of a second-level cache
 constexpr int64_t kFew = 8;
 constexpr int kMaxBlock = 128;
 

@@ -468,6 +468,35 @@ def test_matrix_product(kind, a_transposed, b_transposed, seed):
     np.testing.assert_array_equal(np.array(found).reshape(16, 8), a @ b + c)
 
 
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("selector", [0, 1])
+def test_sparse_matrix_product(kind, selector, seed):
+    """Against numpy; all six patterns of two in four come up, and integers' sums are exact in any order."""
+    rng = np.random.default_rng(seed)
+    pairs = np.array([(i, j) for i in range(4) for j in range(i + 1, 4)])
+    chosen = pairs[rng.integers(0, 6, (16, 8))]
+    kept, b, c = (rng.integers(1, 9, shape).astype(np.float32) for shape in ((16, 8, 2), (32, 8), (16, 8)))
+    dense = np.zeros((16, 8, 4), np.float32)
+    np.put_along_axis(dense, chosen, kept, axis=2)
+    nibbles = chosen[..., 0] | chosen[..., 1] << 2
+    places = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+    def bits(matrix):
+        halves = matrix.astype(np.float16).view(np.uint16) if kind == "fp16" else matrix.view(np.uint32) >> 16
+        return halves.ravel().tolist()
+
+    arguments = kind, bits(kept), places.ravel().tolist(), bits(b), c.ravel().tolist(), selector
+    found = selftest.sparse_matrix_product(*arguments)
+    np.testing.assert_array_equal(np.array(found).reshape(16, 8), dense.reshape(16, 32) @ b + c)
+
+
+def test_sparse_matrix_product_refuses_unordered_metadata():
+    places = [0x44] * 64
+    places[4 * 9 + 2] = 0x41
+    with pytest.raises(RuntimeError, match=r"metadata of row 9, columns 16 on, are 1: positions must ascend"):
+        selftest.sparse_matrix_product("fp16", [0] * 256, places, [0] * 256, [0.0] * 128, 0)
+
+
 # ---- Misuse --------------------------------------------------------------------------------------
 
 MISUSES = {

@@ -304,6 +304,13 @@ def test_bad_input() -> None:
         set_mask(layer, torch.ones(4, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="the Linear has no parameter 'gain'"):
         set_mask(layer, torch.ones(3, 4, dtype=torch.bool), "gain")
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[1, 2:] = False
+    set_mask(layer, mask)
+    with pytest.raises(ValueError, match=r"mask: 2 of 3 groups keep more than 2:4"):
+        set_mask(layer, mask, pattern="2:4")
+    with pytest.raises(ValueError, match=r"mask: 1 of 4 units of pattern 'block 2x2' are kept in part"):
+        set_mask(layer, mask, pattern=tw.prune.Block(2, 2))
     nn.utils.parametrizations.weight_norm(layer)
     with pytest.raises(ValueError, match="parametrized"):
         set_mask(layer, torch.ones(3, 4, dtype=torch.bool))

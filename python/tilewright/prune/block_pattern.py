@@ -1,4 +1,4 @@
-"""Where the blocks of a block-sparse weight are, in the form the kernels read (csrc/prune/block_sparse_linear.h)."""
+"""Where the blocks of a block-sparse weight are, as kernels read it (csrc/prune/block_sparse_linear.h)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BLOCK_SIZES = (8, 16, 32, 64, 128)
 
 
 def check_lists(crow_indices: Tensor, col_indices: Tensor, rows: int, columns: int) -> None:
-    """Refuses block lists (BSR's `crow_indices`, `col_indices`) that do not describe rows x columns blocks."""
+    """Refuses block lists (`crow_indices`, `col_indices`) that do not describe rows x columns blocks."""
     for name, value in (("crow_indices", crow_indices), ("col_indices", col_indices)):
         if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1:
             raise ValueError(

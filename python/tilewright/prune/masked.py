@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from ..optim.optimizer import BlockwiseOptimizer
+from .patterns import Pattern, parse_pattern
 
 _MASKS = "_tilewright_masks"  # in vars(module): the keepers, by the parameter's name
 
@@ -35,7 +36,9 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
-def set_mask(module: nn.Module, mask: Tensor, name: str = "weight") -> None:
+def set_mask(
+    module: nn.Module, mask: Tensor, name: str = "weight", *, pattern: str | Pattern | None = None
+) -> None:
     """Prunes single weights of one layer for good: writes the zeros, and keeps them zero from now on.
 
     Whatever trains the layer afterwards, its pruned weights stay exactly zero: under torch's optimizers and
@@ -48,10 +51,12 @@ def set_mask(module: nn.Module, mask: Tensor, name: str = "weight") -> None:
         module: the layer, such as a `torch.nn.Linear`.
         mask: bool, of the weight's shape; True = kept.
         name: which of its parameters.
+        pattern: refuse a mask that has not this pattern, such as "2:4" or ``Block(16, 16)``.
 
     Raises:
         TypeError: `module` is no module, or `mask` no bool tensor.
-        ValueError: the module has no such parameter, or the shapes differ. Nothing has changed.
+        ValueError: the module has no such parameter, the shapes differ, or the mask violates the pattern: by
+            how many groups. Nothing has changed.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -65,6 +70,8 @@ def set_mask(module: nn.Module, mask: Tensor, name: str = "weight") -> None:
         raise ValueError(
             f"mask must have the shape of {name}, {tuple(parameter.shape)}, got {tuple(mask.shape)}"
         )
+    if pattern is not None:
+        parse_pattern(pattern).check_mask(mask)
     mask = mask.detach().to(parameter.device, copy=True)
     drop_mask(module, name)
     keepers = vars(module).setdefault(_MASKS, {})

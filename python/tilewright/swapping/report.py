@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from .._tables import count, table
 
 
 @dataclass(frozen=True)
@@ -54,27 +55,11 @@ class SwapReport:
 
     def __str__(self) -> str:
         verb = "would be swapped" if self.dry_run else "swapped"
-        lines = [f"{_count(self.swapped)} {verb}, {_count(self.skipped)} left as they were."]
-        lines += _table(
+        lines = [f"{count(self.swapped, 'layer')} {verb}, {count(self.skipped, 'layer')} left as they were."]
+        lines += table(
             ("layer", "class", "op", "kernel"), [(s.path, s.layer, s.op, s.kernel) for s in self.swapped]
         )
-        lines += _table(("left alone", "class", "why"), [(s.path, s.layer, s.why) for s in self.skipped])
+        lines += table(("left alone", "class", "why"), [(s.path, s.layer, s.why) for s in self.skipped])
         if not self.swapped and not self.skipped:
             lines.append("The model has no layer that tilewright knows; docs/swap.md lists those it does.")
         return "\n".join(lines)
-
-
-def _count(layers: Sequence[object]) -> str:
-    return f"{len(layers)} layer{'' if len(layers) == 1 else 's'}"
-
-
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their widest cell; nothing for no rows."""
-    if not rows:
-        return []
-    widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
-    return [
-        "",
-        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-          for row in [headings, tuple("-" * width for width in widths), *rows]),
-    ]  # fmt: skip

@@ -92,15 +92,14 @@ _weight_gradient = torch.ops.tilewright.block_sparse_linear_dw.default
 
 def activation_gradient(dy: Tensor, z: Tensor, activation: str) -> Tensor:
     """dz of y = activation(z)."""
+    aten, result = torch.ops.aten, dy
     if activation == "relu":
-        return torch.ops.aten.threshold_backward(dy, z, 0)
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(dy, z)
-    if activation in ("gelu", "gelu_tanh"):
-        return torch.ops.aten.gelu_backward(
-            dy, z, approximate="tanh" if activation == "gelu_tanh" else "none"
-        )
-    return dy
+        result = aten.threshold_backward(dy, z, 0)
+    elif activation == "silu":
+        result = aten.silu_backward(dy, z)
+    elif activation in ("gelu", "gelu_tanh"):
+        result = aten.gelu_backward(dy, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return result
 
 
 class BlockSparseLinearFunction(torch.autograd.Function):
@@ -135,7 +134,9 @@ def block_sparse_linear(
     x: Tensor, values: Tensor, pattern: Tensor, bias: Tensor | None, out_features: int, activation: str
 ) -> Tensor:
     """y of x (tokens, in), with gradients where any input needs one."""
+    arguments = (x, values, pattern, bias, out_features, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias)):
-        result: Tensor = BlockSparseLinearFunction.apply(x, values, pattern, bias, out_features, activation)
-        return result
-    return _fwd(x, values, pattern, bias, out_features, activation, False)[0]  # type: ignore[no-any-return]
+        y: Tensor = BlockSparseLinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        y, _ = _fwd(*arguments, False)
+    return y

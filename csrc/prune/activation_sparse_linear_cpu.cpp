@@ -1,0 +1,338 @@
+// The activation-sparse linear layer on the CPU; compiled once per instruction-set level.
+//
+//   keep:     the k-th largest |x| * scale by counting its bits' digits from the top, 11 at a time
+//   product:  y_t = bias + sum over kept i of x_ti W_i
+//
+// Roofline of the product: bytes = rows read * out * itemsize, 2 FLOPs an element and token. A unit of work
+// is a block of active rows and a slice of outputs whose sums stay in the L1 cache. It walks kRows rows at
+// once, so that sums are loaded and stored once for as many loads of weights, and asks for the next kRows
+// rows ahead of time: which row comes next is known here, and to no prefetcher. The split into units depends
+// on the shapes alone, and partial sums are added in the order of the rows: the same bits for any number of
+// threads.
+#include <cmath>
+
+#include "core/half.h"
+#include "core/integers.h"
+#include "core/simd.h"
+#include "core/threads.h"
+#include "prune/activation_sparse_linear.h"
+
+namespace tilewright::TW_ISA {
+namespace {
+
+using namespace ::tilewright::prune;
+
+// ---- which inputs a token keeps ----
+
+constexpr int kDigitBits = 11;
+
+template <class T>
+struct ScoreOf {
+  using Score = float;
+  using Key = uint32_t;
+};
+template <>
+struct ScoreOf<double> {
+  using Score = double;
+  using Key = uint64_t;
+};
+
+// The bits of a score >= 0 ascend as it does, and those of a NaN are above all.
+uint32_t key_of(float score) { return bits_of(score) & 0x7fffffffu; }
+uint64_t key_of(double score) {
+  uint64_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits << 1 >> 1;
+}
+
+template <class T, class Key>
+void score_row(const T* x, int64_t step, const typename ScoreOf<T>::Score* scale, int64_t in, Key* keys) {
+  int64_t i = 0;
+  if constexpr (sizeof(Key) == 4) {
+    for (; step == 1 && i + kLanes <= in; i += kLanes) {
+      const Int bits_of_scores = bits(load(x + i) * load(scale + i)) & 0x7fffffff;
+      std::memcpy(keys + i, &bits_of_scores, sizeof bits_of_scores);
+    }
+  }
+  for (; i < in; ++i) keys[i] = key_of(widen(x[i * step]) * scale[i]);
+}
+
+template <class Key>
+struct Threshold {
+  Key key;       // kept is what is above it,
+  int64_t ties;  // and the first so many of those that equal it
+};
+
+// The count-th largest of the keys, 1 <= count <= in; `left` is scratch.
+template <class Key>
+Threshold<Key> threshold_of(const Key* keys, int64_t in, int64_t count, Key* left) {
+  int bits_below = int(sizeof(Key)) * 8, digit_bits = kDigitBits;
+  Key prefix = 0;
+  int64_t candidates = in;
+  const Key* from = keys;
+  while (bits_below > 0) {
+    if (digit_bits > bits_below) digit_bits = bits_below;
+    bits_below -= digit_bits;
+    const Key mask = (Key{1} << digit_bits) - 1;
+    uint32_t bins[1 << kDigitBits];
+    for (int64_t b = 0; b <= int64_t(mask); ++b) bins[b] = 0;
+    for (int64_t i = 0; i < candidates; ++i) ++bins[from[i] >> bits_below & mask];
+    Key digit = mask;
+    for (; bins[digit] < count; --digit) count -= bins[digit];
+    prefix |= digit << bits_below;
+    int64_t survivors = 0;
+    for (int64_t i = 0; i < candidates; ++i) {
+      left[survivors] = from[i];
+      survivors += (from[i] >> bits_below & mask) == digit;
+    }
+    candidates = survivors;
+    from = left;
+  }
+  return {prefix, count};
+}
+
+template <class T>
+void keep_largest(const KeepInputsParams& p, int64_t token, void* workspace) {
+  using Key = typename ScoreOf<T>::Key;
+  using Score = typename ScoreOf<T>::Score;
+  Key *keys = static_cast<Key*>(workspace), *left = keys + p.in;
+  uint8_t* keep = p.keep + token * p.in;
+  if (p.count <= 0 || p.count >= p.in) {
+    std::memset(keep, p.count > 0, size_t(p.in));
+    return;
+  }
+  const T* x = static_cast<const T*>(p.x.data) + token * p.x.row;
+  score_row(x, p.x.column, static_cast<const Score*>(p.scale), p.in, keys);
+  const Threshold<Key> threshold = threshold_of(keys, p.in, p.count, left);
+  int64_t seen = 0;
+  for (int64_t i = 0; i < p.in; ++i) {
+    const bool equal = keys[i] == threshold.key;
+    keep[i] = uint8_t((keys[i] > threshold.key) | (equal & (seen < threshold.ties)));
+    seen += equal;
+  }
+}
+
+template <class T>
+void keep_above(const KeepInputsParams& p, int64_t token) {
+  using Score = typename ScoreOf<T>::Score;
+  const T* x = static_cast<const T*>(p.x.data) + token * p.x.row;
+  const Score threshold = *static_cast<const Score*>(p.threshold);
+  uint8_t* keep = p.keep + token * p.in;
+  for (int64_t i = 0; i < p.in; ++i) {
+    const Score value = widen(x[i * p.x.column]);
+    keep[i] = uint8_t(!((value < 0 ? -value : value) <= threshold));
+  }
+}
+
+template <class T>
+void keep_inputs(const KeepInputsParams& p, int threads) {
+  parallel_slots(p.tokens, threads, [&](int64_t token, int slot) {
+    if (p.scale == nullptr) return keep_above<T>(p, token);
+    keep_largest<T>(p, token,
+                    static_cast<char*>(p.workspace) + slot * keep_inputs_workspace(p.in, sizeof(T), 1));
+  });
+}
+
+// ---- the product ----
+
+constexpr int kRows = kLanes == 16 ? 8 : 4;  // walked at once: as many as registers hold
+constexpr int64_t kMaxRowsPerSum = 512;
+
+constexpr int64_t slice_outputs(int tokens) { return tokens <= 1 ? 4096 : tokens <= 2 ? 2048 : 1024; }
+
+// sums[t][j] += x[0][t] rows[0][j] + ... + x[R - 1][t] rows[R - 1][j]; `next` is asked for.
+template <int R, int T, class W>
+void add_rows(const W* const* rows, const W* const* next, const float* x, float* sums, int64_t stride,
+              int64_t count) {
+  constexpr int kLine = 64 / int(sizeof(W)), kVectors = kLine > kLanes ? kLine / kLanes : 1;
+  constexpr int kStep = kVectors * kLanes;
+  constexpr int64_t kAhead =
+      sizeof(W) == 4 ? 16 * kLine : int64_t{1} << 40;  // further on, the CPU sees to it
+  const auto add = [&](const Float(&w)[R], int t, Float sum) {
+    Float even = splat(x[t]) * w[0];
+    if constexpr (R == 1) return sum + even;
+    Float odd = splat(x[T + t]) * w[R > 1];
+    for (int r = 2; r < R; r += 2) {
+      even = fma(splat(x[r * T + t]), w[r], even);
+      odd = fma(splat(x[(r + 1) * T + t]), w[r + (R > 1)], odd);
+    }
+    return sum + (even + odd);
+  };
+  int64_t j = 0;
+  for (; j + kStep <= count; j += kStep) {
+    Float w[kVectors][R];
+    for (int r = 0; r < R; ++r) {
+      if (j < kAhead) __builtin_prefetch(next[r] + j, 0, 2);
+      for (int v = 0; v < kVectors; ++v) w[v][r] = load(rows[r] + j + v * kLanes);
+    }
+    for (int t = 0; t < T; ++t) {
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = sums + t * stride + j + v * kLanes;
+        store(to, add(w[v], t, load(to)));
+      }
+    }
+  }
+  for (; j < count; j += kLanes) {
+    const int64_t some = smaller(count - j, kLanes);
+    Float w[R];
+    for (int r = 0; r < R; ++r) w[r] = load_some(rows[r] + j, some);
+    for (int t = 0; t < T; ++t) {
+      float* to = sums + t * stride + j;
+      store_some(to, add(w, t, load_some(to, some)), some);
+    }
+  }
+}
+
+// Any dtype, one row: of float64.
+template <int R, int T>
+void add_rows(const double* const* rows, const double* const*, const double* x, double* sums, int64_t stride,
+              int64_t count) {
+  for (int r = 0; r < R; ++r) {
+    for (int t = 0; t < T; ++t) {
+      for (int64_t j = 0; j < count; ++j) sums[t * stride + j] += x[r * T + t] * rows[r][j];
+    }
+  }
+}
+
+struct Active {
+  int32_t* rows;  // the numbers of those that a token keeps, ascending
+  int64_t count;
+  void* sums;  // [blocks][padded tokens][out] of float or double
+};
+
+Active active_rows(const ActivationSparseLinearParams& p) {
+  Active active{static_cast<int32_t*>(p.workspace), 0, nullptr};
+  for (int64_t i = 0; i < p.in; ++i) {
+    uint8_t any = p.keep[i];
+    for (int64_t t = 1; t < p.tokens; ++t) any |= p.keep[t * p.in + i];
+    active.rows[active.count] = int32_t(i);
+    active.count += any != 0;
+  }
+  active.sums = static_cast<char*>(p.workspace) + divide_up(p.in * 4, 64) * 64;
+  return active;
+}
+
+// The tokens' values at the rows of a block, 0 where a token drops one: [rows][T].
+template <int T, class W, class Sum>
+void gather_values(const ActivationSparseLinearParams& p, const int32_t* rows, int64_t count, Sum* values) {
+  const W* x = static_cast<const W*>(p.x.data);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t i = rows[r];
+    for (int64_t t = 0; t < T; ++t) {
+      const bool kept = t < p.tokens && p.keep[t * p.in + i] != 0;
+      values[r * T + t] = kept ? Sum(widen(x[t * p.x.row + i * p.x.column])) : Sum(0);
+    }
+  }
+}
+
+template <int T, class W, class Sum>
+void sum_block(const ActivationSparseLinearParams& p, const Active& active, int64_t block, int64_t slice) {
+  const int64_t per_sum = active_rows_per_sum(p.tokens), begin = block * per_sum;
+  const int64_t count = smaller(per_sum, active.count - begin);
+  const int64_t first = slice * slice_outputs(T), outputs = smaller(slice_outputs(T), p.out - first);
+  const int32_t* numbers = active.rows + begin;
+  Sum values[kMaxRowsPerSum * T];
+  gather_values<T, W>(p, numbers, count, values);
+  Sum* sums = static_cast<Sum*>(active.sums) + block * T * p.out + first;
+  for (int t = 0; t < T; ++t) {
+    for (int64_t j = 0; j < outputs; ++j) sums[t * p.out + j] = 0;
+  }
+  const auto row = [&](int64_t r) {
+    return static_cast<const W*>(p.weight) + numbers[smaller(r, count - 1)] * p.weight_row + first;
+  };
+  const W *rows[kRows], *next[kRows];
+  int64_t r = 0;
+  for (; r + kRows <= count; r += kRows) {
+    for (int i = 0; i < kRows; ++i) rows[i] = row(r + i), next[i] = row(r + kRows + i);
+    add_rows<kRows, T>(rows, next, values + r * T, sums, p.out, outputs);
+  }
+  for (; r < count; ++r) {
+    rows[0] = row(r), next[0] = row(r + 1);
+    add_rows<1, T>(rows, next, values + r * T, sums, p.out, outputs);
+  }
+}
+
+// y = bias + the partial sums, first to last.
+template <int T, class W, class Sum>
+void add_sums(const ActivationSparseLinearParams& p, const Active& active, int64_t blocks, int64_t slice) {
+  const int64_t first = slice * slice_outputs(T), end = smaller(first + slice_outputs(T), p.out);
+  const Sum* sums = static_cast<const Sum*>(active.sums);
+  const W* bias = static_cast<const W*>(p.bias);
+  for (int64_t t = 0; t < p.tokens; ++t) {
+    W* y = static_cast<W*>(p.y) + t * p.out;
+    int64_t j = first;
+    if constexpr (sizeof(Sum) == 4) {
+      for (; j + kLanes <= end; j += kLanes) {
+        Float sum = bias == nullptr ? splat(0.0f) : load(bias + j);
+        for (int64_t b = 0; b < blocks; ++b) sum = sum + load(sums + (b * T + t) * p.out + j);
+        store(y + j, sum);
+      }
+      for (; j < end; j += kLanes) {
+        const int64_t some = smaller(end - j, kLanes);
+        Float sum = bias == nullptr ? splat(0.0f) : load_some(bias + j, some);
+        for (int64_t b = 0; b < blocks; ++b) sum = sum + load_some(sums + (b * T + t) * p.out + j, some);
+        store_some(y + j, sum, some);
+      }
+    } else {
+      for (; j < end; ++j) {
+        y[j] = bias == nullptr ? Sum(0) : bias[j];
+        for (int64_t b = 0; b < blocks; ++b) y[j] += sums[(b * T + t) * p.out + j];
+      }
+    }
+  }
+}
+
+template <int T, class W>
+void multiply(const ActivationSparseLinearParams& p, int threads) {
+  using Sum = typename ScoreOf<W>::Score;
+  const Active active = active_rows(p);
+  const int64_t blocks = divide_up(active.count, active_rows_per_sum(p.tokens));
+  const int64_t slices = divide_up(p.out, slice_outputs(T));
+  parallel_chunks(blocks * slices, threads,
+                  [&](int64_t unit) { sum_block<T, W, Sum>(p, active, unit / slices, unit % slices); });
+  parallel_chunks(slices, threads, [&](int64_t slice) { add_sums<T, W, Sum>(p, active, blocks, slice); });
+}
+
+template <class W>
+void multiply_tokens(const ActivationSparseLinearParams& p, int threads) {
+  switch (padded_tokens(p.tokens)) {
+    case 1:
+      return multiply<1, W>(p, threads);
+    case 2:
+      return multiply<2, W>(p, threads);
+    case 4:
+      return multiply<4, W>(p, threads);
+    default:
+      return multiply<8, W>(p, threads);
+  }
+}
+
+}  // namespace
+
+void keep_inputs_cpu(const KeepInputsParams& p, int threads) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return keep_inputs<float>(p, threads);
+    case DType::kBFloat16:
+      return keep_inputs<bf16>(p, threads);
+    case DType::kFloat16:
+      return keep_inputs<fp16>(p, threads);
+    default:
+      return keep_inputs<double>(p, threads);
+  }
+}
+
+void activation_sparse_linear_cpu(const ActivationSparseLinearParams& p, int threads) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return multiply_tokens<float>(p, threads);
+    case DType::kBFloat16:
+      return multiply_tokens<bf16>(p, threads);
+    case DType::kFloat16:
+      return multiply_tokens<fp16>(p, threads);
+    default:
+      return multiply_tokens<double>(p, threads);
+  }
+}
+
+}  // namespace tilewright::TW_ISA

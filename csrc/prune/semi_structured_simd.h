@@ -1,0 +1,262 @@
+// How CPU kernels read a compressed row: its positions a byte of columns at a time, and its elements spread
+// out to where they belong.
+#pragma once
+
+#include "core/simd.h"
+#include "core/simd_math.h"
+#include "prune/semi_structured_linear.h"
+
+namespace tilewright::TW_ISA {
+namespace {
+
+using namespace ::tilewright::prune;
+
+// ---- one element at a time ----
+
+// body(element, column) for the kept elements of columns [begin, end) of a row, which begin at a group and at
+// a byte.
+template <class Body>
+inline void for_kept(const SemiStructuredWeight& w, int64_t row, int64_t begin, int64_t end,
+                     const Body& body) {
+  const uint8_t* positions = w.positions + row * position_bytes(w.in);
+  int64_t element = begin / w.m * w.n;
+  if (w.two_of_four()) {
+    for (int64_t group = begin / 4; group < end / 4; ++group) {
+      const int nibble = positions[group / 2] >> group % 2 * 4 & 15;
+      body(element++, 4 * group + (nibble & 3));
+      body(element++, 4 * group + (nibble >> 2));
+    }
+  } else {
+    const int64_t last = end / w.m * w.n;
+    for (int64_t column = begin; column < end; column += 8) {
+      for (unsigned bits = positions[column / 8]; bits != 0; bits &= bits - 1)
+        if (element < last) body(element++, column + __builtin_ctz(bits));
+    }
+  }
+}
+
+// Vectors of tokens that a panel of transposed tokens holds.
+constexpr int64_t vectors_of(int64_t tokens) {
+  return tokens <= kLanes ? 1 : tokens <= 2 * kLanes ? 2 : 4;
+}
+
+// ---- the function applied to a result ----
+
+inline double activate(double z, Activation activation) {
+  switch (activation) {
+    case Activation::kNone:
+      break;
+    case Activation::kRelu:
+      return z < 0 ? 0 : z;
+    case Activation::kGelu:
+      return 0.5 * z * std::erfc(-0.70710678118654752 * z);
+    case Activation::kGeluTanh:
+      return 0.5 * z * (1 + std::tanh(0.79788456080286536 * (z + 0.044715 * z * z * z)));
+    case Activation::kSilu:
+      return z / (1 + std::exp(-z));
+  }
+  return z;
+}
+
+inline void narrow_to(double* target, double value) { *target = value; }
+inline void narrow_to(float* target, float value) { *target = value; }
+inline void narrow_to(bf16* target, float value) { *target = narrow_bf16(value); }
+inline void narrow_to(fp16* target, float value) { *target = narrow_fp16(value); }
+
+// Element (token, row) of the results from its sum of products.
+template <class T, class Real>
+inline void finish(const SemiStructuredLinearParams& p, int64_t token, int64_t row, Real sum) {
+  if (p.bias != nullptr) sum += widen(static_cast<const T*>(p.bias)[row]);
+  if (p.z.data != nullptr) narrow_to(static_cast<T*>(p.z.data) + token * p.z.row + row * p.z.column, sum);
+  const Real result = p.activation == Activation::kNone ? sum : Real(activate(double(sum), p.activation));
+  narrow_to(static_cast<T*>(p.y.data) + token * p.y.row + row * p.y.column, result);
+}
+
+// ---- a vector of columns at a time ----
+
+// A step of the walk along a row: kColumns columns, whose elements are spread over a vector, zeros between
+// them. codes(...) are what tells where: the bytes of positions, or, with AVX-512, the masks made of them.
+template <class T, bool kTwoOfFour>
+struct Spread;
+
+#if defined(__AVX512F__)
+
+// Nibbles of two of four to masks of four.
+static inline __m512i masks_of_nibbles(__m512i nibbles) {
+  const __m512i low = _mm512_set1_epi8(15);
+  // Pairs (first, second): 1 << first | 1 << second, by nibble second * 4 + first.
+  const __m512i table = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
+  const __m512i first = _mm512_shuffle_epi8(table, _mm512_and_si512(nibbles, low));
+  const __m512i second =
+      _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low));
+  return _mm512_or_si512(first, _mm512_slli_epi16(second, 4));  // second < 16: nothing crosses a byte
+}
+
+// What a row's walk has read ahead: the masks of 512 columns.
+constexpr int kCodeColumns = 512;
+
+template <bool kTwoOfFour>
+inline void read_codes(uint8_t* codes, const uint8_t* positions, int64_t bytes) {
+  const __mmask64 there = bytes >= 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1;
+  __m512i code = _mm512_maskz_loadu_epi8(there, positions);
+  if (kTwoOfFour) code = _mm512_maskz_mov_epi8(there, masks_of_nibbles(code));
+  _mm512_storeu_si512(codes, code);
+}
+
+inline Float load_first(const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
+inline Float load_first(const bf16* p, __mmask16 lanes) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
+}
+inline Float load_first(const fp16* p, __mmask16 lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
+}
+inline Float load_eight(const float* p) { return _mm512_castps256_ps512(_mm256_loadu_ps(p)); }
+inline Float load_eight(const bf16* p) {
+  return _mm512_castsi512_ps(_mm512_castsi256_si512(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16)));
+}
+inline Float load_eight(const fp16* p) {
+  return _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+}
+
+template <class T, bool kTwoOfFour>
+struct Spread {
+  using X = float;
+  using Weights = Float;
+  static constexpr int kColumns = 16;
+
+  // Of fewer columns; reads nothing behind their last element.
+  static inline Weights some(const T*& values, const uint8_t* codes, int columns) {
+    uint16_t mask;
+    std::memcpy(&mask, codes, sizeof mask);
+    mask &= uint16_t((1u << columns) - 1);
+    const int count = __builtin_popcount(mask);
+    const Float elements = load_first(values, __mmask16((1u << count) - 1));
+    values += count;
+    return _mm512_maskz_expand_ps(mask, elements);
+  }
+  static inline Weights next(const T*& values, const uint8_t* codes) {
+    if constexpr (!kTwoOfFour) return some(values, codes, kColumns);
+    uint16_t mask;
+    std::memcpy(&mask, codes, sizeof mask);
+    const Float elements = load_eight(values);
+    values += 8;
+    return _mm512_maskz_expand_ps(mask, elements);
+  }
+  static inline void add(Float& sum, Weights w, const X* x) { sum = fma(w, load(x), sum); }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+
+template <bool kTwoOfFour>
+struct Spread<bf16, kTwoOfFour> {
+  using X = bf16;
+  using Weights = __m512i;
+  static constexpr int kColumns = 32;
+
+  static inline Weights some(const bf16*& values, const uint8_t* codes, int columns) {
+    uint32_t mask;
+    std::memcpy(&mask, codes, sizeof mask);
+    mask &= uint32_t((uint64_t{1} << columns) - 1);
+    const int count = __builtin_popcount(mask);
+    const __m512i elements = _mm512_maskz_loadu_epi16(__mmask32((uint64_t{1} << count) - 1), values);
+    values += count;
+    return _mm512_maskz_expand_epi16(mask, elements);
+  }
+  static inline Weights next(const bf16*& values, const uint8_t* codes) {
+    if constexpr (!kTwoOfFour) return some(values, codes, kColumns);
+    uint32_t mask;
+    std::memcpy(&mask, codes, sizeof mask);
+    const __m512i elements = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)values));
+    values += 16;
+    return _mm512_maskz_expand_epi16(mask, elements);
+  }
+  static inline void add(Float& sum, Weights w, const X* x) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+
+#endif
+
+#else
+
+constexpr int kCodeColumns = 512;
+
+template <bool kTwoOfFour>
+inline void read_codes(uint8_t* codes, const uint8_t* positions, int64_t bytes) {
+  std::memcpy(codes, positions, size_t(bytes < 64 ? bytes : 64));
+}
+
+#if defined(__AVX2__)
+// Lane of four elements, or 4, a zero, that each of eight columns takes, by the byte of their positions.
+struct SpreadLanes {
+  uint64_t of[256];
+  constexpr SpreadLanes() : of() {
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      uint64_t lanes = 0x0404040404040404u;
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned shift = (i / 2 * 4 + (byte >> 2 * i & 3)) * 8;
+        lanes = (lanes & ~(uint64_t{255} << shift)) | uint64_t{i} << shift;
+      }
+      of[byte] = lanes;
+    }
+  }
+};
+constexpr SpreadLanes kSpreadLanes{};
+#endif
+
+template <class T, bool kTwoOfFour>
+struct Spread {
+  using X = float;
+  static constexpr int kColumns = 8;
+  struct Weights {
+    Float part[kColumns / kLanes];
+  };
+
+  static inline Weights some(const T*& values, const uint8_t* codes, int columns) {
+    float spread[kColumns] = {};
+    if constexpr (kTwoOfFour) {
+      for (int i = 0; i < columns / 2; ++i) spread[i / 2 * 4 + (codes[0] >> 2 * i & 3)] = widen(*values++);
+    } else {
+      for (unsigned bits = codes[0]; bits != 0; bits &= bits - 1)
+        spread[__builtin_ctz(bits)] = widen(*values++);
+    }
+    Weights weights;
+    for (int i = 0; i < kColumns / kLanes; ++i) weights.part[i] = load(spread + i * kLanes);
+    return weights;
+  }
+  static inline Weights next(const T*& values, const uint8_t* codes) {
+#if defined(__AVX2__)
+    if constexpr (kTwoOfFour) {
+      Weights weights;
+      weights.part[0] = spread_four(load_four(values), codes[0]);
+      values += 4;
+      return weights;
+    }
+#endif
+    return some(values, codes, kColumns);
+  }
+  static inline void add(Float& sum, const Weights& w, const X* x) {
+    for (int i = 0; i < kColumns / kLanes; ++i) sum = fma(w.part[i], load(x + i * kLanes), sum);
+  }
+
+#if defined(__AVX2__)
+  static inline __m128 load_four(const float* p) { return _mm_loadu_ps(p); }
+  static inline __m128 load_four(const bf16* p) {
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)p)), 16));
+  }
+  static inline __m128 load_four(const fp16* p) { return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
+
+  static inline Float spread_four(__m128 elements, uint8_t byte) {
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(kSpreadLanes.of + byte)));
+    return _mm256_permutevar8x32_ps(_mm256_zextps128_ps256(elements), lanes);
+  }
+#endif
+};
+
+#endif
+
+}  // namespace
+}  // namespace tilewright::TW_ISA

@@ -1,0 +1,181 @@
+"""SemiStructuredLinear: a linear layer that stores and multiplies n of every m weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_count, check_device, check_tensor
+from ..prune.ops.semi_structured import linear
+from ..prune.semi_structured import (
+    Compressed,
+    Pattern,
+    compress_weight,
+    decompress_weight,
+    fitting_pattern,
+    from_torch_semi_structured,
+    wrong_groups,
+)
+
+
+class SemiStructuredLinear(nn.Module):
+    """``y = x W^T + bias`` with a weight of which n of every m neighbours along a row are kept.
+
+    Args:
+        in_features: a multiple of m.
+        out_features: size of the output.
+        pattern: "2:4", or another "n:m" with 1 <= n < m <= 32.
+        bias: whether there is one.
+        device, dtype: of the parameters; float32, float16, bfloat16, and float64 on the CPU.
+
+    A new layer keeps the first n of each group, with random values; `from_linear` makes one of a pruned layer.
+
+    Attributes:
+        values: parameter ``(out_features, in_features / m * n)``, the kept weights.
+        indices: buffer of uint8 ``(out_features, ceil(in_features / 8))``, where they are.
+        bias: parameter ``(out_features,)`` or None.
+
+    Where the weights are never changes. A kept weight that is exactly zero counts as pruned: it gets no
+    gradient, so training leaves it zero. Under autocast it computes in autocast's dtype, as torch.nn.Linear.
+    """
+
+    values: nn.Parameter
+    indices: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: str = "2:4",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("in_features", in_features)
+        check_count("out_features", out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self._pattern = Pattern.parse(pattern)
+        n, m = self._pattern
+        if in_features % m:
+            raise ValueError(f"in_features must be a multiple of {m} for {pattern}, got {in_features}")
+        kept = in_features // m * n
+        self.values = nn.Parameter(torch.empty(out_features, kept, device=device, dtype=dtype))
+        first = torch.zeros(1, in_features, device=device)
+        first.unflatten(1, (-1, m))[..., :n] = 1
+        indices = first.new_zeros((1, -(-in_features // 8)), dtype=torch.uint8)
+        if not first.is_meta:
+            indices = compress_weight(first, self._pattern).indices
+        self.register_buffer("indices", indices.repeat(out_features, 1))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws values and bias anew, as torch.nn.Linear would for a row of as many weights."""
+        bound = 1 / math.sqrt(self.values.shape[1])
+        nn.init.uniform_(self.values, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def pattern(self) -> str:
+        """Such as "2:4"."""
+        return str(self._pattern)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, pattern: str | None = None, mask: Tensor | None = None
+    ) -> SemiStructuredLinear:
+        """The same layer without the zeros of its weight.
+
+        Args:
+            linear: a torch.nn.Linear. Its weight may be torch's SparseSemiStructuredTensorCUTLASS.
+            pattern: "n:m". None: "2:4" if the zeros allow it, else the n:m with m of 4, 8 or 16 that keeps
+                the smallest share.
+            mask: bool, of the weight's shape, True where it is kept; zero elsewhere. None: where it is not 0.
+
+        Raises:
+            TypeError: it is no torch.nn.Linear.
+            ValueError: its weight does not fit the pattern, or any pattern; says where and by how much.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        if getattr(weight, "packed", None) is not None:
+            if pattern not in (None, "2:4") or mask is not None:
+                raise ValueError("a weight in torch's semi-structured form is 2:4, and has no other mask")
+            if getattr(weight, "meta", None) is None:
+                raise ValueError(
+                    "weight is in cuSPARSELt's form, which only it can read: call to_dense() first"
+                )
+            found, chosen = from_torch_semi_structured(weight.packed, weight.meta), Pattern(2, 4)  # type: ignore[arg-type]
+        else:
+            chosen = fitting_pattern(weight, mask) if pattern is None else Pattern.parse(pattern)
+            found = compress_weight(weight, chosen, mask)
+        return cls._of(found, chosen, linear)
+
+    @classmethod
+    def _of(cls, found: Compressed, pattern: Pattern, like: nn.Linear) -> SemiStructuredLinear:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = like.in_features, like.out_features
+        layer._pattern = pattern
+        layer.values = nn.Parameter(found.values, requires_grad=like.weight.requires_grad)
+        layer.register_buffer("indices", found.indices)
+        bias = None
+        if like.bias is not None:
+            bias = nn.Parameter(like.bias.detach().clone(), requires_grad=like.bias.requires_grad)
+        layer.register_parameter("bias", bias)
+        return layer.train(like.training)
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer, its zeros in place; it shares no memory with this one."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        weight = decompress_weight(self.values, self.indices, self._pattern)
+        dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``; x has any strides and the layer's dtype."""
+        if not isinstance(x, Tensor):
+            check_tensor("x", x)
+        values, bias = self.values, self.bias
+        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, values.dtype):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, values = x.to(dtype), values.to(dtype)
+            bias = None if bias is None else bias.to(dtype)  # type: ignore[assignment]
+        self._check(x, values)
+        y = linear(x.reshape(-1, self.in_features), values, self.indices, bias, *self._pattern, "none")
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _check(self, x: Tensor, values: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have shape (..., {self.in_features}), got {tuple(x.shape)}")
+        if x.dtype != values.dtype:
+            raise TypeError(f"x has dtype {x.dtype}, but the layer's is {values.dtype}: cast one of them")
+        check_device("x", x, values.device, "the layer")
+
+    def extra_repr(self) -> str:
+        """Sizes and pattern."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, pattern={self.pattern}, bias={self.bias is not None}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **keywords: Any
+    ) -> None:
+        indices, errors = state_dict.get(prefix + "indices"), arguments[4]
+        if isinstance(indices, Tensor) and indices.shape == self.indices.shape and not indices.is_meta:
+            if indices.dtype != torch.uint8:
+                errors.append(f"{prefix}indices must have dtype uint8, got {indices.dtype}")
+            elif bool(wrong_groups(indices, self.in_features, self._pattern).any()):
+                errors.append(f"{prefix}indices are not those of a {self.pattern} layer")
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **keywords)
