@@ -195,7 +195,9 @@ void choose_kernel(const Product& p, bool transposed, int64_t blocks, int device
 }
 
 bool is_available(int device) {
-  return device::compute_capability(device) == 90 && device::is_native(product_kernel<bf16, 128, false>, 90);
+  if (device::compute_capability(device) != 90) return false;
+  static const bool is_built = device::is_native(product_kernel<bf16, 128, false>, 90);
+  return is_built;
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ __device__ __forceinline__ void copy_tokens(T* tile, const Access& from, int64_t
   const bool exists = column >= 0 && column < from.columns;
   const T* const data = static_cast<const T*>(from.at.data);
   const T* source = data + (first_token + first) * from.at.row + column * from.at.column;
-#pragma unroll 4
+#pragma unroll 2
   for (int r = first; r < kDepth; r += step, source += step * from.at.row) {
     T* to = tile + place_of(r, chunk, width);
     const bool inside = exists && r < rows;

@@ -184,7 +184,9 @@ void choose_rows(const WeightProduct& p, int device, Stream stream) {
 }
 
 bool is_available(int device) {
-  return device::compute_capability(device) == 90 && device::is_native(weight_kernel<bf16, 128>, 90);
+  if (device::compute_capability(device) != 90) return false;
+  static const bool is_built = device::is_native(weight_kernel<bf16, 128>, 90);
+  return is_built;
 }
 
 }  // namespace
