@@ -202,9 +202,10 @@ bool is_available(int device) {
 
 }  // namespace
 
-// What the copy engine can address, and enough of it for most of the multiprocessors.
+// What the copy engine can address, with work for most of the multiprocessors and tokens for most of a tile.
 bool block_sparse_product_sm90_fits(const Product& p, bool transposed, int64_t blocks, int device) {
-  if (p.dtype == DType::kFloat32 || p.depth_bits < 6 || p.width_bits < 6 || blocks == 0) return false;
+  if (p.dtype == DType::kFloat32 || p.depth_bits < 6 || p.width_bits < 6) return false;
+  if (blocks == 0 || p.tokens <= kTokens / 2) return false;
   constexpr int64_t kMostRows = int64_t{1} << 30;
   const int64_t rows = blocks << (transposed ? p.depth_bits : p.width_bits);
   if (!p.values_vectors || !is_addressable(p.in, p.tokens) || rows > kMostRows) return false;
