@@ -36,8 +36,8 @@ constexpr int kRows = 8;  // 16 of 32 registers accumulate
 #else
 constexpr int kRows = 4;
 #endif
-constexpr int kTokens = 2 * kLanes;     // of a panel
-constexpr int kGroupPanels = 8;         // panels that go through a chunk of weights together
+constexpr int kTokens = 2 * kLanes;      // of a panel
+constexpr int kGroupPanels = 8;          // panels that go through a chunk of weights together
 constexpr int64_t kChunkWords = 131072;  // of weights: a quarter of a second-level cache
 constexpr int64_t kFew = 8;
 constexpr int kMaxBlock = 128;
@@ -50,6 +50,7 @@ struct Operands {
   const float* b;
   int64_t b_stride;
   int depth;
+  const float *later_a, *later_b;  // what comes some blocks on, to be fetched meanwhile; null: nothing
 };
 
 template <int kVectors>
@@ -65,14 +66,24 @@ struct Tile {
     }
   }
 
-  template <class Units>
+  template <class Units, bool kFetch>
   __attribute__((always_inline)) void add_product(const Operands& o) {
-    const float *a = o.a, *b = o.b;
+    const float *a = o.a, *b = o.b, *later_a = o.later_a, *later_b = o.later_b;
+    // The rows of a tile are neighbours in a block, one way or the other.
+    const int64_t later_step = o.depth_step == 1 ? kRows : o.depth_step;
     const int64_t row_step = o.row_step, depth_step = o.depth_step, b_stride = o.b_stride;
     for (int k = o.depth; k > 0; --k, a += depth_step, b += b_stride) {
       Float columns[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) {
+        columns[v] = load(b + v * kLanes);
+        if constexpr (kFetch) __builtin_prefetch(later_b + v * kLanes);
+      }
+      if constexpr (kFetch) {
+        __builtin_prefetch(later_a);
+        later_a += later_step;
+        later_b += b_stride;
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Float factor = splat(a[r * row_step]);
@@ -228,14 +239,20 @@ __attribute__((noinline)) void multiply_row(const BlockSparseLinearParams& p, co
   const int64_t begin = side.first[row], end = side.first[row + 1];
   Operands o = walk<T>(side);
   o.b_stride = kVectors * kLanes;
+  const int64_t step = o.depth * o.b_stride;
+  // Blocks ahead: for weights from memory 64 steps of the sum, for tokens from the caches 16.
+  const int64_t far = larger(1, 64 / o.depth), near = larger(1, 16 / o.depth);
+  const auto number = [&](int64_t at) { return converted != nullptr ? at - begin : side.block_of(at); };
   for (int64_t j = 0; j < side.height; j += kRows) {
     Tile<kVectors> tile;
     tile.each([](Float& x, int, int) { x = splat(0.0f); });
     for (int64_t at = begin; at < end; ++at) {
-      const int64_t block = converted != nullptr ? at - begin : side.block_of(at);
-      o.a = blocks + block * size + j * o.row_step;
-      o.b = panel + side.across[at] * int64_t{o.depth} * o.b_stride;
-      tile.template add_product<Units>(o);
+      const int64_t soon = smaller(at + near, end - 1), later = smaller(at + far, end - 1);
+      o.a = blocks + number(at) * size + j * o.row_step;
+      o.b = panel + side.across[at] * step;
+      o.later_a = blocks + number(later) * size + j * o.row_step;
+      o.later_b = panel + side.across[soon] * step;
+      tile.template add_product<Units, true>(o);
     }
     tile.each([&](Float& x, int r, int v) { store(sums + (j + r) * o.b_stride + v, x); });
   }
@@ -473,7 +490,7 @@ __attribute__((noinline)) void weight_block(const BlockPattern& w, Operands o, c
       o.b = x + i;
       Tile<kVectors> tile;
       tile.each([](Float& sum, int, int) { sum = splat(0.0f); });
-      tile.template add_product<Units>(o);
+      tile.template add_product<Units, false>(o);
       tile.each([&](Float& sum, int r, int v) {
         T* at = to + (j + r) * w.block_columns + i + v;
         w.block_columns < kLanes ? store_some(at, sum, w.block_columns) : store_fast(at, sum);
