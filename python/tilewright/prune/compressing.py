@@ -47,7 +47,7 @@ def compress(
     n:m, alternating in one process. A sparse form has to win twice, by `margin`, at every number of tokens it
     is taken for, by medians and then by lower quartiles: at those numbers no layer gets slower. Where
     different forms win, a `tilewright.nn.CrossoverLinear` holds two of them and chooses by the number of
-    tokens; it is frozen, and not made of layers in training mode. Everything else of the model stays as it is.
+    tokens; it is frozen, and not made of layers in training mode. The rest of the model stays as it is.
 
     Args:
         model: any module. Device, dtype, training mode and ``requires_grad`` of its layers are kept.
