@@ -215,14 +215,38 @@ void count_equals(const From& from, Key<R> threshold) {
   }
 }
 
+template <class R>
+int64_t count_from(const Key<R>* keys, int64_t count, Key<R> lowest) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<R, float>) {  // the compiler makes one sum of it, and waits for it
+    constexpr int kSums = 4;
+    const int64_t whole = count / (kSums * kLanes);
+    const __m512i bound = _mm512_set1_epi32(lowest), one = _mm512_set1_epi32(1);
+    __m512i sums[kSums] = {};
+    for (int64_t i = 0; i < whole; ++i) {
+      for (int k = 0; k < kSums; ++k, keys += kLanes) {
+        const __mmask16 from = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(keys), bound);
+        sums[k] = _mm512_mask_add_epi32(sums[k], from, sums[k], one);
+      }
+    }
+    int64_t reached = 0;
+    for (int k = 0; k < kSums; ++k) reached += _mm512_reduce_add_epi32(sums[k]);
+    for (int64_t i = whole * kSums * kLanes; i < count; ++i, ++keys) reached += *keys >= lowest;
+    return reached;
+  }
+#endif
+  Key<R> reached = 0;
+  for (int64_t i = 0; i < count; ++i) reached += keys[i] >= lowest;
+  return reached;
+}
+
 // The key that `kept` of these are not below, if there is one; a bit is found at a time.
 template <class R>
 Key<R> threshold_of(const Key<R>* keys, int64_t count, int64_t kept) {
   Key<R> threshold = 0;
   for (int bit = 8 * int(sizeof(R)) - 2; bit >= 0; --bit) {
     const Key<R> candidate = threshold | Key<R>{1} << bit;
-    Key<R> reached = 0;
-    for (int64_t i = 0; i < count; ++i) reached += keys[i] >= candidate;
+    const int64_t reached = count_from<R>(keys, count, candidate);
     if (reached >= kept) threshold = candidate;
     if (reached == kept) break;
   }
@@ -367,6 +391,38 @@ void select_all(const SelectParams& p) {
   });
 }
 
+template <class R>
+struct Reached {
+  int64_t count;
+  Key<R> highest;
+};
+
+// Keeps the keys from `lowest` on. (Bytes may alias anything, so loops that write them are vectors by hand.)
+template <class R>
+Reached<R> keep_from(const Key<R>* keys, int64_t count, Key<R> lowest, uint8_t* mask) {
+  Reached<R> reached{0, 0};
+  int64_t i = 0;
+  if constexpr (std::is_same_v<R, float>) {
+    Int highest{}, sum{};
+    for (; i + kLanes <= count; i += kLanes) {
+      Int key;
+      std::memcpy(&key, keys + i, sizeof key);
+      const Int kept = (Int)(key > splat(lowest - 1)) & 1;
+      store_bytes(mask + i, kept);
+      sum += kept;
+      highest = max(highest, key);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) reached.count += sum[lane];
+    reached.highest = reduce_max(highest);
+  }
+  for (; i < count; ++i) {
+    mask[i] = keys[i] >= lowest;
+    reached.count += mask[i];
+    reached.highest = keys[i] > reached.highest ? keys[i] : reached.highest;
+  }
+  return reached;
+}
+
 template <class T>
 void select_row(const SelectRowsParams& p, int64_t row, Key<Real<T>>* keys) {
   using R = Real<T>;
@@ -384,17 +440,13 @@ void select_row(const SelectRowsParams& p, int64_t row, Key<Real<T>>* keys) {
   }
   const Key<R> threshold = threshold_of<R>(keys, p.columns, p.kept);
   uint8_t* mask = p.mask + row * p.columns;
-  Key<R> highest = 0, at_least = 0;
-  for (int64_t i = 0; i < p.columns; ++i) {
-    mask[i] = keys[i] >= threshold;
-    at_least += keys[i] >= threshold;
-    highest = keys[i] > highest ? keys[i] : highest;
-  }
-  if (highest >= kInfinityKey<R>) report_invalid(p.invalid);
-  for (int64_t i = p.columns - 1; at_least > p.kept; --i) {  // the last of the equals go
+  const Reached<R> reached = keep_from<R>(keys, p.columns, threshold, mask);
+  if (reached.highest >= kInfinityKey<R>) report_invalid(p.invalid);
+  int64_t surplus = reached.count - p.kept;
+  for (int64_t i = p.columns - 1; surplus > 0; --i) {  // the last of the equals go
     if (keys[i] != threshold) continue;
     mask[i] = 0;
-    --at_least;
+    --surplus;
   }
 }
 

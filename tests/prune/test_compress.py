@@ -26,7 +26,9 @@ class Clock:
         self.cost: Cost = lambda name, tokens: 1.0 if name == "dense" else 0.5
         self.races: list[tuple[tuple[str, ...], int]] = []
 
-    def __call__(self, modules: Mapping[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
+    def __call__(
+        self, modules: Mapping[str, nn.Module], x: Tensor, seconds: float, undisturbed: bool = False
+    ) -> dict[str, float]:
         self.races.append((tuple(modules), len(x)))
         with torch.no_grad():
             outputs = [module(x) for module in modules.values()]
@@ -366,7 +368,7 @@ def test_other_outputs_undo_it(clock: Clock, x: Tensor, monkeypatch: pytest.Monk
     model = Net().eval()
     up = model.up
     real = tw.nn.BlockSparseLinear.forward
-    monkeypatch.setattr(compressing, "_race", lambda m, x, s: {n: 1.0 if n == "dense" else 0.5 for n in m})
+    monkeypatch.setattr(compressing, "_race", lambda m, *_: {n: 1.0 if n == "dense" else 0.5 for n in m})
     monkeypatch.setattr(tw.nn.BlockSparseLinear, "forward", lambda self, x: real(self, x) + 1)
     with pytest.raises(RuntimeError, match=r"after compress, output differs by .*; the model is as it was"):
         tw.prune.compress(model, x)

@@ -13,7 +13,7 @@ from . import Probe
 _OUT, _IN, _TOKENS = 72, 96, 21
 
 
-def _linear(device: torch.device, pattern: object, sparsity: float | None) -> nn.Linear:
+def _linear(device: torch.device, pattern: str | Block, sparsity: float | None) -> nn.Linear:
     """A layer with zeros, the same on every device."""
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(_IN, _OUT)

@@ -79,7 +79,7 @@ def curves(
         for mask in found:
             level += mask
         levels.append(level)
-        sizes.append([int(mask.sum()) for mask in found])
+        sizes.append([int(mask.count_nonzero()) for mask in found])
     sums = [[0.0] * points for _ in targets]
     norm, seen = 0.0, 0
     with torch.no_grad(), evaluation(calibration.model):

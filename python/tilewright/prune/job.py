@@ -157,7 +157,7 @@ class Job:
 
     def _layer(self, change: Change, error: float | None) -> PrunedLayer:
         rows, columns = change.target.matrix.shape
-        zeros = change.mask.numel() - int(change.mask.sum())
+        zeros = change.mask.numel() - int(change.mask.count_nonzero())
         name, pattern = change.target.name, str(self.pattern)
         return PrunedLayer(name, (rows, columns), pattern, self.criterion, rows * columns, zeros, error)
 
