@@ -18,6 +18,7 @@
 #include "prune/block_sparse_linear.h"
 
 #include "prune/linear_simd.h"
+#include "prune/register_tile.h"
 
 namespace tilewright::TW_ISA {
 
@@ -31,68 +32,11 @@ using prune::BlockPattern;
 using prune::BlockSparseCall;
 using prune::BlockSparseLinearParams;
 
-#if defined(__AVX512F__)
-constexpr int kRows = 8;  // 16 of 32 registers accumulate
-#else
-constexpr int kRows = 4;
-#endif
 constexpr int kTokens = 2 * kLanes;      // of a panel
 constexpr int kGroupPanels = 8;          // panels that go through a chunk of weights together
 constexpr int64_t kChunkWords = 131072;  // of weights: a quarter of a second-level cache
 constexpr int64_t kFew = 8;
 constexpr int kMaxBlock = 128;
-
-// ---- the product ----
-
-struct Operands {
-  const float* a;
-  int64_t row_step, depth_step;
-  const float* b;
-  int64_t b_stride;
-  int depth;
-  const float *later_a, *later_b;  // what comes some blocks on, to be fetched meanwhile; null: nothing
-};
-
-template <int kVectors>
-struct Tile {
-  Float sums[kRows][kVectors];
-
-  template <class Body>
-  __attribute__((always_inline)) void each(const Body& body) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) body(sums[r][v], r, v * kLanes);
-    }
-  }
-
-  template <class Units, bool kFetch>
-  __attribute__((always_inline)) void add_product(const Operands& o) {
-    const float *a = o.a, *b = o.b, *later_a = o.later_a, *later_b = o.later_b;
-    // The rows of a tile are neighbours in a block, one way or the other.
-    const int64_t later_step = o.depth_step == 1 ? kRows : o.depth_step;
-    const int64_t row_step = o.row_step, depth_step = o.depth_step, b_stride = o.b_stride;
-    for (int k = o.depth; k > 0; --k, a += depth_step, b += b_stride) {
-      Float columns[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        columns[v] = load(b + v * kLanes);
-        if constexpr (kFetch) __builtin_prefetch(later_b + v * kLanes);
-      }
-      if constexpr (kFetch) {
-        __builtin_prefetch(later_a);
-        later_a += later_step;
-        later_b += b_stride;
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Float factor = splat(a[r * row_step]);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = Units::step(factor, columns[v], sums[r][v]);
-      }
-    }
-  }
-};
 
 // ---- y and dx: which blocks, and how they are read ----
 
@@ -499,6 +443,18 @@ __attribute__((noinline)) void weight_block(const BlockPattern& w, Operands o, c
   }
 }
 
+// Zeros where a block sticks out of the weight: what is infinite in dz or x has made NaN of them.
+template <class T>
+void clear_outside(const BlockSparseLinearParams& p, int64_t block, T* to) {
+  const BlockPattern& w = p.pattern;
+  const int64_t rows = p.out - int64_t{w.row[block]} * w.block_rows;
+  const int64_t columns = p.in - int64_t{w.column[block]} * w.block_columns;
+  if (rows >= w.block_rows && columns >= w.block_columns) return;
+  for (int64_t j = 0; j < w.block_rows; ++j) {
+    for (int64_t i = j < rows ? columns : 0; i < w.block_columns; ++i) to[j * w.block_columns + i] = T{};
+  }
+}
+
 template <class T>
 struct ColumnPanels {
   int64_t depth;
@@ -537,6 +493,7 @@ void weight_gradient(const BlockSparseLinearParams& p, int threads) {
       const float* x = panels.x + w.column[block] * panels.depth * w.block_columns;
       T* to = static_cast<T*>(p.values) + block * size;
       w.block_columns > kLanes ? weight_block<T, 2>(w, o, dz, x, to) : weight_block<T, 1>(w, o, dz, x, to);
+      clear_outside<T>(p, block, to);
     }
   });
 }

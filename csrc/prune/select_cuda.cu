@@ -5,7 +5,7 @@
 // digit is a pass over all of them and a small kernel that picks it; one more pass counts, chunk by chunk,
 // who is equal to the threshold, the last writes the mask. Of rows, a block does all of that for its row.
 //
-// Roofline: four reads of each score, a byte written; a row's are in the cache after the first.
+// Roofline: five reads of each score, a byte written; a row's are in the cache after the first.
 #include "device/atomics.h"
 #include "device/launch.h"
 #include "device/smem.h"
