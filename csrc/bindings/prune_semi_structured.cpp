@@ -144,8 +144,7 @@ void compress(py::handle dense, py::handle mask, py::handle values, py::handle p
               int threads) {
   Arguments arguments;
   Device device;
-  const SemiStructuredFormatParams p =
-      format_of(arguments, dense, mask, values, positions, n, m, device);
+  const SemiStructuredFormatParams p = format_of(arguments, dense, mask, values, positions, n, m, device);
   if (p.weight.out * p.weight.in == 0) return;
   const Stream stream = arguments.current_stream(device);
   py::gil_scoped_release released;

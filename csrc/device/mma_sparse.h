@@ -6,8 +6,8 @@
 //   C, 16 x 8
 //
 // The metadata say which they are by four bits for each four neighbours, the lower position in the lower two,
-// ascending. Those of a warp's first operand come from two lanes of each quad, t = 2 kSelector + h: of columns
-// 16h to 16h + 15, row g in the lower half of the register, row g + 8 in the upper.
+// ascending. Those of a warp's first operand come from two lanes of each quad, t = 2 kSelector + h: of
+// columns 16h to 16h + 15, row g in the lower half of the register, row g + 8 in the upper.
 #pragma once
 
 #include "device/mma.h"
@@ -20,8 +20,7 @@ template <MmaElement T, int kSelector>
 void mma_sparse_m16n8k32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata,
                          Site site = Site::current()) {
   static_assert(kSelector == 0 || kSelector == 1);
-  emulator::MmaSparseOperands operands{
-      {a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, metadata, c, site};
+  emulator::MmaSparseOperands operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, metadata, c, site};
   emulator::mma_sparse_m16n8k32(operands, std::is_same_v<T, bf16>, kSelector, site);
 }
 

@@ -79,13 +79,13 @@ void gather_kept(KeptElement (&to)[kRows][kSparseDepth], const uint64_t* values,
     const unsigned g = lane / 4, t = lane % 4;
     for (unsigned i = 0; i < 4; ++i) {
       const unsigned row = g + i % 2 * 8, half = i / 2;  // of the columns; t is the group of four there
-      const MmaSparseOperands& source =
-          operand<MmaSparseOperands>(values, g * 4 + 2 * selector + half);
+      const MmaSparseOperands& source = operand<MmaSparseOperands>(values, g * 4 + 2 * selector + half);
       const unsigned nibble = source.metadata >> (16 * (i % 2) + 4 * t) & 15u;
       const unsigned first = nibble & 3u, second = nibble >> 2;
       if (first >= second) {
-        Block::running().report(source.site, str("mma_sparse_m16n8k32: the metadata of row ", row, ", columns ",
-                                16 * half + 4 * t, " on, are ", nibble, ": positions must ascend"));
+        Block::running().report(source.site,
+                                str("mma_sparse_m16n8k32: the metadata of row ", row, ", columns ",
+                                    16 * half + 4 * t, " on, are ", nibble, ": positions must ascend"));
       }
       KeptElement* four = to[row] + 16 * half + 4 * t;
       four[first] = {widened(uint16_t(from.a[i]), brain_floats), true};

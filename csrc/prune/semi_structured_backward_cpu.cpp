@@ -3,11 +3,11 @@
 //   dx[t][c] = sum over o of dz[t][o] w[o][c];   dW[o][c] = sum over t of dz[t][o] x[t][c], where c is kept
 //
 // dx: tokens lie along the vectors, as forward with many tokens; the sums of some columns stay in the first
-// cache while all rows of the weight pass. Roofline: out * kept * tokens multiply-adds, each with a load and a
-// store of its sum.
+// cache while all rows of the weight pass. Roofline: out * kept * tokens multiply-adds, each with a load and
+// a store of its sum.
 //
-// dW: a dense product, tiles of 8 rows and two vectors of columns in registers, of which the kept elements are
-// written. Roofline: out * in * tokens multiply-adds: what is not kept is computed too.
+// dW: a dense product, tiles of 8 rows and two vectors of columns in registers, of which the kept elements
+// are written. Roofline: out * in * tokens multiply-adds: what is not kept is computed too.
 #include "core/threads.h"
 #include "prune/semi_structured_simd.h"
 
@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kSumColumns = 64;  // of dx, in the first cache
 constexpr int64_t kGatherRows = 64;  // of dz, transposed at a time
+constexpr int64_t kRowsAhead = 8;    // whose columns are asked for
 
 // ---- dx ----
 
@@ -84,12 +85,15 @@ void input_gradient(const SemiStructuredLinearParams& p, int threads) {
                                      gradients + block * w.out * kStep);
   });
   parallel_slots(panels * blocks, threads, [&](int64_t unit, int slot) {
-    const int64_t block = unit % blocks, begin = unit / blocks * columns, end = smaller(begin + columns, w.in);
+    const int64_t block = unit % blocks, begin = unit / blocks * columns,
+                  end = smaller(begin + columns, w.in);
     float* sums = all_sums + slot * columns * kStep;
     std::memset(sums, 0, size_t(columns * kStep) * sizeof(float));
-    for (int64_t row = 0; row < w.out; ++row)
+    for (int64_t row = 0; row < w.out; ++row) {
+      if (row + kRowsAhead < w.out) prefetch_columns<T>(w, row + kRowsAhead, begin, end);
       scatter_row<T, kTwoOfFour, kVectors>(sums, w, row, begin, end,
                                            gradients + (block * w.out + row) * kStep);
+    }
     const int64_t count = smaller(p.tokens - block * kStep, kStep);
     for (int64_t t = 0; t < count; ++t) {
       T* to = static_cast<T*>(p.dx.data) + (block * kStep + t) * p.dx.row;
@@ -149,11 +153,9 @@ void multiply_tile(float* to, const float* gradients, const float* x, int64_t to
 template <class T>
 void keep_gradients(const SemiStructuredLinearParams& p, int64_t row, int64_t begin, int64_t end,
                     const float* dense) {
-  const T* values = static_cast<const T*>(p.weight.values) + row * p.weight.kept();
   T* to = static_cast<T*>(p.dvalues) + row * p.weight.kept();
-  for_kept(p.weight, row, begin, end, [&](int64_t element, int64_t column) {
-    narrow_to(to + element, widen(values[element]) == 0 ? 0.0f : dense[column - begin]);
-  });
+  for_kept(p.weight, row, begin, end,
+           [&](int64_t element, int64_t column) { narrow_to(to + element, dense[column - begin]); });
 }
 
 constexpr int64_t gradient_columns(const SemiStructuredWeight& w) {
@@ -220,14 +222,13 @@ void input_gradient_float64(const SemiStructuredLinearParams& p, int threads) {
 
 void weight_gradient_float64(const SemiStructuredLinearParams& p, int threads) {
   parallel_chunks(p.weight.out, threads, [&](int64_t row) {
-    const double* values = static_cast<const double*>(p.weight.values) + row * p.weight.kept();
     double* to = static_cast<double*>(p.dvalues) + row * p.weight.kept();
     for_kept(p.weight, row, 0, p.weight.in, [&](int64_t element, int64_t column) {
       double sum = 0;
       for (int64_t t = 0; t < p.tokens; ++t)
         sum += static_cast<const double*>(p.y.data)[t * p.y.row + row * p.y.column] *
                static_cast<const double*>(p.x.data)[t * p.x.row + column * p.x.column];
-      to[element] = values[element] == 0 ? 0 : sum;
+      to[element] = sum;
     });
   });
 }
@@ -249,8 +250,8 @@ int64_t semi_structured_backward_workspace_cpu(const SemiStructuredLinearParams&
     floats = (divide_up(p.tokens, step) * w.out + larger(threads, 1) * sum_columns(w)) * step;
   } else {
     const int64_t columns = gradient_columns(w), tiles = divide_up(columns, kTileColumns);
-    floats = p.tokens * (divide_up(w.in, columns) * tiles * kTileColumns +
-                         divide_up(w.out, kTileRows) * kTileRows);
+    floats = p.tokens *
+             (divide_up(w.in, columns) * tiles * kTileColumns + divide_up(w.out, kTileRows) * kTileRows);
   }
   return floats * int64_t{sizeof(float)};
 }

@@ -17,12 +17,10 @@ namespace tilewright::prune::semi {
 
 using device::Vector;
 
-constexpr int64_t kFewTokens = 8;
-
 // Products on tensor cores by mma.sp, 2:4 in 16 bits.
 void forward_sparse_mma(const SemiStructuredLinearParams&, Stream);
-// Few tokens, 2:4.
-void forward_few(const SemiStructuredLinearParams&, Stream);
+// Few tokens, 2:4, of aligned rows; false: not for these.
+bool forward_few(const SemiStructuredLinearParams&, Stream);
 // All that remains, on tensor cores (16 bits) or without.
 void product_dense(const SemiStructuredLinearParams&, SemiStructuredCall, Stream);
 

@@ -1,11 +1,13 @@
-// The semi-structured linear layer on the GPU where no sparse instruction serves: float32, other patterns than
-// 2:4, and the gradients. A tile of the weight is made dense in shared memory, and dense tiles are multiplied:
+// The semi-structured linear layer on the GPU where no sparse instruction serves: float32, other patterns
+// than 2:4, and the gradients. A tile of the weight is made dense in shared memory, and dense tiles are
+// multiplied:
 //
 //   forward  C[t][o] = sum over c of x[t][c] w[o][c]
 //   input    C[t][c] = sum over o of dz[t][o] w[o][c]
 //   weight   C[o][c] = sum over t of dz[t][o] x[t][c], written where c is kept
 //
-// on tensor cores in 16 bits, by float32 arithmetic else. A plain kernel: one stage, element by element loads.
+// on tensor cores in 16 bits, by float32 arithmetic else. A plain kernel: one stage, element by element
+// loads.
 //
 // Roofline: 2 * out * in * tokens FLOP, the dense product's; the weight is read once for 64 tokens.
 #include "device/mma.h"
@@ -17,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / device::kWarpSize;
 constexpr int kRows = 64, kColumns = 64, kDepth = 32;  // of a tile
-constexpr int kPad = 8;  // elements, so that rows do not meet in a bank
+constexpr int kPad = 8;                                // elements, so that rows do not meet in a bank
 
 struct DenseParams {
   SemiStructuredLinearParams p;
@@ -55,9 +57,9 @@ __device__ __forceinline__ Vector<T, 4> four_weights(const SemiStructuredWeight&
     }
     return four;
   }
+#pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (column + i >= w.in) break;
-    const int64_t place = place_of(w, row, column + i);
+    const int64_t place = column + i < w.in ? place_of(w, row, column + i) : -1;
     if (place >= 0) four[i] = values[place];
   }
   return four;
@@ -112,9 +114,7 @@ __device__ __forceinline__ void store_result(const DenseParams& d, int64_t row, 
     return;
   }
   const int64_t place = place_of(p.weight, row, column);
-  if (place < 0) return;
-  const bool pruned = device::to_float(values_of<T>(p.weight, row)[place]) == 0.0f;
-  static_cast<T*>(p.dvalues)[row * p.weight.kept() + place] = device::from_float<T>(pruned ? 0.0f : sum);
+  if (place >= 0) static_cast<T*>(p.dvalues)[row * p.weight.kept() + place] = device::from_float<T>(sum);
 }
 
 struct TilePlace {
@@ -224,7 +224,7 @@ void semi_structured_linear_cuda(const SemiStructuredLinearParams& p, SemiStruct
                                  Stream stream) {
   const device::DeviceGuard guard(device);
   const bool sparse = call == SemiStructuredCall::kForward && p.weight.two_of_four();
-  if (sparse && p.tokens <= semi::kFewTokens) return semi::forward_few(p, stream);
+  if (sparse && semi::forward_few(p, stream)) return;
   if (sparse && p.dtype != DType::kFloat32) return semi::forward_sparse_mma(p, stream);
   semi::product_dense(p, call, stream);
 }

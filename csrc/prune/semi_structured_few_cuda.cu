@@ -2,8 +2,8 @@
 //
 //   y[t][o] = activation(sum over kept c of w[o][c] x[t][c] + bias[o]),  t < 8
 //
-// A warp takes a row of the weight. A lane takes 16 bytes of its values at a time and the positions that belong
-// to them; of the four elements of x that a group meets it picks two by their positions, in registers.
+// A warp takes a row of the weight. A lane takes 16 or 8 bytes of its values at a time and the positions that
+// belong to them; of the four elements of x that a group meets it picks two by their positions, in registers.
 //
 // Roofline: memory; 18 bytes of 8 16-bit values and their positions (17 of 4 float32 values), about 11
 // instructions a group for one token and 5 for each other.
@@ -12,56 +12,30 @@
 namespace tilewright::prune::semi {
 namespace {
 
+constexpr int kFewTokens = 8;
 constexpr int kWarps = 4, kThreads = kWarps * device::kWarpSize;
 
-struct FewParams {
-  SemiStructuredLinearParams p;
-  bool vectors;  // values by 16 bytes, x by groups
-};
-
-template <class T>
+// With several tokens a lane has enough loads under way, and x wants the registers.
+template <class T, int kTokens>
 struct Chunk {
-  static constexpr int kValues = 16 / int(sizeof(T)), kGroups = kValues / 2, kColumns = 2 * kValues;
+  static constexpr int kBytes = sizeof(T) == 2 && kTokens > 1 ? 8 : 16;
+  static constexpr int kValues = kBytes / int(sizeof(T)), kGroups = kValues / 2, kColumns = 2 * kValues;
   Vector<T, kValues> values;
   uint32_t positions;  // four bits a group
 };
 
-template <class T>
-__device__ __forceinline__ Chunk<T> load_chunk(const FewParams& f, const T* values, const uint8_t* positions,
-                                               int64_t chunk) {
-  using C = Chunk<T>;
+template <class T, int kTokens>
+__device__ __forceinline__ Chunk<T, kTokens> load_chunk(const T* values, const uint8_t* positions,
+                                                        int64_t chunk) {
+  using C = Chunk<T, kTokens>;
   C loaded;
-  const int64_t groups = f.p.weight.in / 4, first = chunk * C::kGroups;
-  if (f.vectors) {
-    loaded.values = device::load_streaming(reinterpret_cast<const Vector<T, C::kValues>*>(values) + chunk);
-    const auto bytes = device::load(
-        reinterpret_cast<const Vector<uint8_t, C::kGroups / 2>*>(positions) + chunk);
-    loaded.positions = 0;
-#pragma unroll
-    for (int i = 0; i < C::kGroups / 2; ++i) loaded.positions |= uint32_t{bytes[i]} << 8 * i;
-    return loaded;
-  }
+  loaded.values = device::load_streaming(reinterpret_cast<const Vector<T, C::kValues>*>(values) + chunk);
+  const auto bytes =
+      device::load(reinterpret_cast<const Vector<uint8_t, C::kGroups / 2>*>(positions) + chunk);
   loaded.positions = 0;
 #pragma unroll
-  for (int g = 0; g < C::kGroups; ++g) {
-    const bool inside = first + g < groups;
-    loaded.values[2 * g] = inside ? values[2 * (first + g)] : T{};
-    loaded.values[2 * g + 1] = inside ? values[2 * (first + g) + 1] : T{};
-    const uint32_t byte = inside ? positions[(first + g) / 2] : 0u;
-    loaded.positions |= (byte >> (first + g) % 2 * 4 & 15u) << 4 * g;
-  }
+  for (int i = 0; i < C::kGroups / 2; ++i) loaded.positions |= uint32_t{bytes[i]} << 8 * i;
   return loaded;
-}
-
-template <class T>
-__device__ __forceinline__ Vector<T, 4> load_group(const FewParams& f, const T* x, int64_t column) {
-  if (f.vectors) return device::load(reinterpret_cast<const Vector<T, 4>*>(x + column));
-  Vector<T, 4> four{};
-  if (column < f.p.weight.in) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) four[i] = x[(column + i) * f.p.x.column];
-  }
-  return four;
 }
 
 // Elements nibble & 3 and nibble >> 2 of four.
@@ -86,9 +60,9 @@ __device__ __forceinline__ Vector<float, 2> pick(const Vector<T, 4>& four, uint3
 }
 
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ FewParams f) {
-  using C = Chunk<T>;
-  const SemiStructuredWeight& w = f.p.weight;
+__global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ SemiStructuredLinearParams p) {
+  using C = Chunk<T, kTokens>;
+  const SemiStructuredWeight& w = p.weight;
   const int64_t row = int64_t{blockIdx.x} * kWarps + device::warp_id();
   if (row >= w.out) return;
   const T* values = values_of<T>(w, row);
@@ -97,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ F
   const int64_t chunks = divide_up(w.in, C::kColumns);
 #pragma unroll 1
   for (int64_t chunk = device::lane_id(); chunk < chunks; chunk += device::kWarpSize) {
-    const C loaded = load_chunk<T>(f, values, positions, chunk);
+    const C loaded = load_chunk<T, kTokens>(values, positions, chunk);
 #pragma unroll
     for (int g = 0; g < C::kGroups; ++g) {
       const uint32_t nibble = loaded.positions >> 4 * g & 15u;
@@ -105,9 +79,10 @@ __global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ F
           device::to_float2(Vector<T, 2>{loaded.values[2 * g], loaded.values[2 * g + 1]});
 #pragma unroll
       for (int t = 0; t < kTokens; ++t) {
-        if (t >= f.p.tokens) break;
-        const T* x = static_cast<const T*>(f.p.x.data) + t * f.p.x.row;
-        const Vector<float, 2> picked = pick(load_group(f, x, chunk * C::kColumns + 4 * g), nibble);
+        if (t >= p.tokens) break;
+        const T* x = static_cast<const T*>(p.x.data) + t * p.x.row;
+        const Vector<float, 2> picked =
+            pick(device::load(reinterpret_cast<const Vector<T, 4>*>(x) + chunk * C::kGroups + g), nibble);
         sums[t] = device::fma_rn(weights[0], picked[0], sums[t]);
         sums[t] = device::fma_rn(weights[1], picked[1], sums[t]);
       }
@@ -116,32 +91,36 @@ __global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ F
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
     const float sum = device::add_lanes(sums[t]);
-    if (t < f.p.tokens && device::lane_id() == t) finish<T>(f.p, t, row, sum);
+    if (t < p.tokens && device::lane_id() == t) finish<T>(p, t, row, sum);
   }
 }
 
 template <class T>
-void launch_few(const SemiStructuredLinearParams& p, Stream stream) {
-  using C = Chunk<T>;
-  const SemiStructuredWeight& w = p.weight;
-  const bool vectors = w.in % C::kColumns == 0 && p.x.column == 1 && p.x.row % 4 == 0 &&
-                       device::is_aligned(p.x.data, 4 * sizeof(T)) && device::is_aligned(w.values, 16) &&
-                       device::is_aligned(w.positions, 2);
-  const device::Kernel<FewParams> kernel = p.tokens == 1   ? few_kernel<T, 1>
-                                           : p.tokens <= 4 ? few_kernel<T, 4>
-                                                           : few_kernel<T, 8>;
-  const int64_t blocks = divide_up(w.out, kWarps);
+bool fits(const SemiStructuredLinearParams& p) {
+  return p.weight.in % Chunk<T, 1>::kColumns == 0 && p.x.column == 1 && p.x.row % 4 == 0 &&
+         device::is_aligned(p.x.data, 4 * sizeof(T)) && device::is_aligned(p.weight.values, 16) &&
+         device::is_aligned(p.weight.positions, 2);
+}
+
+template <class T>
+bool launch_few(const SemiStructuredLinearParams& p, Stream stream) {
+  if (p.tokens > kFewTokens || !fits<T>(p)) return false;
+  const device::Kernel<SemiStructuredLinearParams> kernel = p.tokens == 1   ? few_kernel<T, 1>
+                                                            : p.tokens <= 4 ? few_kernel<T, 4>
+                                                                            : few_kernel<T, kFewTokens>;
+  const int64_t blocks = divide_up(p.weight.out, kWarps);
   check_value(blocks <= 0x7fffffff, "values: too many rows for one launch");
   device::preload(kernel);
-  device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, {p, vectors});
+  device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
+  return true;
 }
 
 }  // namespace
 
-void forward_few(const SemiStructuredLinearParams& p, Stream stream) {
+bool forward_few(const SemiStructuredLinearParams& p, Stream stream) {
   if (p.dtype == DType::kFloat32) return launch_few<float>(p, stream);
   if (p.dtype == DType::kFloat16) return launch_few<fp16>(p, stream);
-  launch_few<bf16>(p, stream);
+  return launch_few<bf16>(p, stream);
 }
 
 }  // namespace tilewright::prune::semi

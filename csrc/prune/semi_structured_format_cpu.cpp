@@ -1,4 +1,5 @@
-// A weight between its dense and its semi-structured form, on the CPU; compiled once per instruction-set level.
+// A weight between its dense and its semi-structured form, on the CPU; compiled once per instruction-set
+// level.
 //
 // Roofline: memory. The forms are converted once in a weight's life, so this is plain code.
 #include <type_traits>

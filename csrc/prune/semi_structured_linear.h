@@ -45,7 +45,7 @@ struct SemiStructuredLinearParams {
   Matrix y;          // (tokens, out), written by forward; input and weight read dz here
   Matrix z;          // (tokens, out), written by forward: before the activation; may be absent
   Matrix dx;         // (tokens, in), written by input
-  void* dvalues;     // as weight.values, written by weight: 0 where the value is 0, which is no weight
+  void* dvalues;     // as weight.values, written by weight
   int64_t tokens;
   Activation activation;
   DType dtype;      // float32, float16, bfloat16; float64 on the CPU

@@ -2,14 +2,15 @@
 //
 //   y[t][o] = activation(sum over kept c of w[o][c] x[t][c] + bias[o])
 //
-// Few tokens: four rows of the weight are walked together, a vector of columns at a time; the elements are
-// spread over the columns they belong to (AVX-512: by vpexpand, with masks made of 128 nibbles at once) and
-// multiplied with x. Roofline: the weight is read once, 34 bytes of float32 values and positions for 16
-// columns (36 bytes for 32 of bfloat16), some 9 instructions each.
+// Few tokens, and any number of bfloat16 ones where the CPU multiplies pairs: four rows of the weight are
+// walked together, a vector of columns at a time; the elements are spread over the columns they belong to
+// (AVX-512: by vpexpand, with masks made of 128 nibbles at once) and multiplied with x. Roofline: the weight
+// is read once, 34 bytes of float32 values and positions for 16 columns (36 bytes for 32 of bfloat16), some 9
+// instructions each.
 //
 // Many tokens: tokens lie along the vectors. x is transposed once; a kept element is broadcast and multiplied
-// with its column's vectors, so what was pruned costs nothing. Roofline: out * kept * tokens multiply-adds, of
-// which each reads a vector from the first cache.
+// with its column's vectors, so what was pruned costs nothing. Roofline: out * kept * tokens multiply-adds,
+// of which each reads a vector from the first cache.
 #include "core/threads.h"
 #include "prune/semi_structured_simd.h"
 
@@ -17,7 +18,7 @@ namespace tilewright::TW_ISA {
 namespace {
 
 constexpr int64_t kFewTokens = 12, kMostFewTokens = 32;
-constexpr int64_t kFewBytes = 768 << 10;  // of x, in the second cache
+constexpr int64_t kFewBytes = 640 << 10;  // of x, in the second cache
 constexpr int64_t kPrefetchBytes = 1024;  // of values, ahead of what is being multiplied
 constexpr int64_t kRowsTogether = 4;
 #if defined(__AVX512F__)
@@ -30,18 +31,21 @@ constexpr int64_t kPanelColumns = 64;             // of x, in the first cache
 
 constexpr int64_t padded_columns(int64_t in) { return divide_up(in, 64) * 64; }
 
+// Products of pairs are twice as many a step: there the walk along the columns stays ahead with any tokens.
+template <class T, bool kTwoOfFour>
 constexpr bool is_few(const SemiStructuredLinearParams& p) {
-  if (p.tokens <= kFewTokens) return true;
+  using X = typename Spread<T, kTwoOfFour>::X;
+  if (p.tokens <= kFewTokens || !std::is_same_v<X, float>) return true;
   return p.tokens <= kMostFewTokens &&
-         p.tokens * padded_columns(p.weight.in) * int64_t{sizeof(float)} <= kFewBytes;
+         p.tokens * padded_columns(p.weight.in) * int64_t{sizeof(X)} <= kFewBytes;
 }
 
 // ---- few tokens ----
 
 template <class T, class X>
-void copy_tokens(const SemiStructuredLinearParams& p, X* to) {
+void copy_tokens(const SemiStructuredLinearParams& p, X* to, int threads) {
   const int64_t in = p.weight.in, padded = padded_columns(in);
-  for (int64_t t = 0; t < p.tokens; ++t) {
+  parallel_chunks(p.tokens, threads, [&](int64_t t) {
     const T* from = static_cast<const T*>(p.x.data) + t * p.x.row;
     X* row = to + t * padded;
     for (int64_t c = 0; c < in; ++c) {
@@ -52,7 +56,7 @@ void copy_tokens(const SemiStructuredLinearParams& p, X* to) {
       }
     }
     std::memset(row + in, 0, size_t(padded - in) * sizeof(X));
-  }
+  });
 }
 
 // Rows [row, row + kRows) with tokens [token, token + kTokens).
@@ -97,24 +101,29 @@ void multiply_few(const SemiStructuredLinearParams& p, int64_t row, int64_t toke
 }
 
 template <class T, bool kTwoOfFour, int kRows, class X>
-void multiply_few_rows(const SemiStructuredLinearParams& p, int64_t row, const X* x) {
-  int64_t token = 0;
-  for (; token + kTokensTogether <= p.tokens; token += kTokensTogether)
+void multiply_few_rows(const SemiStructuredLinearParams& p, int64_t row, int64_t token, int64_t end,
+                       const X* x) {
+  for (; token + kTokensTogether <= end; token += kTokensTogether)
     multiply_few<T, kTwoOfFour, kRows, kTokensTogether>(p, row, token, x);
-  for (; token < p.tokens; ++token) multiply_few<T, kTwoOfFour, kRows, 1>(p, row, token, x);
+  for (; token < end; ++token) multiply_few<T, kTwoOfFour, kRows, 1>(p, row, token, x);
 }
 
+// A unit of work is some rows with as many tokens as leave their x in the second cache.
 template <class T, bool kTwoOfFour>
 void forward_few(const SemiStructuredLinearParams& p, int threads) {
   using X = typename Spread<T, kTwoOfFour>::X;
   X* x = static_cast<X*>(p.workspace);
-  copy_tokens<T>(p, x);
-  parallel_chunks(divide_up(p.weight.out, kFewRows), threads, [&](int64_t chunk) {
-    const int64_t end = smaller((chunk + 1) * kFewRows, p.weight.out);
-    int64_t row = chunk * kFewRows;
+  copy_tokens<T>(p, x, threads);
+  const int64_t fitting = kFewBytes / (padded_columns(p.weight.in) * int64_t{sizeof(X)});
+  const int64_t together = larger(fitting / kTokensTogether, 1) * kTokensTogether;
+  const int64_t token_units = divide_up(p.tokens, together);
+  parallel_chunks(divide_up(p.weight.out, kFewRows) * token_units, threads, [&](int64_t unit) {
+    const int64_t token = unit % token_units * together, last = smaller(token + together, p.tokens);
+    int64_t row = unit / token_units * kFewRows;
+    const int64_t end = smaller(row + kFewRows, p.weight.out);
     for (; row + kRowsTogether <= end; row += kRowsTogether)
-      multiply_few_rows<T, kTwoOfFour, kRowsTogether>(p, row, x);
-    for (; row < end; ++row) multiply_few_rows<T, kTwoOfFour, 1>(p, row, x);
+      multiply_few_rows<T, kTwoOfFour, kRowsTogether>(p, row, token, last, x);
+    for (; row < end; ++row) multiply_few_rows<T, kTwoOfFour, 1>(p, row, token, last, x);
   });
 }
 
@@ -188,20 +197,22 @@ void forward_many(const SemiStructuredLinearParams& p, int threads) {
     float* sums = all_sums + slot * kManyRows * kStep;
     std::memset(sums, 0, size_t(rows * kStep) * sizeof(float));
     for (int64_t begin = 0; begin < in; begin += columns) {
-      for (int64_t r = 0; r < rows; ++r)
-        add_columns<T, kTwoOfFour, kVectors>(sums + r * kStep, w, first + r, begin,
-                                             smaller(begin + columns, in), x + (block * in + begin) * kStep);
+      const float* panel = x + (block * in + begin) * kStep;
+      const int64_t end = smaller(begin + columns, in), next = smaller(end + columns, in);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (end < in) prefetch_columns<T>(w, first + r, end, next);
+        add_columns<T, kTwoOfFour, kVectors>(sums + r * kStep, w, first + r, begin, end, panel);
+      }
     }
     for (int64_t t = 0; t < count; ++t) {
-      for (int64_t r = 0; r < rows; ++r)
-        finish<T>(p, block * kStep + t, first + r, sums[r * kStep + t]);
+      for (int64_t r = 0; r < rows; ++r) finish<T>(p, block * kStep + t, first + r, sums[r * kStep + t]);
     }
   });
 }
 
 template <class T, bool kTwoOfFour>
 void forward(const SemiStructuredLinearParams& p, int threads) {
-  if (is_few(p)) return forward_few<T, kTwoOfFour>(p, threads);
+  if (is_few<T, kTwoOfFour>(p)) return forward_few<T, kTwoOfFour>(p, threads);
   if (vectors_of(p.tokens) == 1) return forward_many<T, kTwoOfFour, 1>(p, threads);
   if (vectors_of(p.tokens) == 2) return forward_many<T, kTwoOfFour, 2>(p, threads);
   forward_many<T, kTwoOfFour, 4>(p, threads);
@@ -226,10 +237,13 @@ void forward_float64(const SemiStructuredLinearParams& p, int threads) {
   });
 }
 
+// Of any dtype: the larger of what the two ways take.
 int64_t forward_workspace(const SemiStructuredLinearParams& p, int threads) {
-  if (is_few(p)) return p.tokens * padded_columns(p.weight.in) * int64_t{sizeof(float)};
+  const int64_t few = p.tokens * padded_columns(p.weight.in);
+  if (p.tokens <= kFewTokens) return few * int64_t{sizeof(float)};
   const int64_t step = vectors_of(p.tokens) * kLanes, slots = larger(threads, 1);
-  return (divide_up(p.tokens, step) * p.weight.in + slots * kManyRows) * step * int64_t{sizeof(float)};
+  const int64_t many = (divide_up(p.tokens, step) * p.weight.in + slots * kManyRows) * step;
+  return larger(few, many) * int64_t{sizeof(float)};
 }
 
 }  // namespace

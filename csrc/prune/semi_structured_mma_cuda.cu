@@ -1,13 +1,14 @@
 // The 2:4 linear layer forward in 16 bits on the sparse tensor cores (mma.sp, sm_80 and later).
 //
-// What the instruction takes sparse is its first operand, so a thread block computes the transpose of a tile of
-// y: 128 rows of the weight times 128 or 32 tokens, y^T = W x^T. A warp takes 64 rows and half of the tokens.
-// Stages of 64 columns are copied two ahead of the one that is multiplied: the values as they are, x as it is,
-// and the positions as they are: a lane's metadata are two half words of two rows of them, and the two pairs
-// of lanes of a quad hold those of two slabs of 16 rows, between which the instruction's selector chooses.
+// What the instruction takes sparse is its first operand, so a thread block computes the transpose of a tile
+// of y: 128 rows of the weight times 128 or 32 tokens, y^T = W x^T. A warp takes 64 rows and half of the
+// tokens. Stages of 64 columns are copied two ahead of the one that is multiplied: the values as they are, x
+// as it is, and the positions as they are: a lane's metadata are two half words of two rows of them, and the
+// two pairs of lanes of a quad hold those of two slabs of 16 rows, between which the instruction's selector
+// chooses.
 //
-// Roofline, of a stage of 128 rows and 128 tokens: 2.1 MFLOP counted dense, 512 clocks of sm_80's sparse tensor
-// cores; 48 KB of fragments out of shared memory and 25 KB into it, 570 clocks; 25 KB from L2.
+// Roofline, of a stage of 128 rows and 128 tokens: 2.1 MFLOP counted dense, 512 clocks of sm_80's sparse
+// tensor cores; 48 KB of fragments out of shared memory and 25 KB into it, 570 clocks; 25 KB from L2.
 #include "device/async_copy.h"
 #include "device/mma_sparse.h"
 #include "prune/semi_structured_cuda.h"
@@ -41,7 +42,9 @@ union alignas(128) Smem {
 };
 
 // Element (row, 8 chunk) of a tile of x, or of the values, whose rows of 4 chunks lie two to a line of banks.
-__device__ __forceinline__ int place_in_x(int row, int chunk) { return row * kDepth + ((chunk ^ (row & 7)) << 3); }
+__device__ __forceinline__ int place_in_x(int row, int chunk) {
+  return row * kDepth + ((chunk ^ (row & 7)) << 3);
+}
 __device__ __forceinline__ int place_in_values(int row, int chunk) {
   return row * kKept + ((chunk ^ (row >> 1 & 3)) << 3);
 }
@@ -128,8 +131,7 @@ __device__ __forceinline__ void multiply_stage(Sums<kTokens>& sums, const Stage<
           a[s], device::shared_address(stage.values + place_in_values(row, 2 * step + matrix / 2)));
     }
 #pragma unroll
-    for (int s = 0; s < kSlabs / 2; ++s)
-      metadata[s] = metadata_of(stage.positions, first_row + 32 * s, step);
+    for (int s = 0; s < kSlabs / 2; ++s) metadata[s] = metadata_of(stage.positions, first_row + 32 * s, step);
 #pragma unroll
     for (int n = 0; n < kTokens / 16; ++n) {
       uint32_t b[4];
@@ -207,7 +209,8 @@ __global__ void __launch_bounds__(kThreads) sparse_kernel(const __grid_constant_
   const SemiStructuredLinearParams& p = m.p;
   const int64_t row0 = int64_t{blockIdx.x} % m.row_tiles * kRows;
   const int64_t token0 = int64_t{blockIdx.x} / m.row_tiles * kTokens;
-  const int first_row = device::warp_id() % 2 * kWarpRows, first_token = device::warp_id() / 2 * (kTokens / 2);
+  const int first_row = device::warp_id() % 2 * kWarpRows,
+            first_token = device::warp_id() / 2 * (kTokens / 2);
   const int stages = int(divide_up(p.weight.in, kDepth));
   const auto begin_copies = [&](int number) {
     if (number < stages) {

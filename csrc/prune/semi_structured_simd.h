@@ -36,8 +36,18 @@ inline void for_kept(const SemiStructuredWeight& w, int64_t row, int64_t begin, 
 }
 
 // Vectors of tokens that a panel of transposed tokens holds.
-constexpr int64_t vectors_of(int64_t tokens) {
-  return tokens <= kLanes ? 1 : tokens <= 2 * kLanes ? 2 : 4;
+constexpr int64_t vectors_of(int64_t tokens) { return tokens <= kLanes ? 1 : tokens <= 2 * kLanes ? 2 : 4; }
+
+// Asks for a row's columns [begin, end), which will be read soon: its pieces are too short and too far from
+// each other for the hardware to foresee them.
+template <class T>
+inline void prefetch_columns(const SemiStructuredWeight& w, int64_t row, int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64;
+  const char* values = reinterpret_cast<const char*>(static_cast<const T*>(w.values) + row * w.kept());
+  const int64_t first = begin / w.m * w.n * int64_t{sizeof(T)}, last = end / w.m * w.n * int64_t{sizeof(T)};
+  for (int64_t at = first; at < last; at += kLine) __builtin_prefetch(values + at);
+  __builtin_prefetch(values + last - 1);
+  __builtin_prefetch(w.positions + row * position_bytes(w.in) + begin / 8);
 }
 
 // ---- the function applied to a result ----
@@ -85,11 +95,10 @@ struct Spread;
 static inline __m512i masks_of_nibbles(__m512i nibbles) {
   const __m512i low = _mm512_set1_epi8(15);
   // Pairs (first, second): 1 << first | 1 << second, by nibble second * 4 + first.
-  const __m512i table = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
+  const __m512i table =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
   const __m512i first = _mm512_shuffle_epi8(table, _mm512_and_si512(nibbles, low));
-  const __m512i second =
-      _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low));
+  const __m512i second = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low));
   return _mm512_or_si512(first, _mm512_slli_epi16(second, 4));  // second < 16: nothing crosses a byte
 }
 

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_count, check_device, check_tensor
+from ..prune.masked import mask_of, set_mask
 from ..prune.ops.semi_structured import linear
+from ..prune.patterns import NOfM
 from ..prune.semi_structured import (
     Compressed,
-    Pattern,
     compress_weight,
     decompress_weight,
     fitting_pattern,
     from_torch_semi_structured,
+    n_of_m,
     wrong_groups,
 )
 
@@ -31,15 +33,15 @@ class SemiStructuredLinear(nn.Module):
         bias: whether there is one.
         device, dtype: of the parameters; float32, float16, bfloat16, and float64 on the CPU.
 
-    A new layer keeps the first n of each group, with random values; `from_linear` makes one of a pruned layer.
+    A new layer keeps the first n of each group, with random values; `from_linear` takes a pruned layer's.
 
     Attributes:
         values: parameter ``(out_features, in_features / m * n)``, the kept weights.
         indices: buffer of uint8 ``(out_features, ceil(in_features / 8))``, where they are.
         bias: parameter ``(out_features,)`` or None.
 
-    Where the weights are never changes. A kept weight that is exactly zero counts as pruned: it gets no
-    gradient, so training leaves it zero. Under autocast it computes in autocast's dtype, as torch.nn.Linear.
+    Where the weights are never changes, and what is not stored stays zero. Under autocast the layer computes
+    in autocast's dtype, as torch.nn.Linear.
     """
 
     values: nn.Parameter
@@ -59,14 +61,14 @@ class SemiStructuredLinear(nn.Module):
         check_count("in_features", in_features)
         check_count("out_features", out_features)
         self.in_features, self.out_features = in_features, out_features
-        self._pattern = Pattern.parse(pattern)
-        n, m = self._pattern
+        self._pattern = n_of_m(pattern)
+        n, m = self._pattern.n, self._pattern.m
         if in_features % m:
             raise ValueError(f"in_features must be a multiple of {m} for {pattern}, got {in_features}")
         kept = in_features // m * n
         self.values = nn.Parameter(torch.empty(out_features, kept, device=device, dtype=dtype))
         first = torch.zeros(1, in_features, device=device)
-        first.unflatten(1, (-1, m))[..., :n] = 1
+        first.view(1, in_features // m, m)[..., :n] = 1
         indices = first.new_zeros((1, -(-in_features // 8)), dtype=torch.uint8)
         if not first.is_meta:
             indices = compress_weight(first, self._pattern).indices
@@ -99,7 +101,11 @@ class SemiStructuredLinear(nn.Module):
             linear: a torch.nn.Linear. Its weight may be torch's SparseSemiStructuredTensorCUTLASS.
             pattern: "n:m". None: "2:4" if the zeros allow it, else the n:m with m of 4, 8 or 16 that keeps
                 the smallest share.
-            mask: bool, of the weight's shape, True where it is kept; zero elsewhere. None: where it is not 0.
+            mask: bool, of the weight's shape, True where it is kept; zero elsewhere. None: the layer's mask
+                (`tilewright.prune.mask_of`), or, if it has none, where the weight is not zero.
+
+        A group that keeps fewer than n stores zeros beside them. A mask on `values` (`set_mask`) keeps these
+        zero in training; like all such masks it is in no state_dict.
 
         Raises:
             TypeError: it is no torch.nn.Linear.
@@ -108,21 +114,27 @@ class SemiStructuredLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
-        if getattr(weight, "packed", None) is not None:
+        packed, meta = getattr(weight, "packed", None), getattr(weight, "meta", None)
+        if packed is not None:
             if pattern not in (None, "2:4") or mask is not None:
                 raise ValueError("a weight in torch's semi-structured form is 2:4, and has no other mask")
-            if getattr(weight, "meta", None) is None:
+            if meta is None:
                 raise ValueError(
                     "weight is in cuSPARSELt's form, which only it can read: call to_dense() first"
                 )
-            found, chosen = from_torch_semi_structured(weight.packed, weight.meta), Pattern(2, 4)  # type: ignore[arg-type]
-        else:
-            chosen = fitting_pattern(weight, mask) if pattern is None else Pattern.parse(pattern)
-            found = compress_weight(weight, chosen, mask)
-        return cls._of(found, chosen, linear)
+            found = from_torch_semi_structured(packed, meta)
+            return cls._of(found, NOfM(2, 4), linear)
+        mask = mask_of(linear) if mask is None else mask
+        chosen = fitting_pattern(weight, mask) if pattern is None else n_of_m(pattern)
+        layer = cls._of(compress_weight(weight, chosen, mask), chosen, linear)
+        kept = weight.detach() != 0 if mask is None else mask
+        inside = compress_weight(kept.to(torch.float32), chosen, kept).values != 0
+        if not bool(inside.all()):
+            set_mask(layer, inside, "values")
+        return layer
 
     @classmethod
-    def _of(cls, found: Compressed, pattern: Pattern, like: nn.Linear) -> SemiStructuredLinear:
+    def _of(cls, found: Compressed, pattern: NOfM, like: nn.Linear) -> SemiStructuredLinear:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = like.in_features, like.out_features
@@ -148,13 +160,22 @@ class SemiStructuredLinear(nn.Module):
         """``(..., in_features)`` to ``(..., out_features)``; x has any strides and the layer's dtype."""
         if not isinstance(x, Tensor):
             check_tensor("x", x)
-        values, bias = self.values, self.bias
+        values: Tensor = self.values
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, values.dtype):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values = x.to(dtype), values.to(dtype)
-            bias = None if bias is None else bias.to(dtype)  # type: ignore[assignment]
+            bias = None if bias is None else bias.to(dtype)
         self._check(x, values)
-        y = linear(x.reshape(-1, self.in_features), values, self.indices, bias, *self._pattern, "none")
+        y = linear(
+            x.reshape(-1, self.in_features),
+            values,
+            self.indices,
+            bias,
+            self._pattern.n,
+            self._pattern.m,
+            "none",
+        )
         return y.view(*x.shape[:-1], self.out_features)
 
     def _check(self, x: Tensor, values: Tensor) -> None:

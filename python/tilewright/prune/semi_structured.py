@@ -13,32 +13,17 @@ from torch import Tensor
 
 from .._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from .ops import semi_structured as ops
+from .patterns import NOfM, parse_pattern
 
 _GROUPS = (4, 8, 16)  # where a pattern is looked for
-_LARGEST_GROUP = 32
 
 
-class Pattern(NamedTuple):
-    """n of every m neighbours along a row are kept."""
-
-    n: int
-    m: int
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
-
-    @classmethod
-    def parse(cls, text: str) -> Pattern:
-        """Of "2:4" and the like: 1 <= n < m <= 32."""
-        if not isinstance(text, str):
-            raise TypeError(f'pattern must be a str such as "2:4", got {text!r}')
-        parts = text.split(":")
-        if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
-            raise ValueError(f'pattern must be "n:m" such as "2:4", got {text!r}')
-        n, m = map(int, parts)
-        if not 1 <= n < m <= _LARGEST_GROUP:
-            raise ValueError(f'pattern must be "n:m" with 1 <= n < m <= {_LARGEST_GROUP}, got {text!r}')
-        return cls(n, m)
+def n_of_m(pattern: str | NOfM) -> NOfM:
+    """The pattern meant by "2:4" and the like."""
+    parsed = parse_pattern(pattern)
+    if not isinstance(parsed, NOfM):
+        raise ValueError(f'pattern must be "n:m" such as "2:4", got {pattern!r}')
+    return parsed
 
 
 class Compressed(NamedTuple):
@@ -76,10 +61,10 @@ def _check_weight(weight: Tensor, mask: Tensor | None) -> None:
 def _group_counts(weight: Tensor, mask: Tensor | None, m: int) -> Tensor:
     """How many elements each group keeps, (out, groups)."""
     kept = weight != 0 if mask is None else mask
-    return kept.unflatten(1, (-1, m)).sum(-1)
+    return kept.reshape(len(kept), kept.shape[1] // m, m).sum(-1)
 
 
-def fitting_pattern(weight: Tensor, mask: Tensor | None = None) -> Pattern:
+def fitting_pattern(weight: Tensor, mask: Tensor | None = None) -> NOfM:
     """ "2:4" if the zeros allow it, else the n:m with m of 4, 8 or 16 that keeps the smallest share.
 
     Args:
@@ -97,8 +82,8 @@ def fitting_pattern(weight: Tensor, mask: Tensor | None = None) -> Pattern:
         if columns % m == 0
     }
     if fullest.get(4, 4) <= 2:
-        return Pattern(2, 4)
-    fitting = [Pattern(n, m) for m, n in fullest.items() if n < m]
+        return NOfM(2, 4)
+    fitting = [NOfM(n, m) for m, n in fullest.items() if n < m]
     if fitting:
         return min(fitting, key=lambda p: (p.n / p.m, p.m))
     if not fullest:
@@ -110,7 +95,7 @@ def fitting_pattern(weight: Tensor, mask: Tensor | None = None) -> Pattern:
     raise ValueError(f"weight ({out}, {columns}) fits no n:m pattern: its fullest groups keep {found}")
 
 
-def compress_weight(weight: Tensor, pattern: str | Pattern = "2:4", mask: Tensor | None = None) -> Compressed:
+def compress_weight(weight: Tensor, pattern: str | NOfM = "2:4", mask: Tensor | None = None) -> Compressed:
     """The kept elements of a weight and their positions; `decompress_weight` gives the same bits back.
 
     A group that keeps fewer than n is filled up with the first of its others, as zeros.
@@ -124,9 +109,9 @@ def compress_weight(weight: Tensor, pattern: str | Pattern = "2:4", mask: Tensor
         TypeError, ValueError: an argument that is not of its kind; a group that keeps more than n, named by
             its row and columns.
     """
-    pattern = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
+    pattern = n_of_m(pattern)
     _check_weight(weight, mask)
-    n, m = pattern
+    n, m = pattern.n, pattern.m
     if weight.shape[1] % m:
         raise ValueError(
             f"weight has rows of {weight.shape[1]} elements, which do not divide into groups of {m}"
@@ -143,15 +128,15 @@ def compress_weight(weight: Tensor, pattern: str | Pattern = "2:4", mask: Tensor
     return Compressed(*ops.compress(weight.detach(), mask, n, m))
 
 
-def decompress_weight(values: Tensor, indices: Tensor, pattern: str | Pattern = "2:4") -> Tensor:
+def decompress_weight(values: Tensor, indices: Tensor, pattern: str | NOfM = "2:4") -> Tensor:
     """The dense weight ``(out, in)``; pruned elements are +0.0."""
-    pattern = pattern if isinstance(pattern, Pattern) else Pattern.parse(pattern)
+    pattern = n_of_m(pattern)
     check_compressed(values, indices, pattern)
-    dense: Tensor = ops.decompress(values.detach().contiguous(), indices.contiguous(), *pattern)
+    dense: Tensor = ops.decompress(values.detach().contiguous(), indices.contiguous(), pattern.n, pattern.m)
     return dense
 
 
-def check_compressed(values: Tensor, indices: Tensor, pattern: Pattern) -> None:
+def check_compressed(values: Tensor, indices: Tensor, pattern: NOfM) -> None:
     """Refuses what is no compressed form; looks at every position, which waits for a device."""
     check_tensor("values", values)
     check_dtype("values", values, FLOATS)
@@ -161,7 +146,7 @@ def check_compressed(values: Tensor, indices: Tensor, pattern: Pattern) -> None:
         )
     check_tensor("indices", indices)
     check_dtype("indices", indices, (torch.uint8,))
-    out, columns = values.shape[0], ops.columns_of(values, *pattern)
+    out, columns = values.shape[0], ops.columns_of(values, pattern.n, pattern.m)
     check_shape("indices", indices, (out, -(-columns // 8)), "(out, ceil(in / 8))")
     check_device("indices", indices, values.device, "values")
     wrong = torch.nonzero(wrong_groups(indices, columns, pattern))
@@ -170,27 +155,28 @@ def check_compressed(values: Tensor, indices: Tensor, pattern: Pattern) -> None:
         raise ValueError(f"indices are not those of {pattern}: row {row}, group {group}")
 
 
-def wrong_groups(indices: Tensor, columns: int, pattern: Pattern) -> Tensor:
+def wrong_groups(indices: Tensor, columns: int, pattern: NOfM) -> Tensor:
     """Which groups (out, groups) have no valid positions."""
-    n, m = pattern
-    if pattern == (2, 4):
+    n, m = pattern.n, pattern.m
+    if pattern == NOfM(2, 4):
         nibbles = torch.stack((indices & 15, indices >> 4), dim=-1).flatten(1)[:, : columns // 4]
         return (nibbles & 3) >= nibbles >> 2
     bits = (indices[..., None] >> torch.arange(8, dtype=torch.uint8, device=indices.device)) & 1
-    return bits.flatten(1)[:, :columns].unflatten(1, (-1, m)).sum(-1) != n if columns else bits[:, :0, 0]
+    return bits.flatten(1)[:, :columns].reshape(len(bits), columns // m, m).sum(-1) != n
 
 
 # ---- torch's own compressed form ----
 
 
-def _torch_order(rows: int, columns: int, device: torch.device) -> Tensor:
+def _torch_order(meta: Tensor) -> Tensor:
     """Where torch's CUTLASS form keeps element (row, column) of the 16-bit metadata, as (rows, columns).
 
     Rows are dealt in 32s: eight apart become neighbours. Of each square of two by two, the corner above on
     the right and the one below on the left change places. Columns lie in memory two by two.
     """
-    row = torch.arange(rows, device=device)[:, None]
-    column = torch.arange(columns, device=device)[None, :]
+    rows, columns = meta.shape
+    row = torch.arange(rows, device=meta.device)[:, None]
+    column = torch.arange(columns, device=meta.device)[None, :]
     row = row // 32 * 32 + row % 8 * 4 + row % 32 // 8
     row, column = row // 2 * 2 + column % 2, column // 2 * 2 + row % 2
     return column // 2 * (2 * rows) + row * 2 + column % 2
@@ -210,7 +196,7 @@ def to_torch_semi_structured(values: Tensor, indices: Tensor) -> tuple[Tensor, T
 
     float32 has 1:2 there: each half of a group keeps one element, or this raises ValueError.
     """
-    check_compressed(values, indices, Pattern(2, 4))
+    check_compressed(values, indices, NOfM(2, 4))
     out, columns = values.shape[0], 2 * values.shape[1]
     _check_torch_shape(out, columns, values.dtype)
     if values.dtype == torch.float32:
@@ -223,7 +209,7 @@ def to_torch_semi_structured(values: Tensor, indices: Tensor) -> tuple[Tensor, T
         indices = (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
     words = indices.contiguous().view(torch.int16)
     meta = torch.empty_like(words).view(-1)
-    meta[_torch_order(*words.shape, words.device).view(-1)] = words.view(-1)
+    meta[_torch_order(words).view(-1)] = words.view(-1)
     return values.detach().clone(), meta.view(words.shape)
 
 
@@ -241,7 +227,7 @@ def from_torch_semi_structured(packed: Tensor, meta: Tensor) -> Compressed:
     check_dtype("meta", meta, (torch.int16,))
     share = 8 if packed.dtype == torch.float32 else 16
     check_shape("meta", meta, (out, columns // share), f"(out, in / {share})")
-    words = meta.reshape(-1)[_torch_order(*meta.shape, meta.device)]
+    words = meta.reshape(-1)[_torch_order(meta)]
     indices = words.contiguous().view(torch.uint8)
     if packed.dtype == torch.float32:
         first = torch.where(indices & 15 == 0b0100, 0, 1)
@@ -249,5 +235,5 @@ def from_torch_semi_structured(packed: Tensor, meta: Tensor) -> Compressed:
         nibbles = first | second << 2
         indices = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
     found = Compressed(packed.detach().clone(), indices.contiguous())
-    check_compressed(*found, Pattern(2, 4))
+    check_compressed(*found, NOfM(2, 4))
     return found

@@ -1,8 +1,8 @@
 """The semi-structured linear layer as torch ops.
 
-    tilewright::semi_structured_linear_fwd  y = activation(x W^T + bias), and z before the activation if wanted
+    tilewright::semi_structured_linear_fwd  y = activation(x W^T + bias), and z, before the activation
     tilewright::semi_structured_linear_dx   dx = dz W
-    tilewright::semi_structured_linear_dw   dW = dz^T x at the kept elements; 0 where the element is 0
+    tilewright::semi_structured_linear_dw   dW = dz^T x at the kept elements
     tilewright::semi_structured_compress    (values, indices) of a dense weight that keeps n of m
     tilewright::semi_structured_decompress  the dense weight
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ... import _backend
 from ..._library import define
+from .block_sparse import ACTIVATIONS, activation_gradient
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _FORWARD, _INPUT, _WEIGHT = range(3)
 
 
@@ -139,19 +139,6 @@ compress = torch.ops.tilewright.semi_structured_compress.default
 decompress = torch.ops.tilewright.semi_structured_decompress.default
 
 
-def _activation_gradient(dy: Tensor, z: Tensor, activation: str) -> Tensor:
-    """dz of y = activation(z)."""
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(dy, z, 0)
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(dy, z)
-    if activation in ("gelu", "gelu_tanh"):
-        return torch.ops.aten.gelu_backward(
-            dy, z, approximate="tanh" if activation == "gelu_tanh" else "none"
-        )
-    return dy
-
-
 class SemiStructuredLinearFunction(torch.autograd.Function):
     """y of (x, values, indices, bias, n, m, activation); x (tokens, in)."""
 
@@ -176,7 +163,7 @@ class SemiStructuredLinearFunction(torch.autograd.Function):
         x, values, indices, z = ctx.saved_tensors
         n, m, activation = ctx.options
         need_x, need_values, _, need_bias, *_ = ctx.needs_input_grad
-        dz = _activation_gradient(dy, z, activation)
+        dz = activation_gradient(dy, z, activation)
         dx = _input_gradient(dz, values, indices, n, m) if need_x else None
         dvalues = _weight_gradient(dz, x, values, indices, n, m) if need_values else None
         return dx, dvalues, None, dz.sum(0) if need_bias else None, None, None, None
@@ -187,6 +174,8 @@ def linear(
 ) -> Tensor:
     """y of x (tokens, in), with gradients where any input needs one."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias)):
-        result: Tensor = SemiStructuredLinearFunction.apply(x, values, indices, bias, n, m, activation)
+        result: Tensor = SemiStructuredLinearFunction.apply(  # type: ignore[no-untyped-call]
+            x, values, indices, bias, n, m, activation
+        )
         return result
     return _fwd(x, values, indices, bias, n, m, activation, False)[0]  # type: ignore[no-any-return]
