@@ -36,6 +36,7 @@ constexpr int kTokens = 2 * kLanes;      // of a panel
 constexpr int kGroupPanels = 8;          // panels that go through a chunk of weights together
 constexpr int64_t kChunkWords = 131072;  // of weights: a quarter of a second-level cache
 constexpr int64_t kFew = 8;
+constexpr int64_t kAhead = 4096;  // bytes: the hardware alone stays too close
 constexpr int kMaxBlock = 128;
 
 // ---- y and dx: which blocks, and how they are read ----
@@ -328,7 +329,7 @@ template <class T, int kT>
 __attribute__((always_inline)) inline void stream_block(const Stream<T>& s, const T* block, const float* x,
                                                         float* sums) {
   using Units = typename UnitsOf<T>::Type;
-  constexpr int kLinesAtOnce = kT == 1 ? 4 : 2;
+  constexpr int kLinesAtOnce = kT == 1 ? 4 : 2, kPerWord = Stream<T>::kPerWord;
   for (int line = 0; line < s.lines; line += kLinesAtOnce) {
     Float found[kLinesAtOnce][kT];
     float* at = sums + line * kT * kLanes;
@@ -337,7 +338,9 @@ __attribute__((always_inline)) inline void stream_block(const Stream<T>& s, cons
     for (int word = 0; word < s.line; word += kLanes) {
 #pragma GCC unroll 4
       for (int i = 0; i < kLinesAtOnce; ++i) {
-        const Float weights = load_weights(block, int64_t{line + i} * s.line + word);
+        const int64_t at_word = int64_t{line + i} * s.line + word;
+        const Float weights = load_weights(block, at_word);
+        __builtin_prefetch(reinterpret_cast<const char*>(block + at_word * kPerWord) + kAhead);
 #pragma GCC unroll 4
         for (int t = 0; t < kT; ++t)
           found[i][t] = Units::step(weights, load(x + t * s.token_words + word), found[i][t]);
