@@ -3,9 +3,10 @@
 //   y[t][o] = activation(sum over kept c of w[o][c] x[t][c] + bias[o])
 //
 // Few tokens, and any number of bfloat16 ones where the CPU multiplies pairs: four rows of the weight are
-// walked together, a vector of columns at a time; the elements are spread over the columns they belong to
-// (AVX-512: by vpexpand, with masks made of 128 nibbles at once) and multiplied with x. Roofline: the weight
-// is read once, 34 bytes of float32 values and positions for 16 columns (36 bytes for 32 of bfloat16), some 9
+// walked together, a vector of elements at a time. With AVX-512 the columns that 2:4 elements belong to are
+// computed from their positions by two or three instructions, and picked out of x by one (vpermt2ps or
+// vpermt2w); elements of other patterns are spread over the columns (vpexpand). Roofline: the weight is read
+// once, 68 bytes of float32 values and positions for 32 columns (72 bytes for 64 of bfloat16), some 7
 // instructions each.
 //
 // Many tokens: tokens lie along the vectors. x is transposed once; a kept element is broadcast and multiplied
@@ -17,7 +18,7 @@
 namespace tilewright::TW_ISA {
 namespace {
 
-constexpr int64_t kFewTokens = 12, kMostFewTokens = 32;
+constexpr int64_t kFewTokens = 32;
 constexpr int64_t kFewBytes = 640 << 10;  // of x, in the second cache
 constexpr int64_t kPrefetchBytes = 1024;  // of values, ahead of what is being multiplied
 constexpr int64_t kRowsTogether = 4;
@@ -34,10 +35,7 @@ constexpr int64_t padded_columns(int64_t in) { return divide_up(in, 64) * 64; }
 // Products of pairs are twice as many a step: there the walk along the columns stays ahead with any tokens.
 template <class T, bool kTwoOfFour>
 constexpr bool is_few(const SemiStructuredLinearParams& p) {
-  using X = typename Spread<T, kTwoOfFour>::X;
-  if (p.tokens <= kFewTokens || !std::is_same_v<X, float>) return true;
-  return p.tokens <= kMostFewTokens &&
-         p.tokens * padded_columns(p.weight.in) * int64_t{sizeof(X)} <= kFewBytes;
+  return p.tokens <= kFewTokens || !std::is_same_v<typename Spread<T, kTwoOfFour>::X, float>;
 }
 
 // ---- few tokens ----
@@ -78,7 +76,7 @@ void multiply_few(const SemiStructuredLinearParams& p, int64_t row, int64_t toke
   for (int64_t block = 0; block < in; block += kCodeColumns) {
     const int64_t columns = smaller(in - block, kCodeColumns), whole = columns / S::kColumns * S::kColumns;
     for (int r = 0; r < kRows; ++r)
-      read_codes<kTwoOfFour>(codes[r], positions + r * bytes + block / 8, bytes - block / 8);
+      read_codes(codes[r], positions + r * bytes + block / 8, bytes - block / 8);
     const auto* at = x + block;
     for (int64_t c = 0; c < whole; c += S::kColumns, at += S::kColumns) {
 #pragma GCC unroll 4

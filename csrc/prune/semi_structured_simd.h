@@ -84,33 +84,19 @@ inline void finish(const SemiStructuredLinearParams& p, int64_t token, int64_t r
 
 // ---- a vector of columns at a time ----
 
-// A step of the walk along a row: kColumns columns, whose elements are spread over a vector, zeros between
-// them. codes(...) are what tells where: the bytes of positions, or, with AVX-512, the masks made of them.
+// A step of the walk along a row: kColumns columns, their elements and where those belong, made of the bytes
+// of their positions.
 template <class T, bool kTwoOfFour>
 struct Spread;
 
 #if defined(__AVX512F__)
 
-// Nibbles of two of four to masks of four.
-static inline __m512i masks_of_nibbles(__m512i nibbles) {
-  const __m512i low = _mm512_set1_epi8(15);
-  // Pairs (first, second): 1 << first | 1 << second, by nibble second * 4 + first.
-  const __m512i table =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
-  const __m512i first = _mm512_shuffle_epi8(table, _mm512_and_si512(nibbles, low));
-  const __m512i second = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(nibbles, 4), low));
-  return _mm512_or_si512(first, _mm512_slli_epi16(second, 4));  // second < 16: nothing crosses a byte
-}
-
-// What a row's walk has read ahead: the masks of 512 columns.
+// What a row's walk has read ahead: positions of 512 columns, zeros behind the end.
 constexpr int kCodeColumns = 512;
 
-template <bool kTwoOfFour>
 inline void read_codes(uint8_t* codes, const uint8_t* positions, int64_t bytes) {
   const __mmask64 there = bytes >= 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1;
-  __m512i code = _mm512_maskz_loadu_epi8(there, positions);
-  if (kTwoOfFour) code = _mm512_maskz_mov_epi8(there, masks_of_nibbles(code));
-  _mm512_storeu_si512(codes, code);
+  _mm512_storeu_si512(codes, _mm512_maskz_loadu_epi8(there, positions));
 }
 
 inline Float load_first(const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
@@ -121,15 +107,7 @@ inline Float load_first(const bf16* p, __mmask16 lanes) {
 inline Float load_first(const fp16* p, __mmask16 lanes) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
 }
-inline Float load_eight(const float* p) { return _mm512_castps256_ps512(_mm256_loadu_ps(p)); }
-inline Float load_eight(const bf16* p) {
-  return _mm512_castsi512_ps(_mm512_castsi256_si512(
-      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16)));
-}
-inline Float load_eight(const fp16* p) {
-  return _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
-}
-
+// Other patterns: the elements are spread over the columns by their bits.
 template <class T, bool kTwoOfFour>
 struct Spread {
   using X = float;
@@ -146,21 +124,47 @@ struct Spread {
     values += count;
     return _mm512_maskz_expand_ps(mask, elements);
   }
-  static inline Weights next(const T*& values, const uint8_t* codes) {
-    if constexpr (!kTwoOfFour) return some(values, codes, kColumns);
-    uint16_t mask;
-    std::memcpy(&mask, codes, sizeof mask);
-    const Float elements = load_eight(values);
-    values += 8;
-    return _mm512_maskz_expand_ps(mask, elements);
-  }
+  static inline Weights next(const T*& values, const uint8_t* codes) { return some(values, codes, kColumns); }
   static inline void add(Float& sum, Weights w, const X* x) { sum = fma(w, load(x), sum); }
+};
+
+// Two of four: the elements stay as they are, and what they meet of x is picked by the positions.
+template <class T>
+struct Spread<T, true> {
+  using X = float;
+  struct Weights {
+    Float elements;
+    __m512i columns;  // of 32
+  };
+  static constexpr int kColumns = 32;
+
+  static inline __m512i columns_of(const uint8_t* codes) {
+    int32_t positions;
+    std::memcpy(&positions, codes, sizeof positions);
+    const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    const __m512i shifted = _mm512_srlv_epi32(_mm512_set1_epi32(positions), shifts);
+    return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(3), groups, 0xea);  // shifted & 3 | groups
+  }
+  static inline Weights some(const T*& values, const uint8_t* codes, int columns) {
+    const Float elements = load_first(values, __mmask16((1u << columns / 2) - 1));
+    values += columns / 2;
+    return {elements, columns_of(codes)};
+  }
+  static inline Weights next(const T*& values, const uint8_t* codes) {
+    const Float elements = load(values);
+    values += kColumns / 2;
+    return {elements, columns_of(codes)};
+  }
+  static inline void add(Float& sum, const Weights& w, const X* x) {
+    sum = fma(w.elements, _mm512_permutex2var_ps(load(x), w.columns, load(x + 16)), sum);
+  }
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
 
-template <bool kTwoOfFour>
-struct Spread<bf16, kTwoOfFour> {
+template <>
+struct Spread<bf16, false> {
   using X = bf16;
   using Weights = __m512i;
   static constexpr int kColumns = 32;
@@ -175,15 +179,46 @@ struct Spread<bf16, kTwoOfFour> {
     return _mm512_maskz_expand_epi16(mask, elements);
   }
   static inline Weights next(const bf16*& values, const uint8_t* codes) {
-    if constexpr (!kTwoOfFour) return some(values, codes, kColumns);
-    uint32_t mask;
-    std::memcpy(&mask, codes, sizeof mask);
-    const __m512i elements = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)values));
-    values += 16;
-    return _mm512_maskz_expand_epi16(mask, elements);
+    return some(values, codes, kColumns);
   }
   static inline void add(Float& sum, Weights w, const X* x) {
     sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+
+template <>
+struct Spread<bf16, true> {
+  using X = bf16;
+  struct Weights {
+    __m512i elements, columns;  // 32 of 64
+  };
+  static constexpr int kColumns = 64;
+
+  static inline __m512i columns_of(const uint8_t* codes) {
+    int64_t positions;
+    std::memcpy(&positions, codes, sizeof positions);
+    const __m256i shifts = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34,
+                                            36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62);
+    const __m256i groups = _mm256_setr_epi8(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28, 32, 32,
+                                            36, 36, 40, 40, 44, 44, 48, 48, 52, 52, 56, 56, 60, 60);
+    const __m256i shifted = _mm256_multishift_epi64_epi8(shifts, _mm256_set1_epi64x(positions));
+    return _mm512_cvtepu8_epi16(_mm256_ternarylogic_epi64(shifted, _mm256_set1_epi8(3), groups, 0xea));
+  }
+  static inline Weights some(const bf16*& values, const uint8_t* codes, int columns) {
+    const __mmask32 there = __mmask32((uint64_t{1} << columns / 2) - 1);
+    const __m512i elements = _mm512_maskz_loadu_epi16(there, values);
+    values += columns / 2;
+    return {elements, columns_of(codes)};
+  }
+  static inline Weights next(const bf16*& values, const uint8_t* codes) {
+    const __m512i elements = _mm512_loadu_si512(values);
+    values += kColumns / 2;
+    return {elements, columns_of(codes)};
+  }
+  static inline void add(Float& sum, const Weights& w, const X* x) {
+    const __m512i met =
+        _mm512_permutex2var_epi16(_mm512_loadu_si512(x), w.columns, _mm512_loadu_si512(x + 32));
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)w.elements, (__m512bh)met);
   }
 };
 
@@ -193,7 +228,6 @@ struct Spread<bf16, kTwoOfFour> {
 
 constexpr int kCodeColumns = 512;
 
-template <bool kTwoOfFour>
 inline void read_codes(uint8_t* codes, const uint8_t* positions, int64_t bytes) {
   std::memcpy(codes, positions, size_t(bytes < 64 ? bytes : 64));
 }
