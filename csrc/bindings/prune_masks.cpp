@@ -137,8 +137,8 @@ void prune_select_groups(py::handle weight, py::handle factors, py::handle mask,
          select_groups_cuda(p, w.device.index, stream));
 }
 
-void prune_select_rows(py::handle scores, py::handle mask, py::handle invalid, py::handle workspace,
-                       int64_t kept, int threads) {
+void prune_select_rows(py::handle scores, py::handle factors, py::handle mask, py::handle invalid,
+                       py::handle workspace, int64_t kept, int threads) {
   Arguments arguments;
   const Weight w = read_weight(arguments, scores, "scores");
   check_value(0 <= kept && kept <= w.columns, "kept: got ", kept, ", allowed: 0 to ", w.columns);
@@ -146,6 +146,7 @@ void prune_select_rows(py::handle scores, py::handle mask, py::handle invalid, p
   p.scores = w.matrix;
   p.rows = w.rows, p.columns = w.columns, p.kept = kept;
   p.dtype = w.dtype;
+  p.factors = arguments.flat(factors, "factors", p.columns, real_of(w.dtype), w.device);
   p.mask = read_mask(arguments, mask, p.rows * p.columns, w.device);
   p.invalid = read_invalid(arguments, invalid, w.device);
   p.workspace = read_workspace(arguments, workspace,

@@ -18,6 +18,7 @@
 #include "prune/block_sparse_linear.h"
 
 #include "prune/linear_simd.h"
+#include "prune/register_tile.h"
 
 namespace tilewright::TW_ISA {
 
@@ -31,57 +32,12 @@ using prune::BlockPattern;
 using prune::BlockSparseCall;
 using prune::BlockSparseLinearParams;
 
-#if defined(__AVX512F__)
-constexpr int kRows = 8;  // 16 of 32 registers accumulate
-#else
-constexpr int kRows = 4;
-#endif
-constexpr int kTokens = 2 * kLanes;     // of a panel
-constexpr int kGroupPanels = 8;         // panels that go through a chunk of weights together
+constexpr int kTokens = 2 * kLanes;      // of a panel
+constexpr int kGroupPanels = 8;          // panels that go through a chunk of weights together
 constexpr int64_t kChunkWords = 131072;  // of weights: a quarter of a second-level cache
 constexpr int64_t kFew = 8;
+constexpr int64_t kAhead = 4096;  // bytes: the hardware alone stays too close
 constexpr int kMaxBlock = 128;
-
-// ---- the product ----
-
-struct Operands {
-  const float* a;
-  int64_t row_step, depth_step;
-  const float* b;
-  int64_t b_stride;
-  int depth;
-};
-
-template <int kVectors>
-struct Tile {
-  Float sums[kRows][kVectors];
-
-  template <class Body>
-  __attribute__((always_inline)) void each(const Body& body) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) body(sums[r][v], r, v * kLanes);
-    }
-  }
-
-  template <class Units>
-  __attribute__((always_inline)) void add_product(const Operands& o) {
-    const float *a = o.a, *b = o.b;
-    const int64_t row_step = o.row_step, depth_step = o.depth_step, b_stride = o.b_stride;
-    for (int k = o.depth; k > 0; --k, a += depth_step, b += b_stride) {
-      Float columns[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Float factor = splat(a[r * row_step]);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = Units::step(factor, columns[v], sums[r][v]);
-      }
-    }
-  }
-};
 
 // ---- y and dx: which blocks, and how they are read ----
 
@@ -228,14 +184,20 @@ __attribute__((noinline)) void multiply_row(const BlockSparseLinearParams& p, co
   const int64_t begin = side.first[row], end = side.first[row + 1];
   Operands o = walk<T>(side);
   o.b_stride = kVectors * kLanes;
+  const int64_t step = o.depth * o.b_stride;
+  // Blocks ahead: for weights from memory 64 steps of the sum, for tokens from the caches 16.
+  const int64_t far = larger(1, 64 / o.depth), near = larger(1, 16 / o.depth);
+  const auto number = [&](int64_t at) { return converted != nullptr ? at - begin : side.block_of(at); };
   for (int64_t j = 0; j < side.height; j += kRows) {
     Tile<kVectors> tile;
     tile.each([](Float& x, int, int) { x = splat(0.0f); });
     for (int64_t at = begin; at < end; ++at) {
-      const int64_t block = converted != nullptr ? at - begin : side.block_of(at);
-      o.a = blocks + block * size + j * o.row_step;
-      o.b = panel + side.across[at] * int64_t{o.depth} * o.b_stride;
-      tile.template add_product<Units>(o);
+      const int64_t soon = smaller(at + near, end - 1), later = smaller(at + far, end - 1);
+      o.a = blocks + number(at) * size + j * o.row_step;
+      o.b = panel + side.across[at] * step;
+      o.later_a = blocks + number(later) * size + j * o.row_step;
+      o.later_b = panel + side.across[soon] * step;
+      tile.template add_product<Units, true>(o);
     }
     tile.each([&](Float& x, int r, int v) { store(sums + (j + r) * o.b_stride + v, x); });
   }
@@ -367,7 +329,7 @@ template <class T, int kT>
 __attribute__((always_inline)) inline void stream_block(const Stream<T>& s, const T* block, const float* x,
                                                         float* sums) {
   using Units = typename UnitsOf<T>::Type;
-  constexpr int kLinesAtOnce = kT == 1 ? 4 : 2;
+  constexpr int kLinesAtOnce = kT == 1 ? 4 : 2, kPerWord = Stream<T>::kPerWord;
   for (int line = 0; line < s.lines; line += kLinesAtOnce) {
     Float found[kLinesAtOnce][kT];
     float* at = sums + line * kT * kLanes;
@@ -376,7 +338,9 @@ __attribute__((always_inline)) inline void stream_block(const Stream<T>& s, cons
     for (int word = 0; word < s.line; word += kLanes) {
 #pragma GCC unroll 4
       for (int i = 0; i < kLinesAtOnce; ++i) {
-        const Float weights = load_weights(block, int64_t{line + i} * s.line + word);
+        const int64_t at_word = int64_t{line + i} * s.line + word;
+        const Float weights = load_weights(block, at_word);
+        __builtin_prefetch(reinterpret_cast<const char*>(block + at_word * kPerWord) + kAhead);
 #pragma GCC unroll 4
         for (int t = 0; t < kT; ++t)
           found[i][t] = Units::step(weights, load(x + t * s.token_words + word), found[i][t]);
@@ -473,12 +437,24 @@ __attribute__((noinline)) void weight_block(const BlockPattern& w, Operands o, c
       o.b = x + i;
       Tile<kVectors> tile;
       tile.each([](Float& sum, int, int) { sum = splat(0.0f); });
-      tile.template add_product<Units>(o);
+      tile.template add_product<Units, false>(o);
       tile.each([&](Float& sum, int r, int v) {
         T* at = to + (j + r) * w.block_columns + i + v;
         w.block_columns < kLanes ? store_some(at, sum, w.block_columns) : store_fast(at, sum);
       });
     }
+  }
+}
+
+// Zeros where a block sticks out of the weight: what is infinite in dz or x has made NaN of them.
+template <class T>
+void clear_outside(const BlockSparseLinearParams& p, int64_t block, T* to) {
+  const BlockPattern& w = p.pattern;
+  const int64_t rows = p.out - int64_t{w.row[block]} * w.block_rows;
+  const int64_t columns = p.in - int64_t{w.column[block]} * w.block_columns;
+  if (rows >= w.block_rows && columns >= w.block_columns) return;
+  for (int64_t j = 0; j < w.block_rows; ++j) {
+    for (int64_t i = j < rows ? columns : 0; i < w.block_columns; ++i) to[j * w.block_columns + i] = T{};
   }
 }
 
@@ -520,6 +496,7 @@ void weight_gradient(const BlockSparseLinearParams& p, int threads) {
       const float* x = panels.x + w.column[block] * panels.depth * w.block_columns;
       T* to = static_cast<T*>(p.values) + block * size;
       w.block_columns > kLanes ? weight_block<T, 2>(w, o, dz, x, to) : weight_block<T, 1>(w, o, dz, x, to);
+      clear_outside<T>(p, block, to);
     }
   });
 }

@@ -72,8 +72,9 @@ void run_weight(const BlockSparseLinearParams& given, int device, Stream stream)
   p.dtype = given.dtype;
   p.values_vectors = device::is_aligned(given.values, 16);
   if (p.blocks == 0) return;
-  p.dtype == DType::kFloat32 ? block_sparse_weight_float32(p, stream)
-                             : block_sparse_weight_mma(p, device, stream);
+  if (p.dtype == DType::kFloat32) return block_sparse_weight_float32(p, stream);
+  if (block_sparse_weight_sm90_fits(p, device)) return block_sparse_weight_sm90(p, device, stream);
+  block_sparse_weight_mma(p, device, stream);
 }
 
 }  // namespace

@@ -102,6 +102,8 @@ void block_sparse_product_mma(const Product&, bool transposed, int device, Strea
 void block_sparse_product_few(const Product&, Stream);
 bool block_sparse_product_sm90_fits(const Product&, bool transposed, int64_t blocks, int device);
 void block_sparse_product_sm90(const Product&, bool transposed, int64_t blocks, int device, Stream);
+bool block_sparse_weight_sm90_fits(const WeightProduct&, int device);
+void block_sparse_weight_sm90(const WeightProduct&, int device, Stream);
 void block_sparse_weight_mma(const WeightProduct&, int device, Stream);
 void block_sparse_product_float32(const Product&, bool transposed, Stream);
 void block_sparse_weight_float32(const WeightProduct&, Stream);
@@ -238,6 +240,26 @@ __device__ __forceinline__ void store_result(const Product& p, int64_t token, in
       chunk[i] = device::from_float<T>(activate<false>(device::to_float(chunk[i]), p.activation));
   }
   store_chunk(p.out, token, column, chunk);
+}
+
+// A row of the blocks' gradients and 8 of a group's columns; what sticks out of the weight is zero, whatever
+// x is there.
+template <class T>
+__device__ __forceinline__ void store_gradient(const WeightProduct& p, const BlockGroup& group, int row,
+                                               int column, Vector<T, 8> chunk) {
+  const int place = column >> p.column_bits, within = column & ((1 << p.column_bits) - 1);
+  if (place >= group.count || row >= 1 << p.row_bits) return;
+  const int64_t number = group.begin + place;
+  const int64_t out = (int64_t{group.row} << p.row_bits) + row;
+  const int64_t in = (int64_t{p.column[number]} << p.column_bits) + within;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (out >= p.dz.columns || in + i >= p.x.columns) chunk[i] = T{};
+  }
+  T* to = static_cast<T*>(p.values) + (((number << p.row_bits) + row) << p.column_bits) + within;
+  if (p.values_vectors) return device::store(reinterpret_cast<Vector<T, 8>*>(to), chunk);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = chunk[i];
 }
 
 // ---- products ----

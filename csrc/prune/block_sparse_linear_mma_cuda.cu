@@ -55,7 +55,7 @@ __device__ __forceinline__ void copy_inputs(T* tile, const Product& p, const Wor
     const T* data = static_cast<const T*>(p.in.at.data);
     const T* from = data + (work.first_token + first) * p.in.at.row + column;
     const int rows = int(smaller(p.tokens - work.first_token, p.token_tile));
-#pragma unroll 4
+#pragma unroll 2
     for (int r = first; r < p.token_tile; r += step, from += step * p.in.at.row) {
       const bool inside = exists && r < rows;
       device::cp_async<16>(tile + place_of(r, chunk, kDepth), inside ? from : data, inside);

@@ -11,25 +11,15 @@
 // Roofline, of a stage with blocks of 128: 4.2 MFLOP, 1024 clocks of the tensor cores; 48 KB from L2, 48
 // bytes a clock, of which an H200 has about 25 to 32 for each multiprocessor: at most 55 to 65 percent of the
 // tensor cores. With blocks of 64 it is 40 KB for half the work: 33 to 39 percent.
-#include "device/launch.h"
-#include "device/mbarrier.h"
-#include "device/tma.h"
-#include "device/wgmma.h"
-#include "prune/block_sparse_linear_cuda.h"
+#include "prune/block_sparse_linear_sm90.h"
 
 namespace tilewright::prune::blocks {
 namespace {
 
 using device::Major;
-using device::Mbarrier;
 
-constexpr int kGroups = 2;  // warpgroups that multiply
-constexpr int kSlabs = 2;   // of 64 tokens, in a warpgroup
+constexpr int kSlabs = 2;  // of 64 tokens, in a warpgroup
 constexpr int kTokens = kGroups * kSlabs * device::kWgmmaRows;
-constexpr int kThreads = (1 + kGroups) * device::kWarpgroup;
-constexpr int kMultiplyingWarps = kGroups * device::kWarpgroup / device::kWarpSize;
-constexpr int kPanel = 64;
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 168 each at first
 
 struct Params {
   Product p;
@@ -45,33 +35,8 @@ struct Smem {
   alignas(1024) T in[kSlots<kColumns>][kTokens * kDepth];
   alignas(1024) T blocks[kSlots<kColumns>][kColumns * kDepth];
   alignas(128) T results[kMultiplyingWarps][16 * kColumns];
-  Mbarrier full[kSlots<kColumns>], empty[kSlots<kColumns>];
+  Ring<kSlots<kColumns>> ring;
 };
-
-// A place in the ring, and the parity of its turn.
-template <int kCount>
-struct Turn {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot < kCount) return;
-    slot = 0;
-    parity ^= 1;
-  }
-};
-
-template <class T, int kColumns>
-__device__ __forceinline__ void make_barriers(Smem<T, kColumns>& smem) {
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots<kColumns>; ++i) {
-      device::mbarrier_init(smem.full[i], 1);
-      device::mbarrier_init(smem.empty[i], kMultiplyingWarps);
-    }
-    device::fence_mbarrier_init();
-  }
-  device::sync_block();
-}
 
 // Where a stage's tiles are.
 struct Place {
@@ -87,7 +52,7 @@ __device__ __forceinline__ Place place_of_stage(const Product& p, const Work& wo
 template <class T, int kColumns, bool kTransposed>
 __device__ __forceinline__ void load_stage(const Params& k, Smem<T, kColumns>& smem, int slot,
                                            const Place& place, int32_t first_token) {
-  Mbarrier& full = smem.full[slot];
+  device::Mbarrier& full = smem.ring.full[slot];
   device::mbarrier_arrive_expect(full, int(sizeof smem.in[0] + sizeof smem.blocks[0]));
   device::tma_load(smem.in[slot], k.in, full, place.column, first_token, 0, 0);
   if constexpr (kTransposed) {
@@ -115,7 +80,7 @@ __device__ __forceinline__ void produce(const Params& k, Smem<T, kColumns>& smem
     for (int stage = 0; stage < work.stages; ++stage, turn.advance()) {
       const Place place = next;
       next = place_of_stage(k.p, work, stage + 1);  // read while this one waits for its slot
-      device::mbarrier_wait(smem.empty[turn.slot], turn.parity ^ 1);
+      device::mbarrier_wait(smem.ring.empty[turn.slot], turn.parity ^ 1);
       load_stage<T, kColumns, kTransposed>(k, smem, turn.slot, place, int32_t(work.first_token));
     }
   }
@@ -141,12 +106,6 @@ __device__ __forceinline__ void begin_products(float (&sums)[kSlabs][kColumns / 
     }
   }
   device::wgmma_commit();
-}
-
-// Gives a slot back: this warp's products have read it.
-__device__ __forceinline__ void release(Mbarrier& empty) {
-  device::sync_warp();
-  if (device::lane_id() == 0) device::mbarrier_arrive(empty);
 }
 
 template <class T, int kColumns>
@@ -180,39 +139,32 @@ __device__ __forceinline__ void consume(const Params& k, Smem<T, kColumns>& smem
     int before = 0;
 #pragma unroll 1
     for (int stage = 0; stage < work.stages; ++stage, turn.advance()) {
-      device::mbarrier_wait(smem.full[turn.slot], turn.parity);
+      device::mbarrier_wait(smem.ring.full[turn.slot], turn.parity);
       device::wgmma_fence(sums);
       begin_products<T, kColumns, kTransposed>(sums, smem, turn.slot, group, stage != 0);
       device::wgmma_wait<1>(sums);
-      if (stage != 0) release(smem.empty[before]);
+      if (stage != 0) release(smem.ring.empty[before]);
       before = turn.slot;
     }
     device::wgmma_wait<0>(sums);
-    if (work.stages != 0) release(smem.empty[before]);
+    if (work.stages != 0) release(smem.ring.empty[before]);
     finish<T, kColumns>(k.p, work, sums, tile, group);
   }
 }
 
 template <class T, int kColumns, bool kTransposed>
-__global__ void __launch_bounds__(kThreads, 1) product_kernel(const __grid_constant__ Params k) {
+__global__ void __launch_bounds__(kHopperThreads, 1) product_kernel(const __grid_constant__ Params k) {
   if constexpr (device::kHasWgmma) {
     Smem<T, kColumns>& smem = device::shared_memory<Smem<T, kColumns>>();
-    make_barriers(smem);
-    const int warpgroup = device::warp_id() * device::kWarpSize / device::kWarpgroup;
-    if (warpgroup == 0) {
+    make_ring(smem.ring);
+    if (own_group() < 0) {
       device::give_registers<kProducerRegisters>();
       if (threadIdx.x == 0) produce<T, kColumns, kTransposed>(k, smem);
     } else {
       device::take_registers<kConsumerRegisters>();
-      consume<T, kColumns, kTransposed>(k, smem, warpgroup - 1);
+      consume<T, kColumns, kTransposed>(k, smem, own_group());
     }
   }
-}
-
-template <class T>
-device::TensorMap map_of(const void* data, int64_t columns, int64_t rows, int64_t row, int32_t box_rows) {
-  const int64_t stride = rows == 1 ? 8 : row;  // it does not matter then
-  return device::tensor_map<T>(data, {{columns, 1, kPanel}, {rows, stride, box_rows}, {1, 8, 1}, {1, 8, 1}});
 }
 
 template <class T, int kColumns, bool kTransposed>
@@ -227,7 +179,8 @@ void launch_product(const Product& p, int64_t blocks, int device, Stream stream)
   const auto kernel = product_kernel<T, kColumns, kTransposed>;
   device::preload(kernel);
   const int64_t resident = smaller(k.items, device::multiprocessor_count(device));
-  device::launch(kernel, dim3(unsigned(resident)), dim3(kThreads), sizeof(Smem<T, kColumns>), stream, k);
+  device::launch(kernel, dim3(unsigned(resident)), dim3(kHopperThreads), sizeof(Smem<T, kColumns>), stream,
+                 k);
 }
 
 template <class T>
@@ -242,20 +195,20 @@ void choose_kernel(const Product& p, bool transposed, int64_t blocks, int device
 }
 
 bool is_available(int device) {
-  return device::compute_capability(device) == 90 && device::is_native(product_kernel<bf16, 128, false>, 90);
+  if (device::compute_capability(device) != 90) return false;
+  static const bool is_built = device::is_native(product_kernel<bf16, 128, false>, 90);
+  return is_built;
 }
 
 }  // namespace
 
-// What the copy engine can address, and enough of it for most of the multiprocessors.
+// What the copy engine can address, with work for most of the multiprocessors and tokens for most of a tile.
 bool block_sparse_product_sm90_fits(const Product& p, bool transposed, int64_t blocks, int device) {
-  if (p.dtype == DType::kFloat32 || p.depth_bits < 6 || p.width_bits < 6 || blocks == 0) return false;
-  constexpr int64_t kMostStride = (int64_t{1} << 40) / 2, kMostRows = int64_t{1} << 30;
-  const bool strides =
-      p.in.at.column == 1 && device::is_aligned(p.in.at.data, 16) && p.values_vectors &&
-      (p.tokens == 1 || (p.in.at.row > 0 && p.in.at.row % 8 == 0 && p.in.at.row < kMostStride));
+  if (p.dtype == DType::kFloat32 || p.depth_bits < 6 || p.width_bits < 6) return false;
+  if (blocks == 0 || p.tokens <= kTokens / 2) return false;
+  constexpr int64_t kMostRows = int64_t{1} << 30;
   const int64_t rows = blocks << (transposed ? p.depth_bits : p.width_bits);
-  if (!strides || rows > kMostRows || p.tokens > kMostRows) return false;
+  if (!p.values_vectors || !is_addressable(p.in, p.tokens) || rows > kMostRows) return false;
   const int64_t items = divide_up(p.tokens, kTokens) * p.lists;
   return 2 * items >= device::multiprocessor_count(device) && is_available(device);
 }

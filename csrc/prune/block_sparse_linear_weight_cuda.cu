@@ -39,7 +39,7 @@ __device__ __forceinline__ void copy_tokens(T* tile, const Access& from, int64_t
   const bool exists = column >= 0 && column < from.columns;
   const T* const data = static_cast<const T*>(from.at.data);
   const T* source = data + (first_token + first) * from.at.row + column * from.at.column;
-#pragma unroll 4
+#pragma unroll 2
   for (int r = first; r < kDepth; r += step, source += step * from.at.row) {
     T* to = tile + place_of(r, chunk, width);
     const bool inside = exists && r < rows;
@@ -50,26 +50,6 @@ __device__ __forceinline__ void copy_tokens(T* tile, const Access& from, int64_t
                     load_chunk<T>(from, first_token + r, exists ? tokens : 0, column));
     }
   }
-}
-
-// Row i of a block's gradient and 8 columns of it; what sticks out of the weight is zero, whatever x is
-// there.
-template <class T>
-__device__ __forceinline__ void store_gradient(const WeightProduct& p, const BlockGroup& group, int row,
-                                               int column, Vector<T, 8> chunk) {
-  const int place = column >> p.column_bits, within = column & ((1 << p.column_bits) - 1);
-  if (place >= group.count || row >= 1 << p.row_bits) return;
-  const int64_t number = group.begin + place;
-  const int64_t out = (int64_t{group.row} << p.row_bits) + row;
-  const int64_t in = (int64_t{p.column[number]} << p.column_bits) + within;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (out >= p.dz.columns || in + i >= p.x.columns) chunk[i] = T{};
-  }
-  T* to = static_cast<T*>(p.values) + (((number << p.row_bits) + row) << p.column_bits) + within;
-  if (p.values_vectors) return device::store(reinterpret_cast<Vector<T, 8>*>(to), chunk);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) to[i] = chunk[i];
 }
 
 template <class T, int kRows>

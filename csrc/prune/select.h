@@ -27,12 +27,13 @@ struct SelectGroupsParams {
   DType dtype;            // float32, float16, bfloat16; float64 on the CPU
 };
 
-// Of each row the `kept` with the largest magnitude are kept.
+// Of each row the `kept` with the largest |w| f are kept.
 struct SelectRowsParams {
-  Matrix scores;     // of dtype
-  uint8_t* mask;     // [rows][columns], written
-  int32_t* invalid;  // 0 before the call
-  void* workspace;   // select_rows_workspace bytes
+  const void* factors;  // [columns] float32 (float64 for float64); null: ones
+  Matrix scores;        // of dtype
+  uint8_t* mask;        // [rows][columns], written
+  int32_t* invalid;     // 0 before the call
+  void* workspace;      // select_rows_workspace bytes
   int64_t rows, columns, kept;
   DType dtype;
 };

@@ -5,7 +5,7 @@
 // digit is a pass over all of them and a small kernel that picks it; one more pass counts, chunk by chunk,
 // who is equal to the threshold, the last writes the mask. Of rows, a block does all of that for its row.
 //
-// Roofline: four reads of each score, a byte written; a row's are in the cache after the first.
+// Roofline: five reads of each score, a byte written; a row's are in the cache after the first.
 #include "device/atomics.h"
 #include "device/launch.h"
 #include "device/smem.h"
@@ -46,10 +46,12 @@ template <class T>
 struct Elements {
   const T* data;
   int64_t row, column, columns;  // columns 0: a line, `column` apart
+  const float* factors;          // of a line; null: ones
 
   __device__ __forceinline__ uint32_t key(int64_t i) const {
     const int64_t offset = columns == 0 ? i * column : i / columns * row + i % columns * column;
-    return key_of(device::to_float(data[offset]));
+    const float x = device::to_float(data[offset]);
+    return key_of(factors != nullptr ? x * factors[i] : x);
   }
 };
 
@@ -146,7 +148,7 @@ template <class T>
 __device__ __forceinline__ Elements<T> elements_of(const SelectSource& source) {
   const Matrix& m = source.scores;
   const bool flat = source.rows == 1 || m.row == source.columns * m.column;
-  return {static_cast<const T*>(m.data), m.row, m.column, flat ? 0 : source.columns};
+  return {static_cast<const T*>(m.data), m.row, m.column, flat ? 0 : source.columns, nullptr};
 }
 
 template <class T>
@@ -232,8 +234,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ SelectRowsParams p) {
   Smem& smem = device::shared_memory<Smem>();
   const int64_t row = blockIdx.x;
-  const Elements<T> elements{static_cast<const T*>(p.scores.data) + row * p.scores.row, 0, p.scores.column,
-                             0};
+  const Elements<T> elements{static_cast<const T*>(p.scores.data) + row * p.scores.row, 0, p.scores.column, 0,
+                             static_cast<const float*>(p.factors)};
   State state{0, 0, p.kept, 0};
   for (int digit = 0; digit < kDigits; ++digit) {
     clear(smem.bins);

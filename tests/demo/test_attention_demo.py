@@ -98,7 +98,7 @@ def test_without_transformers_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert cli.main(["demo", "attention", "--quick", "--out", str(tmp_path)]) == 1
-    assert "`tilewright demo attention` swaps a model" in capsys.readouterr().err
+    assert "`tilewright demo attention` needs a model" in capsys.readouterr().err
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,6 +144,19 @@ def test_not_a_number_stays_in_its_token(backend: Backend) -> None:
                 assert not bool(y[2].isfinite().all())
 
 
+def test_what_sticks_out_has_no_gradient(backend: Backend) -> None:
+    """dW is zero outside of the weight, even where x or dz holds NaN."""
+    for dtype in DTYPES:
+        layer = make_layer(20, 27, (16, 16), 1.0, dtype, backend.device)
+        x, dz = (random(9, n, dtype=dtype, device=backend.device) for n in (27, 20))
+        x[3, 5], dz[2, 1] = float("nan"), float("inf")
+        dw = _weight_gradient(dz, x, layer.pattern, list(layer.values.shape))
+        assert dw.shape == (4, 16, 16)
+        assert bool((dw[1::2, :, 11:] == 0).all())
+        assert bool((dw[2:, 4:] == 0).all())
+        assert bool(dw[0, :, 5].isnan().all())
+
+
 def test_the_same_bits_every_time(backend: Backend) -> None:
     """Repeated, and with any number of threads."""
     layer = make_layer(96, 80, (16, 16), 0.5, torch.float32, backend.device)

@@ -1,4 +1,4 @@
-"""What is particular to the CUDA kernels of the block-sparse linear layer: tiles, alignment, races, Hopper."""
+"""What is particular to the block-sparse linear layer's CUDA kernels: tiles, alignment, races, Hopper."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import tilewright.testing
 from tilewright.prune.ops.block_sparse import ACTIVATIONS, _fwd, _input_gradient, _weight_gradient
 
 SIZES = (8, 16, 32, 64, 128)
+LARGE = [(64, 64), (64, 128), (128, 64), (128, 128)]
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, *HALVES]
 
@@ -96,19 +97,6 @@ def test_rows_that_end_inside_of_a_vector(gpu: torch.device) -> None:
             assert all(bool(t.isfinite().all()) for t in (y, dx, dw))
 
 
-def test_what_sticks_out_has_no_gradient(gpu: torch.device) -> None:
-    """dW is zero outside of the weight, even where x or dz holds NaN."""
-    for dtype in DTYPES:
-        layer = make_layer(20, 27, (16, 16), 1.0, dtype, gpu)
-        x, dz = (random(9, n, dtype=dtype, device=gpu) for n in (27, 20))
-        x[3, 5], dz[2, 1] = float("nan"), float("inf")
-        dw = _weight_gradient(dz, x, layer.pattern, list(layer.values.shape))
-        assert dw.shape == (4, 16, 16)
-        assert bool((dw[1::2, :, 11:] == 0).all())
-        assert bool((dw[2:, 4:] == 0).all())
-        assert bool(dw[0, :, 5].isnan().all())
-
-
 @pytest.mark.parametrize("block", [(128, 16), (64, 32), (16, 128)], ids=lambda b: f"{b[0]}x{b[1]}")
 def test_tiles_do_not_show(block: tuple[int, int]) -> None:
     """Large tiles, or small ones for many multiprocessors: the same bits."""
@@ -142,7 +130,7 @@ def test_seeds_of_the_emulator_give_the_same_bits(dtype: torch.dtype, capability
     found = []
     for seed in range(3):
         with tilewright.testing.emulated(seed=seed, compute_capability=capability):
-            found.append([*results(layer, 3), *results(layer, 70)])
+            found.append([*results(layer, 3), *results(layer, 140)])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
@@ -155,7 +143,7 @@ def test_hopper(dtype: torch.dtype, block: tuple[int, int]) -> None:
     """The copy engine and warpgroups, at sizes that end inside of blocks and tiles."""
     with tilewright.testing.emulated(compute_capability=90):
         layer = make_layer(3 * block[0] - 24, 2 * block[1] + 40, block, 0.7, dtype)
-        check_layer(layer, 9, "silu", True)
+        check_layer(layer, 140, "silu", True)
         check_layer(layer, 300, "none", False)
 
 
@@ -171,9 +159,9 @@ def test_hopper_activations(activation: str) -> None:
     """The same function of the same z as on other GPUs."""
     layer = make_layer(130, 70, (64, 64), 1.0, torch.float16)
     with tilewright.testing.emulated(compute_capability=90):
-        y, z, *_ = results(layer, 20, activation)
+        y, z, *_ = results(layer, 140, activation)
     with tilewright.testing.emulated():
-        other_y, other_z, *_ = results(layer, 20, activation)
+        other_y, other_z, *_ = results(layer, 140, activation)
     same = z == other_z
     assert bool(same.float().mean() > 0.9)
     assert torch.equal(y[same], other_y[same])
@@ -182,7 +170,7 @@ def test_hopper_activations(activation: str) -> None:
 def test_hopper_leaves_what_it_cannot_address() -> None:
     """Columns, expanded rows and odd addresses take the other kernels and give what they give."""
     layer = make_layer(128, 136, (64, 64), 1.0, torch.bfloat16)
-    x = random(20, 136, dtype=torch.bfloat16)
+    x = random(140, 136, dtype=torch.bfloat16)
     changes: list[Callable[[torch.Tensor], torch.Tensor]] = [
         lambda t: t.T.contiguous().T,
         lambda t: t[:1].expand(t.shape),

@@ -26,7 +26,9 @@ class Clock:
         self.cost: Cost = lambda name, tokens: 1.0 if name == "dense" else 0.5
         self.races: list[tuple[tuple[str, ...], int]] = []
 
-    def __call__(self, modules: Mapping[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
+    def __call__(
+        self, modules: Mapping[str, nn.Module], x: Tensor, seconds: float, undisturbed: bool = False
+    ) -> dict[str, float]:
         self.races.append((tuple(modules), len(x)))
         with torch.no_grad():
             outputs = [module(x) for module in modules.values()]
@@ -280,6 +282,32 @@ def test_masks_of_torch_are_understood(clock: Clock, x: Tensor) -> None:
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize(("keep", "names"), [(2, ["2:4"]), (1, ["2:4", "1:4"])])
+def test_semi_structured_zeros(clock: Clock, x: Tensor, keep: int, names: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(64, 48)).eval()
+    order = torch.rand(48, 16, 4, generator=torch.Generator().manual_seed(0)).argsort(-1)
+    tw.prune.set_mask(model[0], (order < keep).flatten(1))
+    expected = model(x)
+    report = tw.prune.compress(model, x)
+    layer = report.layers[0]
+    assert isinstance(model[0], tw.nn.SemiStructuredLinear)
+    assert (layer.pattern, layer.kernel) == (names[-1], names[0])
+    assert list(layer.times) == ["dense", *names]
+    assert layer.bytes < layer.bytes_dense
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_form_that_refuses_is_left_out(clock: Clock, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise ValueError("not today")
+
+    monkeypatch.setattr(tw.nn.BlockSparseLinear, "from_linear", refuse)
+    model = Net().eval()
+    report = tw.prune.compress(model, x)
+    assert report.compressed == []
+    assert "blocks of 32x32: not today" in report.explain("up")
+
+
 def test_what_cannot_be_replaced_stays(clock: Clock, x: Tensor) -> None:
     class Mine(nn.Linear):
         pass
@@ -340,7 +368,7 @@ def test_other_outputs_undo_it(clock: Clock, x: Tensor, monkeypatch: pytest.Monk
     model = Net().eval()
     up = model.up
     real = tw.nn.BlockSparseLinear.forward
-    monkeypatch.setattr(compressing, "_race", lambda m, x, s: {n: 1.0 if n == "dense" else 0.5 for n in m})
+    monkeypatch.setattr(compressing, "_race", lambda m, *_: {n: 1.0 if n == "dense" else 0.5 for n in m})
     monkeypatch.setattr(tw.nn.BlockSparseLinear, "forward", lambda self, x: real(self, x) + 1)
     with pytest.raises(RuntimeError, match=r"after compress, output differs by .*; the model is as it was"):
         tw.prune.compress(model, x)
@@ -395,7 +423,10 @@ def test_report(clock: Clock, x: Tensor, tmp_path: Path) -> None:
     assert "At 400 tokens: blocks of" in report.explain("up") or "At 400 tokens: dense" in report.explain(
         "up"
     )
-    assert "zeros in blocks of 8x8 and more make up 0% only" in report.explain("scattered")
+    assert (
+        "zeros in blocks of 8x8 and more make up 0% only; its rows fit no n:m: their fullest groups keep"
+        in report.explain("scattered")
+    )
     assert report.explain("head") == "head has no zeros and stays dense."
     with pytest.raises(KeyError, match="no linear layer 'neck'; there are up, down, scattered, head"):
         report.explain("neck")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -210,6 +212,9 @@ def test_a_replaced_parameter_is_followed() -> None:
     model[0].weight = nn.Parameter(model[0].weight.detach().clone())
     train(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     assert_pruned(model[0].weight, mask)
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    train(model, torch.optim.SGD(model.parameters(), lr=0.01), 1)
+    assert_pruned(model[0].weight, mask)
 
 
 def test_another_mask_replaces_the_first() -> None:
@@ -222,7 +227,7 @@ def test_another_mask_replaces_the_first() -> None:
     assert torch.equal(mask_of(model[0]), second)
     train(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     assert_pruned(model[0].weight, second)
-    assert len(model[0]._forward_pre_hooks) == 1
+    assert len(model[0]._load_state_dict_post_hooks) == 1
 
 
 def test_dropping_leaves_nothing_behind() -> None:
@@ -232,7 +237,6 @@ def test_dropping_leaves_nothing_behind() -> None:
     assert drop_mask(model[0])
     assert not drop_mask(model[0])
     assert vars(model[0]).keys() == keys.keys()
-    assert not model[0]._forward_pre_hooks
     assert not model[0]._load_state_dict_post_hooks
     train(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     assert (model[0].weight != 0).all()
@@ -292,6 +296,26 @@ def test_the_order_of_keys_is_that_of_an_unpruned_layer() -> None:
     import_torch_masks(layer)
     assert list(layer.state_dict()) == ["weight", "bias"]
     assert mask_of(layer, "bias").sum() == 2
+
+
+def test_the_forward_knows_nothing_of_it() -> None:
+    model = make_model()
+    set_mask(model[0], make_mask())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_pruned_model_is_freed_at_once() -> None:
+    model = make_model()
+    set_mask(model[0], make_mask())
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    parameter = weakref.ref(model[0].weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert parameter() is None
+    finally:
+        gc.enable()
 
 
 def test_bad_input() -> None:

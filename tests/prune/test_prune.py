@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
+from hypothesis import given
+from hypothesis import strategies as st
 from prune_models import assert_same, batches, mlp, snapshot, tiny_llama, token_batches
 from torch import Tensor, nn
 
 import tilewright as tw
-from tilewright.prune import Block, PruneReport, import_torch_masks, mask, mask_of, prune, set_mask
+from tilewright.prune import Block, Perp, PruneReport, import_torch_masks, mask, mask_of, prune, set_mask
 
 
 def square(model: nn.Module, batch: Tensor) -> Tensor:
@@ -212,6 +214,99 @@ def test_it_runs_in_evaluation_mode_and_spares_the_random_numbers() -> None:
     assert_same(before, snapshot(model))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pattern": "2:4", "criterion": "sparsegpt"},
+        {"pattern": "element", "sparsity": 0.5, "criterion": "wanda"},
+        {"pattern": Block(8, 8), "sparsity": 0.5, "allocation": "distortion", "grid": [0.3]},
+        {"pattern": "row", "sparsity": 0.6, "scope": "global"},
+    ],
+)
+def test_on_every_backend(options: dict[str, Any], backend: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).to(backend.device)
+    before = [layer.weight.detach().clone() for layer in linears(model).values()]
+    x = torch.randn(20, 16).to(backend.device)
+    optimizer = tw.optim.AdamW8bit(model.parameters(), lr=0.01)
+    report = prune(model, **options, calibration=x, loss_fn=square, repair=Perp(steps=2))
+    masks = [mask_of(layer) for layer in linears(model).values()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        square(model, x).backward()
+        optimizer.step()
+    for layer, kept in zip(linears(model).values(), masks, strict=True):
+        assert (layer.weight[~kept] == 0).all()
+    assert report.zeros == sum(int((~kept).sum()) for kept in masks)
+    report.undo()
+    for layer, weight in zip(linears(model).values(), before, strict=True):
+        assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(7, 1), (1, 7), (63, 65), (127, 129), (4, 0), (0, 4)])
+@pytest.mark.parametrize("pattern", ["element", "row", "column", Block(16, 16)])
+def test_odd_sizes(shape: tuple[int, int], pattern: Any) -> None:
+    model, data = nn.Sequential(nn.Linear(*shape)), torch.randn(3, shape[0])
+    before = snapshot(model)
+    report = prune(model, pattern, 0.5, "wanda", data)
+    expected = report.layers[0].weights - int(mask_of(model[0]).sum())
+    assert report.zeros == expected
+    report.undo()
+    assert_same(before, snapshot(model))
+    prune(nn.Sequential(model, nn.Linear(8, 8)), pattern, 0.5, allocation="erk")
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    unit=st.tuples(st.sampled_from([1, 3, 8, None]), st.sampled_from([1, 2, 8, None])),
+    sparsity=st.floats(0.0, 0.99),
+    criterion=st.sampled_from(["magnitude", "lp", "wanda", "random"]),
+    allocation=st.sampled_from(["uniform", "erk"]),
+)
+def test_any_shape_and_pattern(
+    sizes: list[int], unit: tuple[int | None, int | None], sparsity: float, criterion: str, allocation: Any
+) -> None:
+    model, pattern = mlp(tuple(sizes)), Block(*unit)
+    before = snapshot(model)
+    calibration = batches(sizes[0], 1, 3) if criterion == "wanda" else None
+    seed = 0 if criterion == "random" else None
+    scope: Any = "layer" if criterion == "wanda" else None
+    report = prune(model, pattern, sparsity, criterion, calibration, allocation, scope=scope, seed=seed)
+    for layer in report.layers:
+        kept = mask_of(linears(model)[layer.name])
+        pattern.check_mask(kept)
+        down, across = pattern.units(layer.shape)
+        whole = pattern.sizes(layer.shape)
+        if allocation == "uniform" and layer.shape == (down * whole[0], across * whole[1]):
+            pruned = min(round(sparsity * down * across), down * across - 1)
+            assert layer.zeros == pruned * whole[0] * whole[1]
+        assert layer.zeros == (~kept).sum() < layer.weights
+    report.undo()
+    assert_same(before, snapshot(model))
+
+
+def test_one_sample_without_a_batch() -> None:
+    assert prune(mlp(), "2:4", None, "wanda", torch.randn(32)).distortion > 0
+
+
+def test_a_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    data = batches()
+    for progress in (False, True):
+        prune(
+            mlp(), "element", 0.5, "sparsegpt", data, repair=Perp(steps=3), loss_fn=square, progress=progress
+        )
+        prune(mlp(), "element", 0.5, "wanda", data, "distortion", progress=progress)
+        assert bool(capfd.readouterr().err) == progress
+
+
+def test_a_compiled_model_is_pruned_below() -> None:
+    model = mlp()
+    report = prune(torch.compile(model), "2:4")
+    assert report.layers[0].name == "0"
+    assert mask_of(model[0]) is not None
+
+
 # ---- which layers ----
 
 
@@ -316,6 +411,21 @@ def test_undo_of_what_is_not_the_last() -> None:
     model[2] = nn.Linear(48, 40)
     with pytest.raises(RuntimeError, match="2 was replaced since"):
         report.undo()
+
+
+def test_compressed_and_back() -> None:
+    model = mlp((64, 128, 128, 64))
+    before, x = snapshot(model), torch.randn(16, 64)
+    report = prune(model, Block(16, 16), 0.8)
+    expected = model(x)
+    compressed = tw.prune.compress(model, x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    if any(not isinstance(layer, nn.Linear) for layer in (model[0], model[2], model[4])):
+        with pytest.raises(RuntimeError, match="was replaced since"):
+            report.undo()
+    compressed.undo()
+    report.undo()
+    assert_same({**before, "random": torch.get_rng_state()}, snapshot(model))
 
 
 def test_masks_of_torch_are_taken_over() -> None:
@@ -472,6 +582,13 @@ def test_weights_that_are_not_finite(criterion: str) -> None:
     with pytest.raises(ValueError, match="2: 2 of 1920 weights are not finite"):
         prune(model, "element", 0.5, criterion, None if criterion == "magnitude" else batches())
     assert_same(before, snapshot(model))
+
+
+def test_weights_that_are_nowhere() -> None:
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(ValueError, match="0: weight must be on a CPU or CUDA device, got meta"):
+        prune(model, "element", 0.5)
 
 
 class Branches(nn.Module):

@@ -76,12 +76,6 @@ def test_allocation_by_distortion_beats_the_others_at_90_percent(digits: dict[st
         model = copy.deepcopy(digits["model"])
         report = prune(model, "element", 0.9, calibration=data, allocation=allocation)
         found[allocation] = report.distortion
-            allocation,
-            report.distortion,
-            report.predicted_distortion,
-            accuracy(model, digits),
-            [l.density for l in report.layers],
-        )
     assert found["distortion"] < min(found["uniform"], found["erk"])
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from shrink_models import MLP, ConvNet, ResidualBlock, randomized
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import tilewright as tw
 
@@ -290,6 +291,34 @@ def test_counts_are_exact_and_rounded_as_asked() -> None:
     report = tw.prune.shrink(MLP(), x, 0.01)
     assert report.shrunk == []
     assert "0.01 of its 24 channels is less than one" in str(report)
+
+
+class Partial(nn.Module):
+    """A norm over groups of the channels that only some of a sum's channels went through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 8)
+        self.mix, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.norm(self.one(x)), self.two(x)], 1) + self.mix(x))
+
+
+def test_a_group_norm_binds_only_its_own_channels() -> None:
+    model, x = randomized(Partial()), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    report = tw.prune.shrink(model, x, 0.5)
+    assert (model.one.out_channels, model.norm.num_groups, model.two.out_channels) == (4, 1, 2), str(report)
+    assert model.mix.out_channels == model.head.in_channels == 6
+    assert model(x).shape == (2, 2, 4, 4)
+
+
+def test_flops_are_torchs() -> None:
+    model, x = randomized(ConvNet()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    report = tw.prune.shrink(model, x, 0.0)
+    assert report.flops == report.flops_before == counter.get_total_flops()
 
 
 def test_tied_and_masked_weights_stay() -> None:

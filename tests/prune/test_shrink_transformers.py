@@ -237,6 +237,33 @@ def test_heads_that_cannot_leave_say_why() -> None:
     assert [skip.why for skip in report.skipped] == ["q_norm.weight spans its heads"] * 2
 
 
+def test_models_that_are_not_known_say_so() -> None:
+    falcon = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    report = tw.prune.shrink(randomized(transformers.FalconForCausalLM(falcon)), IDS, 0.5)
+    assert [skip.why for skip in report.skipped] == [
+        "its projections are FalconLinear, not torch.nn.Linear",
+        "one of its projections is FalconLinear, not torch.nn.Linear",
+    ]
+    config = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2])
+    model = randomized(transformers.ResNetModel(config))
+    report = tw.prune.shrink(model, PIXELS, 0.5)
+    assert {group.kind for group in report.shrunk} == {"channels"}
+    assert "by its config embedder.embedder.convolution.weight would be" in report.reload
+
+
+def test_heads_packed_one_after_the_other() -> None:
+    def readers(model: nn.Module, name: str) -> tuple[nn.Module, int]:
+        module = model.get_submodule(name)
+        return (module.dense, 8) if name.endswith("attention") else (module.dense_4h_to_h, 1)
+
+    config = transformers.GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    same_as_masked(randomized(transformers.GPTNeoXForCausalLM(config)), IDS, readers)
+
+
 def test_layers_of_different_sizes_keep_the_config(tmp_path: Path) -> None:
     model = llama()
     report = tw.prune.shrink(model, IDS, {"model.layers.0.*": 0.5, "*": 0.25})

@@ -94,7 +94,7 @@ def _rows(device: torch.device, size: int) -> Case:
         return lambda: method.compute_mask(w, ones)
 
     moved = size * size * 5
-    contenders = [Contender(OURS, ours, moved), Contender("torch.nn.utils.prune", theirs, moved)]
+    contenders = [Contender(OURS, ours, moved), Contender("torch, nn.utils.prune", theirs, moved)]
     sizes: dict[str, object] = {"rows": size, "columns": size, "sparsity": sparsity}
     title = f"mask of {size} x {size}, whole rows, {sparsity:.0%} removed"
     return Case("prune-mask-rows", title, contenders, sizes=sizes, flops=2 * size * size)
@@ -140,7 +140,7 @@ def _global(device: torch.device, layers: int) -> Case:
         return at_once
 
     moved = units * 5
-    contenders = [Contender(OURS, ours, moved), Contender("torch.nn.utils.prune", theirs, moved)]
+    contenders = [Contender(OURS, ours, moved), Contender("torch, nn.utils.prune", theirs, moved)]
     sizes: dict[str, object] = {"elements": units, "tensors": layers, "sparsity": sparsity}
     title = f"masks of {units / 1e6:.0f}M elements of {layers} weights at once, {sparsity:.0%} removed"
     return Case("prune-mask-global", title, contenders, sizes=sizes)

@@ -5,6 +5,8 @@ language_model.py  the model: a small byte-level transformer in plain torch
 optim.py           a family's demonstration: 8-bit AdamW beside torch's fused 32-bit AdamW
 scan.py            another: a Mamba of transformers as it comes, and swapped
 attention.py       another: a Llama of transformers with dense attention, and with a sliding window
+prune.py           another: a classifier and a Llama, pruned, repaired and compressed
+prune_tasks.py     their models and data
 host.py            what those with models of transformers share
 plot.py            their pictures
 

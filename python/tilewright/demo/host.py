@@ -15,7 +15,7 @@ def transformers_for(demo: str) -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"`tilewright demo {demo}` swaps a model of transformers, which is not installed: "
+            f"`tilewright demo {demo}` needs a model of transformers, which is not installed: "
             "pip install transformers"
         ) from error
     return transformers

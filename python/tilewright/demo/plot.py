@@ -29,6 +29,11 @@ def plot_attention(record: dict[str, Any], masks: dict[str, Any], path: Path) ->
     return _saved(lambda figure, found: _draw_attention(figure, found, masks), record, path)
 
 
+def plot_prune(record: dict[str, Any], path: Path) -> str:
+    """Draws `demo prune`; returns the line to print."""
+    return _saved(_draw_prune, record, path)
+
+
 def smoothed(values: list[float], reach: int = 20) -> list[float]:
     """Mean over `reach` neighbours on either side: no lag, so that it meets the validation points."""
     return [
@@ -108,6 +113,48 @@ def _draw_estimators(axis: Any, estimators: dict[str, list[dict[str, float]]]) -
     axis.set_xlabel("causal blocks read")
     axis.set_ylabel("attention kept")
     axis.legend(frameon=False, fontsize=7.5)
+    _tidy(axis)
+
+
+def _draw_prune(figure: Any, record: dict[str, Any]) -> None:
+    tasks = record["tasks"]
+    grid = figure.add_gridspec(len(tasks), 2)
+    for number, (name, result) in enumerate(tasks.items()):
+        _draw_quality(figure.add_subplot(grid[number, 0]), name, result)
+        _draw_speeds(figure.add_subplot(grid[number, 1]), result)
+    figure.suptitle("Pruned, repaired, compressed", fontsize=11, color=_INK)
+
+
+def _draw_quality(axis: Any, name: str, result: dict[str, Any]) -> None:
+    """From what pruning left to what the repair brought back; the dense model as a line."""
+    rows = list(result["rows"].items())
+    dense, pruned = rows[0][1]["quality"]["final"], rows[1:]
+    axis.axhline(dense, color=_STYLES[0]["color"], linewidth=1.5, label="dense")
+    for stage, fill in (("pruned", "white"), ("repaired", _STYLES[1]["color"])):
+        values = [row["quality"][stage] for _, row in pruned]
+        axis.plot(values, "o", color=_STYLES[1]["color"], markerfacecolor=fill, markersize=8, label=stage)
+    axis.set_xticks(range(len(pruned)), [label for label, _ in pruned], fontsize=8.5)
+    axis.set_xlim(-0.5, len(pruned) - 0.5)
+    kind = "accuracy" if result["measure"] == "accuracy" else "loss, nats per byte"
+    axis.set_title(f"{name}: {kind}", fontsize=9.5, color=_INK)
+    axis.legend(frameon=False, fontsize=8)
+    _tidy(axis)
+
+
+def _draw_speeds(axis: Any, result: dict[str, Any]) -> None:
+    (_, dense), *pruned = result["rows"].items()
+    width = 0.8 / len(dense["ms"])
+    for number, (count, style) in enumerate(zip(dense["ms"], _STYLES, strict=True)):
+        places = [place + (number - (len(dense["ms"]) - 1) / 2) * width for place in range(len(pruned))]
+        speeds = [dense["ms"][count] / row["ms"][count] for _, row in pruned]
+        unit = result["unit"] if count == "1" else f"{result['unit']}s"
+        bars = axis.bar(places, speeds, width * 0.95, color=style["color"], label=f"{count} {unit}")
+        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    axis.axhline(1.0, color=_INK, linewidth=0.8)
+    axis.set_xticks(range(len(pruned)), [label for label, _ in pruned], fontsize=8.5)
+    axis.set_title("times as fast as dense", fontsize=9.5, color=_INK)
+    axis.margins(y=0.3)  # room for the legend
+    axis.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
     _tidy(axis)
 
 

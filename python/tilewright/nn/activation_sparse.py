@@ -189,7 +189,7 @@ class ActivationSparseLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features).to(cast)
 
     def refresh(self) -> None:
-        """Computes the norms of the inputs' weights anew; called on its own where weights are seen to change."""
+        """Computes the norms of the inputs' weights anew; runs by itself where weights are seen to change."""
         if self.column_norm is None:
             return
         with torch.no_grad():

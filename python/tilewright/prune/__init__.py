@@ -1,6 +1,6 @@
 """Structured pruning: masks, sparse linear layers, and models made faster by them."""
 
-from .compress_report import CompressReport, Compressed
+from .compress_report import Compressed, CompressReport
 from .compressing import compress
 from .masked import drop_mask, import_torch_masks, mask_of, set_mask
 from .masks import global_masks, mask, scores
@@ -8,7 +8,7 @@ from .obs import sparsegpt
 from .patterns import Block, NOfM, parse_pattern
 from .perp import Perp, repair
 from .pruning import Pruner, prune
-from .report import PruneReport, PrunedLayer, RepairReport
+from .report import PrunedLayer, PruneReport, RepairReport
 from .schedules import Cubic
 from .shrink_report import ShrinkReport, Shrunk, Unshrunk
 from .shrinking import load_shrunk, shrink

@@ -36,7 +36,7 @@ class Share:
     @property
     def unit(self) -> float:
         """Weights in a unit, on average: those at the edges may be smaller."""
-        return self.weights / self.units
+        return self.weights / max(self.units, 1)
 
 
 def uniform(layers: Sequence[Share], sparsity: float) -> list[int]:

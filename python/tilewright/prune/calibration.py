@@ -247,8 +247,7 @@ def watch(
 
     def hook(index: int) -> Callable[..., None]:
         def on_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            x = x.detach().reshape(-1, x.shape[-1])
+            x = input_of(args, kwargs)
             if x.shape[0]:
                 reached[index] = True
                 see(index, x)
@@ -285,6 +284,13 @@ def progress_bar(doing: str, total: int | None, wanted: bool | None) -> Iterator
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(doing, total=total)
         yield lambda: bar.advance(task)
+
+
+def input_of(args: Any, kwargs: Any) -> Tensor:
+    """What a linear layer was called with, as (tokens, inputs)."""
+    x: Tensor = args[0] if args else kwargs.get("input", kwargs.get("x"))
+    x = x.detach()
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def check_reached(targets: list[Target], reached: list[bool]) -> None:

@@ -49,7 +49,7 @@ def find_channels(
     }
     groups: list[Group] = []
     refused: dict[str, str] = {}
-    for traced in graph.get_all_groups(ignored_layers=[], root_module_types=list(_ROOTS)):
+    for traced in _all_groups(graph):
         root = traced[0].dep.target.module
         if (root, "out") in taken or root not in paths:
             continue
@@ -61,6 +61,27 @@ def find_channels(
     order = {path: index for index, path in enumerate(paths.values())}
     groups.sort(key=lambda group: order[group.name.partition(" ")[0]])
     return groups, dict(sorted(refused.items(), key=lambda entry: order[entry[0]]))
+
+
+def _all_groups(graph: Any) -> Iterator[Any]:
+    """The graph's groups; an error instead of the endless search that some reshapes send torch-pruning on."""
+    kind = _import().dependency.Group
+    original, most = kind.add_dep, 20 * len(graph.module2node) + 1000
+
+    def add_dep(self: Any, dep: Any, idxs: Any) -> None:
+        if len(self.items) > most:
+            raise RuntimeError("torch-pruning does not come to an end with the reshapes of this model")
+        original(self, dep, idxs)
+
+    kind.add_dep = add_dep
+    try:
+        yield from graph.get_all_groups(ignored_layers=[], root_module_types=list(_ROOTS))
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"torch-pruning could not follow the channels of this model ({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        kind.add_dep = original
 
 
 def _import() -> Any:
@@ -142,7 +163,10 @@ def _group(
     channels = graph.get_out_channels(root)
     items = list(traced)
     if any(item.dep.target.type.name in _DIVIDING for item in items):
-        items, unit_of = _closed_units(graph, items, root, channels)
+        try:
+            items, unit_of = _closed_units(graph, items, root, channels)
+        except (AssertionError, LookupError, TypeError, ValueError):
+            return "torch-pruning lost track of its channels where they are divided"
     else:
         unit_of = {channel: channel for channel in range(channels)}
     cuts: list[Cut] = []
@@ -172,7 +196,9 @@ def _group(
             }
         cuts.append(found)
     if merged:
-        cuts = [_part(cut, merged) for cut in cuts]
+        alone = 1 + max(merged.values())
+        numbers = {unit: merged.get(unit, alone + unit) for cut in cuts for unit in cut.unit.tolist()}
+        cuts = [_part(cut, numbers) for cut in cuts]
     return _separate(cuts, paths)
 
 
@@ -226,6 +252,8 @@ def _cut(
 ) -> Cut | str | None:
     target = item.dep.target
     position = torch.tensor(list(item.idxs), dtype=torch.long)
+    if not all(channel in unit_of for channel in item.root_idxs) or bool((position < 0).any()):
+        return "torch-pruning lost track of its channels"
     unit = torch.tensor([unit_of[channel] for channel in item.root_idxs], dtype=torch.long)
     if isinstance(target.module, nn.Parameter):
         if id(target.module) not in owners:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from ..bench import timing
 from .compress_report import Compressed, CompressReport
 from .examples import call, check_inputs, difference, evaluation, largest_difference, outputs_of, tolerance_of
-from .forms import DENSE, Findings, find_forms
+from .forms import DENSE, Findings, Form, find_forms
 from .surgery import Journal
 
 _SAMPLE = 1e-3  # seconds a sample lasts at least: shorter calls are timed several at once
+_ROUNDS = 3  # of racing at most, while the samples of some form are far apart
 _READ_ELSEWHERE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -43,9 +45,9 @@ def compress(
     Every `torch.nn.Linear` that has a mask (:func:`tilewright.prune.set_mask`, or `torch.nn.utils.prune`) or
     zeros in its weight is timed as it is and in the sparse forms that can hold it exactly, block-sparse and
     n:m, alternating in one process. A sparse form has to win twice, by `margin`, at every number of tokens it
-    is taken for: at those numbers no layer gets slower. Where different forms win, a
-    `tilewright.nn.CrossoverLinear` holds them all and chooses by the number of tokens; it is frozen, and not
-    made of layers in training mode. Everything else of the model stays as it is.
+    is taken for, by medians and then by lower quartiles: at those numbers no layer gets slower. Where
+    different forms win, a `tilewright.nn.CrossoverLinear` holds two of them and chooses by the number of
+    tokens; it is frozen, and not made of layers in training mode. The rest of the model stays as it is.
 
     Args:
         model: any module. Device, dtype, training mode and ``requires_grad`` of its layers are kept.
@@ -302,7 +304,9 @@ def _decide(work: Work, margin: float, crossover: bool, seconds: float) -> None:
     linear = work.linear
     modules: dict[str, nn.Module] = {DENSE: linear}
     for form in work.findings.forms:
-        modules[form.name] = form.build()
+        made = _tried(form, work)
+        if made is not None:
+            modules[form.name] = made
     work.times = {name: {} for name in modules}
     for count in work.tokens:
         for name, ms in _race(modules, _input(work, count), seconds).items():
@@ -314,9 +318,21 @@ def _decide(work: Work, margin: float, crossover: bool, seconds: float) -> None:
         found = {(name, count) for count, name in work.chosen.items() if name != DENSE}
         if found <= won:
             return
-        for name, count in sorted(found - won):  # alone against dense: the first win may have been luck
-            again = _race({DENSE: linear, name: modules[name]}, _input(work, count), seconds)
+        for name, count in sorted(found - won):
+            # Alone against dense, by lower quartiles: the first win may have been another program's doing.
+            again = _race({DENSE: linear, name: modules[name]}, _input(work, count), seconds, True)
             (won if again[name] * (1 + margin) <= again[DENSE] else lost).add((name, count))
+
+
+def _tried(form: Form, work: Work) -> nn.Module | None:
+    """The layer in this form, if its kernels take it as it is."""
+    try:
+        made = form.build().train(work.linear.training)
+        made(_input(work, work.tokens[0]))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        work.findings.why_not.append(f"{form.name}: {error}")
+        return None
+    return made
 
 
 def _choose(
@@ -326,31 +342,22 @@ def _choose(
     crossover: bool,
     lost: set[tuple[str, int]],
 ) -> dict[int, str]:
-    """The form for each number of tokens: one for all if it is never far from the best, else the best."""
+    """The form for each number of tokens: one for all, or two of them where that is faster by the margin."""
     sparse = [name for name in times if name != DENSE]
 
-    def wins(name: str, count: int) -> bool:
-        return (name, count) not in lost and times[name][count] * (1 + margin) <= times[DENSE][count]
+    def cost(name: str, count: int) -> float:
+        share = times[name][count] / times[DENSE][count]
+        lost_here = name != DENSE and ((name, count) in lost or share * (1 + margin) > 1)
+        return math.inf if lost_here else share
 
-    best = {
-        count: min(
-            [DENSE, *(name for name in sparse if wins(name, count))], key=lambda name: times[name][count]
-        )
-        for count in tokens
-    }
-    everywhere = [name for name in sparse if all(wins(name, count) for count in tokens)]
-    if crossover:
-        everywhere = [
-            name
-            for name in everywhere
-            if all(times[name][count] <= times[best[count]][count] * (1 + margin) for count in tokens)
-        ]
-    if everywhere:
-        one = min(
-            everywhere, key=lambda name: sum(times[name][count] / times[DENSE][count] for count in tokens)
-        )
-        return dict.fromkeys(tokens, one)
-    return best if crossover or set(best.values()) == {DENSE} else dict.fromkeys(tokens, DENSE)
+    def total(names: tuple[str, ...]) -> float:
+        return sum(min(cost(name, count) for name in names) for count in tokens)
+
+    chosen: tuple[str, ...] = min([(DENSE,), *((name,) for name in sparse)], key=total)
+    if crossover and sparse:
+        pair = min(combinations([DENSE, *sparse], 2), key=total)
+        chosen = pair if total(pair) * (1 + margin) < total(chosen) else chosen
+    return {count: min(chosen, key=lambda name: cost(name, count)) for count in tokens}
 
 
 def _input(work: Work, tokens: int) -> Tensor:
@@ -361,16 +368,31 @@ def _input(work: Work, tokens: int) -> Tensor:
     return x.to(work.seen.dtype or weight.dtype)
 
 
-def _race(modules: Mapping[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
-    """Milliseconds of each module on one input: medians of samples that alternate."""
+def _race(
+    modules: Mapping[str, nn.Module], x: Tensor, seconds: float, undisturbed: bool = False
+) -> dict[str, float]:
+    """Milliseconds of each module on one input, of samples that alternate: medians, or lower quartiles."""
     calls: dict[str, Callable[[], object]] = {name: _call_of(module, x) for name, module in modules.items()}
     first = calls[DENSE]
     first()
     start = time.perf_counter()
     first()
     inner = max(1, min(200, int(_SAMPLE / max(time.perf_counter() - start, 1e-7))))
-    found = timing.measure(calls, x.device, inner=inner, budget=seconds, minimum=7, maximum=41)
-    return {name: statistics.median(samples.samples) * 1e3 for name, samples in found.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_ROUNDS):
+        found = timing.measure(calls, x.device, inner=inner, budget=seconds, minimum=7, maximum=41)
+        for name, times in found.items():
+            samples[name] += times.samples
+        if all(map(_steady, samples.values())):
+            break
+    place = 0 if undisturbed else 1
+    return {name: statistics.quantiles(times, n=4)[place] * 1e3 for name, times in samples.items()}
+
+
+def _steady(samples: list[float]) -> bool:
+    """Whether the middle half of the samples lies close together; a busy machine gets more time."""
+    low, _, high = statistics.quantiles(samples, n=4)
+    return high <= 1.3 * low
 
 
 def _call_of(module: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -472,6 +494,8 @@ def _why(work: Work) -> str:
         return work.obstacle
     sparse = [name for name in work.times if name != DENSE]
     names = set(work.chosen.values())
+    if not sparse:
+        return "; ".join(work.findings.why_not)
     if names == {DENSE}:
         speeds = {
             (name, c): work.times[DENSE][c] / work.times[name][c] for name in sparse for c in work.tokens

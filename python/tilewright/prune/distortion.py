@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .calibration import Calibration, check_reached, evaluation, progress_bar
+from .calibration import Calibration, check_reached, evaluation, input_of, progress_bar
 from .changes import Change
 from .layers import Target
+
+_PART = 1 << 22  # elements of an output taken at a time in float64
 
 
 def measure(calibration: Calibration, changes: Sequence[Change]) -> tuple[list[float], float | None]:
@@ -27,12 +29,12 @@ def measure(calibration: Calibration, changes: Sequence[Change]) -> tuple[list[f
 
     def hook(index: int) -> Callable[..., None]:
         def on_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = (args[0] if args else kwargs.get("input", kwargs.get("x"))).detach()
+            x = input_of(args, kwargs)
             change = changes[index]
             dense = F.linear(x, change.target.matrix)
-            errors[index] += _square(F.linear(x, change.pruned_matrix()) - dense)
+            errors[index] += _distance(F.linear(x, change.pruned_matrix()), dense)
             norms[index] += _square(dense)
-            reached[index] = reached[index] or x.numel() > 0
+            reached[index] = reached[index] or x.shape[0] > 0
 
         return on_forward
 
@@ -48,7 +50,7 @@ def measure(calibration: Calibration, changes: Sequence[Change]) -> tuple[list[f
                     calibration.forward(batch)
                     continue
                 before = calibration.output(batch)
-            error += _square(after - before)
+            error += _distance(after, before)
             norm += _square(before)
     check_reached([change.target for change in changes], reached)
     relative = [_ratio(e, n) for e, n in zip(errors, norms, strict=True)]
@@ -77,7 +79,7 @@ def curves(
         for mask in found:
             level += mask
         levels.append(level)
-        sizes.append([int(mask.sum()) for mask in found])
+        sizes.append([int(mask.count_nonzero()) for mask in found])
     sums = [[0.0] * points for _ in targets]
     norm, seen = 0.0, 0
     with torch.no_grad(), evaluation(calibration.model):
@@ -89,7 +91,7 @@ def curves(
             with progress_bar(title, len(targets), calibration.progress) as advance:
                 for index, target in enumerate(targets):
                     for point, output in _outputs(calibration, batch, target, levels[index], points):
-                        sums[index][point] += _square(output - dense)
+                        sums[index][point] += _distance(output, dense)
                     advance()
     return [[_ratio(value, norm) for value in found] for found in sums], sizes
 
@@ -116,8 +118,17 @@ def _output_with(calibration: Calibration, batch: Any, changes: Sequence[Change]
             change.revert()
 
 
+def _distance(a: Tensor, b: Tensor) -> float:
+    pairs = zip(_parts(a), _parts(b), strict=True)
+    return sum(float((x - y).square().sum()) for x, y in pairs)
+
+
 def _square(tensor: Tensor) -> float:
-    return float(tensor.to(torch.float64).square().sum())
+    return sum(float(part.square().sum()) for part in _parts(tensor))
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    return (part.to(torch.float64) for part in torch.split(tensor.flatten(), _PART))
 
 
 def _ratio(error: float, norm: float) -> float:

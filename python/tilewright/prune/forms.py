@@ -58,7 +58,7 @@ def find_forms(linear: nn.Linear, name: str) -> Findings:
     if bool(kept.all()):
         return Findings(1.0, "no zeros")
     blocks, block_pattern_name, why_blocks = _blocks(linear, kept, density)
-    groups, group_name, why_groups = _groups(linear, kept)
+    groups, group_name, why_groups = _groups(linear, kept, density)
     pattern = block_pattern_name or group_name or "scattered"
     why_not = [why for why in (why_blocks, why_groups) if why]
     return Findings(density, pattern, [*blocks, *groups], why_not)
@@ -66,10 +66,11 @@ def find_forms(linear: nn.Linear, name: str) -> Findings:
 
 def _blocks(linear: nn.Linear, kept: Tensor, density: float) -> tuple[list[Form], str, str]:
     """Block-sparse forms: the largest of the blocks that store least, and squares that store little more."""
-    shares = {}
+    step = BLOCK_SIZES[0]
+    base, shares = present_blocks(kept, (step, step)), {}
     for rows in BLOCK_SIZES:
         for columns in BLOCK_SIZES:
-            present = present_blocks(kept, (rows, columns))
+            present = present_blocks(base, (rows // step, columns // step))
             shares[rows, columns] = present.float().mean().item() if present.numel() else 1.0
     best = min(
         shares, key=lambda block: (round(shares[block], 6), -block[0] * block[1], abs(block[0] - block[1]))
@@ -104,15 +105,25 @@ def _block_sparse(linear: nn.Linear, block: tuple[int, int]) -> nn.Module:
     return made
 
 
-def _groups(linear: nn.Linear, kept: Tensor) -> tuple[list[Form], str, str]:
-    """The form for n of every m neighbours in a row."""
-    from .. import nn as modules
+def _groups(linear: nn.Linear, kept: Tensor, density: float) -> tuple[list[Form], str, str]:
+    """The forms for n of every m neighbours in a row: 2:4, which has kernels of its own, and the tightest."""
+    rows, columns = kept.shape
+    fullest = {
+        m: max(int(kept.view(rows, -1, m).sum(2).max()), 1) for m in (4, 8, 16) if rows and columns % m == 0
+    }
+    fitting = [
+        (n, m) for m, n in fullest.items() if n / m <= min(density * _EXCESS, _WORTH) or (n <= 2 and m == 4)
+    ]
+    if not fitting:
+        shown = ", ".join(f"{n} of {m}" for m, n in fullest.items())
+        return [], "", f"its rows fit no n:m: their fullest groups keep {shown}" if shown else ""
+    tightest = min(fitting, key=lambda pattern: (pattern[0] / pattern[1], pattern[1]))
+    chosen = dict.fromkeys([*([(2, 4)] if fullest.get(4, 4) <= 2 else []), tightest])
+    forms = [Form(f"{n}:{m}", n / m, partial(_semi_structured, linear, f"{n}:{m}", kept)) for n, m in chosen]
+    return forms, f"{tightest[0]}:{tightest[1]}", ""
 
-    layer = getattr(modules, "SemiStructuredLinear", None)
-    if layer is None:
-        return [], "", ""
-    for n, m in ((1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (2, 16), (4, 16), (8, 16)):
-        if kept.shape[1] % m == 0 and int(kept.view(len(kept), -1, m).sum(2).max()) <= n:
-            name = f"{n}:{m}"
-            return [Form(name, n / m, partial(layer.from_linear, linear, name, kept))], name, ""
-    return [], "", "its rows are not n of every m"
+
+def _semi_structured(linear: nn.Linear, pattern: str, kept: Tensor) -> nn.Module:
+    from ..nn import SemiStructuredLinear
+
+    return SemiStructuredLinear.from_linear(linear, pattern, kept)

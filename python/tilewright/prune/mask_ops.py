@@ -146,12 +146,14 @@ def _best(
     seed: int,
     names: list[str],
 ) -> list[Tensor]:
-    every = [None] * len(weights)
-    gradients_of, factors_of = gradients or every, factors or every
+    every: list[Tensor | None] = [None] * len(weights)
+    gradients_of: Sequence[Tensor | None] = gradients or every
+    factors_of: Sequence[Tensor | None] = factors or every
     _check_factors(factors_of, names)
     single = rows == columns == 1
-    if single and score == "sum" and not factors:
-        scores = weights
+    by_factors: Sequence[Tensor | None] = every
+    if single and score == "sum" and (by_row or not factors):
+        scores, by_factors = weights, factors_of
     else:
         scores = [
             _scores(weight, gradient, by, score, power, rows, columns, seed, stream)
@@ -163,12 +165,13 @@ def _best(
     chosen = [x.new_empty(x.shape, dtype=torch.bool) for x in scores]
     threads = max(_backend.num_threads(), 1)
     if by_row:
-        for x, mask in zip(scores, chosen, strict=True):
+        for x, by, mask in zip(scores, by_factors, chosen, strict=True):
             size = 0 if x.is_cuda else 8 * x.shape[1] * threads
             workspace = x.new_empty(size, dtype=torch.uint8)
-            _backend.C.prune_select_rows(x, mask, invalid, workspace, kept, threads)
+            _backend.C.prune_select_rows(x, by, mask, invalid, workspace, kept, threads)
     else:
-        workspace = invalid.new_empty(_backend.C.prune_select_workspace(scores, threads), dtype=torch.uint8)
+        size = _backend.C.prune_select_workspace(scores, threads)
+        workspace = invalid.new_empty(size, dtype=torch.uint8)
         _backend.C.prune_select(scores, chosen, invalid, workspace, kept, threads)
     _check_finite(invalid, weights, gradients_of, factors_of, names)
     return chosen if single else [_expand(*pair, rows, columns) for pair in zip(chosen, weights, strict=True)]

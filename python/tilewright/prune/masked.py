@@ -10,7 +10,9 @@ then on an elementwise optimizer computes an update of exactly zero; any other i
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -76,11 +78,10 @@ def set_mask(
     drop_mask(module, name)
     keepers = vars(module).setdefault(_MASKS, {})
     if not keepers:
-        module.register_forward_pre_hook(_follow)
         module.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
-    keepers[name] = keeper = _Keeper(parameter, mask)
+    keepers[name] = keeper = _Keeper(module, name, parameter, mask)
     keeper.enforce()
-    keeper(parameter)
+    keeper.mask_gradient(parameter)
 
 
 def mask_of(module: nn.Module, name: str = "weight") -> Tensor | None:
@@ -109,8 +110,9 @@ def drop_mask(module: nn.Module, name: str = "weight") -> bool:
     keeper.detach()
     if not keepers:
         del vars(module)[_MASKS]
-        _remove(module._forward_pre_hooks, _follow)
-        _remove(module._load_state_dict_post_hooks, _after_load)
+        hooks = module._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _after_load]:
+            del hooks[key]
     return True
 
 
@@ -142,22 +144,23 @@ def clear_optimizer(optimizer: Optimizer, modules: list[nn.Module]) -> None:
 
 
 class _Keeper:
-    """One parameter's mask; called with the parameter whenever its gradient has been accumulated."""
+    """One parameter's mask. The layer holds it, and it holds the parameter; nothing holds it in return."""
 
-    def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        self.parameter = parameter
-        self.mask = mask
+    def __init__(self, module: nn.Module, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
+        self.module, self.name = weakref.ref(module), name
+        self.parameter, self.mask = parameter, mask
         self._attach()
 
     def _attach(self) -> None:
         self.cleared: WeakSet[Optimizer] = WeakSet()
         self.handle: RemovableHandle | None = None
         if self.parameter.is_floating_point():
+            hook = partial(_on_gradient, weakref.ref(self))
             asked = self.parameter.requires_grad
             self.parameter.requires_grad_(
                 True
             )  # torch takes hooks for such tensors only, and then keeps them
-            self.handle = self.parameter.register_post_accumulate_grad_hook(self)  # type: ignore[no-untyped-call]
+            self.handle = self.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self.parameter.requires_grad_(asked)
         _keepers.add(self)
 
@@ -167,11 +170,18 @@ class _Keeper:
             self.handle.remove()
         _keepers.discard(self)
 
-    def follow(self, parameter: nn.Parameter) -> None:
-        """Watches another parameter, which has taken this one's place in the layer."""
+    def follow(self) -> bool:
+        """Watches the parameter that has taken this one's place in the layer, if one has."""
+        module = self.module()
+        present = None if module is None else module._parameters.get(self.name)
+        if present is self.parameter or type(present) is not nn.Parameter:
+            return False
+        if present.shape != self.mask.shape:
+            return False
         self.detach()
-        self.parameter = parameter
+        self.parameter = present
         self._attach()
+        return True
 
     def mask_on(self, device: torch.device) -> Tensor:
         """The mask, which follows its parameter when it is first asked for there."""
@@ -179,7 +189,8 @@ class _Keeper:
             self.mask = self.mask.to(device)
         return self.mask
 
-    def __call__(self, parameter: Tensor) -> None:
+    def mask_gradient(self, parameter: Tensor) -> None:
+        """Takes the gradient of pruned weights away."""
         grad = parameter.grad
         if grad is None or grad.layout is not torch.strided:
             return
@@ -207,12 +218,16 @@ class _Keeper:
                 if value.is_floating_point():
                     value.masked_fill_(pruned, 0.0)
                 elif value.dtype == torch.uint8 and isinstance(state.get(f"qmap{key[-1:]}"), Tensor):
-                    value.masked_fill_(pruned, int(state[f"qmap{key[-1:]}"].abs().argmin()))
+                    levels = state[f"qmap{key[-1:]}"].abs()
+                    value.masked_fill_(pruned, int(levels.argmin()))
+                    if levels.min() != 0:  # a map of somebody's own, in which nothing is forgotten
+                        self.cleared.discard(optimizer)
 
     def after_step(self, optimizer: Optimizer, elementwise: bool) -> None:
         """Makes up for what the optimizer still knew of pruned weights, or for its not being elementwise."""
+        followed = self.follow()
         if elementwise:
-            if optimizer in self.cleared or self.parameter not in optimizer.state:
+            if optimizer in self.cleared or not (followed or self.parameter in optimizer.state):
                 return
             self.clear(optimizer)
         elif not any(self.parameter is p for group in optimizer.param_groups for p in group["params"]):
@@ -220,14 +235,18 @@ class _Keeper:
         self.enforce()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Keeper:
-        made = memo[id(self)] = _Keeper(copy.deepcopy(self.parameter, memo), self.mask.clone())
+        module = copy.deepcopy(self.module(), memo)  # which is being copied, and known to the memo
+        parameter = copy.deepcopy(self.parameter, memo)
+        assert module is not None
+        made = memo[id(self)] = _Keeper(module, self.name, parameter, self.mask.clone())
         return made
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"parameter": self.parameter, "mask": self.mask}
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.module(), self.name, self.parameter, self.mask
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        module, self.name, self.parameter, self.mask = state
+        self.module = weakref.ref(module)
         self._attach()
 
 
@@ -235,22 +254,16 @@ _keepers: WeakSet[_Keeper] = WeakSet()
 _watched: WeakSet[Optimizer] = WeakSet()
 
 
-def _follow(module: nn.Module, args: Any) -> None:
-    """Before each forward: the parameter may have been replaced, as `to_empty` and FSDP do."""
-    if torch.compiler.is_compiling():
-        return
-    for name, keeper in vars(module)[_MASKS].items():
-        parameter = module._parameters.get(name)
-        if parameter is keeper.parameter or type(parameter) is not nn.Parameter:
-            continue
-        if parameter.shape == keeper.mask.shape:
-            keeper.follow(parameter)
+def _on_gradient(keeper: weakref.ref[_Keeper], parameter: Tensor) -> None:
+    found = keeper()
+    if found is not None:
+        found.mask_gradient(parameter)
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     """Loaded weights are pruned as those before them."""
-    _follow(module, ())
     for keeper in vars(module)[_MASKS].values():
+        keeper.follow()
         keeper.enforce()
 
 
@@ -309,11 +322,6 @@ def _bake(module: nn.Module, name: str) -> Callable[[], None]:
 def _replace(entries: dict[Any, Any], others: dict[Any, Any]) -> None:
     entries.clear()
     entries.update(others)
-
-
-def _remove(hooks: dict[int, Any], hook: Any) -> None:
-    for key in [key for key, value in hooks.items() if value is hook]:
-        del hooks[key]
 
 
 def _label(module: nn.Module) -> str:

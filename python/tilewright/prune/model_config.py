@@ -34,7 +34,7 @@ def rewrite(model: nn.Module, before: list[Group], journal: Journal) -> str | No
     if isinstance(changes, str):
         return changes
     if not changes:
-        return None
+        return _unlike(model)
     attempts = [changes]
     if len({kind for kind, *_ in changes}) > 1:
         attempts += [[c for c in changes if c[0] == kind] for kind in ("width", "heads")]

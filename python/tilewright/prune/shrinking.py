@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from . import model_config
 from .channels import find_channels
@@ -138,8 +140,9 @@ def _groups(
     structure = find_structure(model)
     groups = list(structure.groups)
     refused = dict(structure.refused)
-    # transformers' models hold nothing else than attention and MLPs between layer norms, and do not trace.
-    if not (groups and any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)):
+    # transformers' attention and MLPs have nothing else between their norms, and do not trace.
+    known = bool(groups or refused)
+    if not (known and any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)):
         try:
             channels, others = find_channels(model, example_inputs, structure.taken)
             groups += channels
@@ -368,12 +371,24 @@ def _positions(removal: Removals) -> Any:
 
 
 def _flops(model: nn.Module, example_inputs: Any) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    with evaluation(model), torch.no_grad(), counter:
+    with evaluation(model), torch.no_grad(), _FlopCounter() as counter:
         call(model, example_inputs)
-    return int(counter.get_total_flops())
+    return int(counter.total)
+
+
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Multiplications and additions by torch's formulas, without the modules that torch's own tracks."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=output))
+        return output
 
 
 def load_shrunk(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:

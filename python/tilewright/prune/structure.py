@@ -25,6 +25,7 @@ _SEPARATE = (
     ("q", "k", "v"),
 )
 _FUSED = ("qkv", "qkv_proj", "c_attn", "to_qkv")
+_INTERLEAVED = "query_key_value"  # q, k and v of one head, then those of the next
 _AFTER_ATTENTION = (
     "o_proj",
     "out_proj",
@@ -134,15 +135,20 @@ def _attention(path: str, module: nn.Module, parent: nn.Module | None) -> Group 
         if all(projection is not None for projection in projections):
             after = _first_linear(module, _AFTER_ATTENTION) or _first_linear(parent, ("output.dense",))
             return _heads(path, module, [p for p in projections if p is not None], after)
-    for name in _FUSED:
+    for name in (*_FUSED, _INTERLEAVED):
         fused = _child(module, name)
-        if is_linear(fused) and fused is not None:
-            return _heads(path, module, [fused], _first_linear(module, _AFTER_ATTENTION))
+        if isinstance(fused, nn.Linear) or (is_linear(fused) and fused is not None):
+            after = _first_linear(module, _AFTER_ATTENTION)
+            return _heads(path, module, [fused], after, name == _INTERLEAVED)
     return None
 
 
 def _heads(
-    path: str, module: nn.Module, projections: list[nn.Module], after: nn.Module | None
+    path: str,
+    module: nn.Module,
+    projections: list[nn.Module],
+    after: nn.Module | None,
+    interleaved: bool = False,
 ) -> Group | Refusal | None:
     layers = [*projections, *([] if after is None else [after])]
     taken = [(layer, "in" if layer is after else "out") for layer in layers]
@@ -176,7 +182,9 @@ def _heads(
     extra = _extra_parameter(module, layers, size, {queries, keys, queries * size, keys * size})
     if extra is not None:
         return path, f"{extra} spans its heads", taken
-    return _head_group(path, module, projections, after, queries, keys, size)
+    if interleaved and queries != keys:
+        return path, f"its {queries} query heads are packed with {keys} key/value heads", taken
+    return _head_group(path, module, projections, after, queries, keys, size, interleaved)
 
 
 def _head_group(
@@ -187,6 +195,7 @@ def _head_group(
     queries: int,
     keys: int,
     size: int,
+    interleaved: bool,
 ) -> Group:
     """A unit is a key/value head with its query heads; a query head where all share one key/value head."""
     single = keys == 1 and queries > 1
@@ -199,6 +208,8 @@ def _head_group(
         cuts.insert(0, _cut(projections[0], "out", query))
         if not single:
             cuts[1:1] = [_cut(projections[1], "out", key), _cut(projections[2], "out", key)]
+    elif interleaved:
+        cuts.insert(0, _cut(projections[0], "out", _spread(units, 3 * size)))
     else:
         parts = (
             [query]
@@ -229,6 +240,8 @@ def _extra_parameter(module: nn.Module, layers: list[nn.Module], size: int, span
 
 
 def _mlp(path: str, module: nn.Module) -> Group | Refusal | None:
+    if "gate_up_proj" in module._parameters and "down_proj" in module._parameters:
+        return path, "its experts are held in one tensor, which is not cut", []
     for gate, up, down in _GATED:
         layers = [_child(module, name) for name in (gate, up, down)]
         if all(layer is not None for layer in layers):
@@ -248,7 +261,7 @@ def _width(path: str, module: nn.Module, layers: list[nn.Module], halves: int) -
     *ups, down = layers
     other = next((layer for layer in layers if not is_linear(layer)), None)
     if other is not None:
-        if any(is_linear(layer) for layer in layers):
+        if any(isinstance(layer, nn.Linear) or is_linear(layer) for layer in layers):
             return path, f"one of its projections is {type(other).__name__}, not torch.nn.Linear", []
         return None
     width = _inputs(down)

@@ -1,0 +1,115 @@
+"""Activation-sparse linear layers: one token and a few, beside the dense layer and masked inputs.
+
+Bytes of a call, each once: the weights of the inputs that are kept, density * in * out elements (all of them
+for a dense layer); x, y and bias are small beside them. FLOPs: 2 a weight that is read and token.
+Every call gets other tokens, so that the rows of the last call are not those of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .case import OURS, Case, Contender
+
+_VARIETY = 16  # different tokens that take turns
+
+Call = Callable[[], object]
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """All cases for a device; `quick` leaves the larger layer and the few tokens out."""
+    dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+    shapes = [(4096, 4096)] if quick else [(4096, 4096), (4096, 11008)]
+    found = [
+        _case(device, dtype, shape, sparsity, 1)
+        for dtype in dtypes
+        for shape in shapes
+        for sparsity in (0.5, 0.75)
+    ]
+    return found if quick else [*found, _case(device, dtypes[0], (4096, 4096), 0.75, 4)]
+
+
+class _Problem:
+    """A layer and its inputs, made when a contender first asks for them."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], sparsity: float, tokens: int
+    ) -> None:
+        self.device, self.dtype, self.shape, self.sparsity = device, dtype, shape, sparsity
+        self.tokens = tokens
+        self._made: tuple[Any, list[Tensor]] | None = None
+
+    def layer_and_inputs(self) -> tuple[Any, list[Tensor]]:
+        if self._made is None:
+            from tilewright.nn import ActivationSparseLinear
+
+            generator = torch.Generator(self.device).manual_seed(0)
+            inputs, outputs = self.shape
+            layer = ActivationSparseLinear(
+                inputs, outputs, sparsity=self.sparsity, device=self.device, dtype=self.dtype
+            ).eval()
+            size = (_VARIETY, self.tokens, inputs)
+            x = torch.randn(size, generator=generator, device=self.device).to(self.dtype)
+            self._made = layer.requires_grad_(False), list(x)
+        return self._made
+
+    def weights_read(self) -> float:
+        """The share that the tokens keep between them."""
+        return 1 - self.sparsity**self.tokens
+
+
+def _case(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], sparsity: float, tokens: int
+) -> Case:
+    problem = _Problem(device, dtype, shape, sparsity, tokens)
+    weights = shape[0] * shape[1]
+    dense = float(weights * dtype.itemsize)
+    contenders = [
+        Contender(OURS, lambda: _ours(problem), dense * problem.weights_read()),
+        Contender("torch, dense", lambda: _dense(problem), dense),
+        Contender("torch, masked inputs", lambda: _masked(problem), dense),
+    ]
+    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    size, zeros = f"{shape[0]}x{shape[1]}", f"{sparsity:.0%}"
+    many = "1 token" if tokens == 1 else f"{tokens} tokens"
+    return Case(
+        f"activation-sparse-{size}-{round(100 * sparsity)}-{tokens}-{kind}",
+        f"ActivationSparseLinear, {size}, {zeros} left out, {many}, {kind}",
+        contenders,
+        2 * weights * problem.weights_read() * tokens,
+        sizes={"in x out": size, "sparsity": sparsity, "tokens": tokens, "dtype": kind},
+    )
+
+
+def _taking_turns(inputs: list[Tensor], call: Callable[[Tensor], object]) -> Call:
+    numbers = count()
+    return lambda: call(inputs[next(numbers) % len(inputs)])
+
+
+def _ours(problem: _Problem) -> Call:
+    layer, inputs = problem.layer_and_inputs()
+    return _taking_turns(inputs, layer)
+
+
+def _dense(problem: _Problem) -> Call:
+    layer, inputs = problem.layer_and_inputs()
+    return _taking_turns(inputs, layer.to_linear().requires_grad_(False))
+
+
+def _masked(problem: _Problem) -> Call:
+    """What one writes without a kernel: the mask of the largest scores, then the dense layer."""
+    layer, inputs = problem.layer_and_inputs()
+    dense, norms = layer.to_linear().requires_grad_(False), layer.column_norm
+    kept = problem.shape[0] - round(problem.sparsity * problem.shape[0])
+
+    def masked(x: Tensor) -> Tensor:
+        best = (x.abs() * norms).topk(kept, dim=-1).indices
+        return F.linear(x * torch.zeros_like(x).scatter_(-1, best, 1.0), dense.weight, dense.bias)
+
+    return _taking_turns(inputs, masked)
