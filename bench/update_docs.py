@@ -80,8 +80,10 @@ def spread(record: dict[str, Any]) -> str:
 
 def measured_on(record: dict[str, Any]) -> str:
     """One sentence: what was run, on what."""
-    size = f"{record['parameters'] / 1e6:.2f}M parameters, {record['steps']} steps"
-    return f"{size}, {record['seconds']:.0f} s in all. {report.conditions(record)}"
+    took = f"{record['seconds']:.0f} s in all. {report.conditions(record)}"
+    if "parameters" not in record:  # several models
+        return took
+    return f"{record['parameters'] / 1e6:.2f}M parameters, {record['steps']} steps, {took}"
 
 
 VIEWS = {"table": table, "output": output, "spread": spread}
