@@ -325,11 +325,11 @@ void repeat_tokens(const BlockSparseLinearParams& p, const Stream<T>& s, float* 
 }
 
 // sums[line][token] += of one block.
-template <class T, int kT>
+template <class T, int kT, int kLinesAtOnce>
 __attribute__((always_inline)) inline void stream_block(const Stream<T>& s, const T* block, const float* x,
                                                         float* sums) {
   using Units = typename UnitsOf<T>::Type;
-  constexpr int kLinesAtOnce = kT == 1 ? 4 : 2, kPerWord = Stream<T>::kPerWord;
+  constexpr int kPerWord = Stream<T>::kPerWord;
   for (int line = 0; line < s.lines; line += kLinesAtOnce) {
     Float found[kLinesAtOnce][kT];
     float* at = sums + line * kT * kLanes;
@@ -367,8 +367,16 @@ __attribute__((noinline)) void stream_row(const BlockSparseLinearParams& p, cons
   alignas(64) float result[kMaxBlock];
   std::memset(sums, 0, sizeof(float) * size_t(s.lines) * kT * kLanes);
   const T* block = static_cast<const T*>(p.values) + int64_t{w.first[row]} * w.block_rows * w.block_columns;
-  for (int64_t at = w.first[row]; at < w.first[row + 1]; ++at, block += w.block_rows * w.block_columns)
-    stream_block<T, kT>(s, block, x + token * s.token_words + w.column[at] * int64_t{s.line}, sums);
+  constexpr int kMost = kT == 1 ? 4 : 2;
+  const float* const from = x + token * s.token_words;
+  for (int64_t at = w.first[row]; at < w.first[row + 1]; ++at, block += w.block_rows * w.block_columns) {
+    const float* tokens = from + w.column[at] * int64_t{s.line};
+    if (s.lines >= kMost) {
+      stream_block<T, kT, kMost>(s, block, tokens, sums);
+    } else {  // the smallest blocks of pairs have two lines
+      stream_block<T, kT, 2>(s, block, tokens, sums);
+    }
+  }
   const int64_t column = row * w.block_rows, columns = smaller(p.out - column, w.block_rows);
   const int lanes = s.words < kLanes ? s.words : kLanes, rows_in_line = kLanes / lanes;
   for (int t = 0; t < kT; ++t) {

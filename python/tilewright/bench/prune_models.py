@@ -38,9 +38,12 @@ def _llama(device: torch.device, quick: bool, tokens: int) -> Case:
         made: nn.Module = transformers.LlamaForCausalLM(config).to(device).eval()
         return made
 
-    ids = torch.randint(3, 256, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
+    def some_tokens() -> torch.Tensor:
+        return torch.randint(3, 256, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
 
     def run(made: nn.Module) -> Callable[[], object]:
+        ids = some_tokens()
+
         def forward() -> object:
             with torch.no_grad():
                 return made(ids, use_cache=False)
@@ -52,7 +55,7 @@ def _llama(device: torch.device, quick: bool, tokens: int) -> Case:
 
         made = model()
         prune(made, Block(_BLOCK, _BLOCK), _ZEROS, include="*.mlp.*", progress=False)
-        compress(made, {"input_ids": ids, "use_cache": False}, progress=False)
+        compress(made, {"input_ids": some_tokens(), "use_cache": False}, progress=False)
         return run(made)
 
     contenders = [Contender(OURS, ours), Contender("torch", lambda: run(model()))]
