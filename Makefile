@@ -7,7 +7,8 @@ FAMILY ?=
 STAGES ?= build,test,bench
 OUT ?= bench/results/h200
 PYTEST_FLAGS ?=
-SANITIZED ?= tests/emulator tests/optim tests/attention/test_block_sparse_sm90.py -k "emulat or cpu-avx2 or cpu-avx512_bf16"
+SANITIZED ?= tests/emulator tests/optim tests/attention/test_block_sparse_sm90.py tests/prune/test_block_sparse_linear.py \
+  tests/prune/test_semi_structured_linear.py tests/prune/test_activation_sparse.py tests/prune/test_mask_ops.py -k "emulat or cpu-avx2 or cpu-avx512_bf16"
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check install --quiet
