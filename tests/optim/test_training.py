@@ -12,6 +12,7 @@ from optim_cases import CASES, OPTIMIZERS, assert_same_bits, make, snapshot
 from torch import Tensor
 
 import tilewright as tw
+from ranks import run_ranks
 from reference import optim as reference
 
 
@@ -129,31 +130,24 @@ def test_a_thousand_steps_do_not_drift(name: str) -> None:
 # -- data parallelism -------------------------------------------------------------------------------
 
 
-def _worker(rank: int, folder: str, name: str) -> None:
+def _replica(rank: int, folder: Path, name: str) -> None:
     from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    try:
-        with pytest.raises(ValueError, match="needs a seed in a distributed run"):
-            OPTIMIZERS[name]([torch.nn.Parameter(torch.ones(3))], param_precision="stochastic")
-        model, data = _model_and_data(torch.bfloat16)
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-        optimizer = OPTIMIZERS[name](parallel.parameters(), lr=1e-2, param_precision="stochastic", seed=3)
-        for x in data:
-            parallel(x[rank::2]).float().square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        torch.save([t.cpu() for t in snapshot(optimizer)], f"{folder}/{rank}.pt")
-        mesh = DeviceMesh("cpu", [0, 1])
-        sharded = torch.nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
-        sharded.grad = distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])
-        with pytest.raises(NotImplementedError, match=r"param 0: .*DTensor"):
-            OPTIMIZERS[name]([sharded]).step()
-    finally:
-        torch.distributed.destroy_process_group()
+    with pytest.raises(ValueError, match="needs a seed in a distributed run"):
+        OPTIMIZERS[name]([torch.nn.Parameter(torch.ones(3))], param_precision="stochastic")
+    model, data = _model_and_data(torch.bfloat16)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = OPTIMIZERS[name](parallel.parameters(), lr=1e-2, param_precision="stochastic", seed=3)
+    for x in data:
+        parallel(x[rank::2]).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save([t.cpu() for t in snapshot(optimizer)], folder / f"{rank}.pt")
+    mesh = DeviceMesh("cpu", [0, 1])
+    sharded = torch.nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
+    sharded.grad = distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)])
+    with pytest.raises(NotImplementedError, match=r"param 0: .*DTensor"):
+        OPTIMIZERS[name]([sharded]).step()
 
 
 def _model_and_data(dtype: torch.dtype) -> tuple[torch.nn.Module, list[Tensor]]:
@@ -166,7 +160,7 @@ def _model_and_data(dtype: torch.dtype) -> tuple[torch.nn.Module, list[Tensor]]:
 @pytest.mark.parametrize("name", ["AdamW8bit", "SGD8bit"])
 def test_two_ranks_stay_the_same(tmp_path: Path, name: str) -> None:
     """Replicas must not drift apart, stochastic rounding included; DTensors are refused in words."""
-    torch.multiprocessing.start_processes(_worker, (str(tmp_path), name), nprocs=2, start_method="spawn")
+    run_ranks(_replica, tmp_path, tmp_path, name, ranks=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_same_bits(*ranks)
     model, _ = _model_and_data(torch.bfloat16)

@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
 
 import tilewright as tw
+from ranks import run_ranks
 from tilewright.prune import drop_mask, import_torch_masks, mask_of, set_mask
 
 OPTIMIZERS: dict[str, Any] = {
@@ -253,17 +255,17 @@ def test_compiled_in_one_graph() -> None:
     assert_pruned(model[0].weight, mask)
 
 
-def test_data_parallel() -> None:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model, mask = make_model(), make_mask()
-        set_mask(model[0], mask)
-        parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        train(parallel, torch.optim.AdamW(parallel.parameters(), lr=0.01))
-        assert_pruned(model[0].weight, mask)
-    finally:
-        torch.distributed.destroy_process_group()
+def _replicated(_rank: int) -> None:
+    model, mask = make_model(), make_mask()
+    set_mask(model[0], mask)
+    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    train(parallel, torch.optim.AdamW(parallel.parameters(), lr=0.01))
+    assert_pruned(model[0].weight, mask)
+
+
+@pytest.mark.slow
+def test_data_parallel(tmp_path: Path) -> None:
+    run_ranks(_replicated, tmp_path, ranks=2)
 
 
 def test_masks_of_torch_become_ours() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import distributed as dist
 from torch.nn.utils import parametrize
 
 import tilewright as tw
+from ranks import run_ranks
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -373,19 +375,7 @@ def test_a_class_of_ones_own_over_a_swapped_one() -> None:
     assert tw.swap(model).skipped[1].why == "swapped already", "none of the layers was unswapped"
 
 
-@pytest.fixture
-def alone():
-    """A process group of one process."""
-    if not dist.is_available():
-        pytest.skip("this torch has no distributed package")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("first", ["swap", "shard"])
-def test_fully_shard(first: str) -> None:
+def _sharded(_rank: int, first: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -406,6 +396,13 @@ def test_fully_shard(first: str) -> None:
     assert all(isinstance(mixer, FSDPModule) and type(mixer) is type(mixers[0]) for mixer in mixers)
     mixers[0].reshard()
     torch.testing.assert_close(logits(model, ids), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+@pytest.mark.parametrize("first", ["swap", "shard"])
+def test_fully_shard(tmp_path: Path, first: str) -> None:
+    run_ranks(_sharded, tmp_path, first)
 
 
 def test_save_pretrained_is_as_before(tmp_path: Any) -> None:
