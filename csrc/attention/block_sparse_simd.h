@@ -1,14 +1,12 @@
 // What attention's passes on a CPU share: products of small matrices in cache, rows of tensors brought into
 // units, transposition, and which keys of a tile a query sees.
-//
-// A unit is what one lane of a vector holds in a product: a float, or (Pairs) two bf16 neighbours along the
-// axis that is summed over, which one instruction multiplies and adds. Either is moved as a float.
 #pragma once
 
 #include "attention/block_sparse.h"
 #include "core/simd.h"
 #include "core/simd_math.h"
 #include "core/simd_transpose.h"
+#include "core/simd_units.h"
 #include "core/threads.h"
 
 namespace tilewright::TW_ISA {
@@ -30,32 +28,6 @@ constexpr int rows_for(int vectors) { return vectors == 2 ? 6 : 12; }
 constexpr int kQueries = kVectors * kLanes;               // of a tile, along the lanes
 constexpr int kKeys = 64;                                 // of a tile, one a row
 constexpr int64_t kStride = attention::kMaxHeadDim + 16;  // of packed rows: no power of 2, so no aliases
-
-struct Singles {
-  static constexpr int kPerUnit = 1;
-  static Float step(Float a, Float b, Float sum) { return fma(a, b, sum); }
-};
-
-#if defined(__AVX512BF16__)
-struct Pairs {
-  static constexpr int kPerUnit = 2;
-  static Float step(Float a, Float b, Float sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-};
-#endif
-
-// The units in which tensors of T are multiplied.
-template <class T>
-struct UnitsOf {
-  using Type = Singles;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct UnitsOf<bf16> {
-  using Type = Pairs;
-};
-#endif
-
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // ---- products ----
 
@@ -132,10 +104,6 @@ void multiply(const Product& p, int64_t columns) {
 }
 
 // ---- rows of tensors ----
-
-inline void narrow_to(float* target, float value) { *target = value; }
-inline void narrow_to(bf16* target, float value) { *target = narrow_bf16(value); }
-inline void narrow_to(fp16* target, float value) { *target = narrow_fp16(value); }
 
 template <class T>
 const T* row_at(const HeadsTensor& t, int64_t batch, int64_t head, int64_t row) {
@@ -264,20 +232,6 @@ inline bool any_above(Float a, Float b) {
   return (above[0] | above[1] | above[2] | above[3]) != 0;
 #endif
 }
-
-// ---- scratch memory ----
-
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const result = reinterpret_cast<T*>(base + used);
-    used += round_up(count * int64_t(sizeof(T)), 64);
-    return result;
-  }
-};
 
 }  // namespace
 }  // namespace tilewright::TW_ISA

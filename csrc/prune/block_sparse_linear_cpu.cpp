@@ -70,7 +70,7 @@ struct Side {
 // Whether blocks are multiplied where they lie; otherwise a block row is brought into words first.
 template <class T>
 bool in_place(const Side& side) {
-  return std::is_same_v<T, float> || (UnitsOf<T>::Type::kPerWord == 2 && !side.transposed);
+  return std::is_same_v<T, float> || (UnitsOf<T>::Type::kPerUnit == 2 && !side.transposed);
 }
 
 struct Sizes {
@@ -83,8 +83,8 @@ Sizes sizes_of(const BlockSparseLinearParams& p, const Side& side) {
   using Units = typename UnitsOf<T>::Type;
   Sizes s;
   s.panels = divide_up(p.tokens, kTokens);
-  s.panel_words = round_up(side.panels_across * side.depth / Units::kPerWord, kLanes) * kTokens;
-  s.scratch_words = in_place<T>(side) ? 0 : side.panels_across * side.block_size() / Units::kPerWord;
+  s.panel_words = round_up(side.panels_across * side.depth / Units::kPerUnit, kLanes) * kTokens;
+  s.scratch_words = in_place<T>(side) ? 0 : side.panels_across * side.block_size() / Units::kPerUnit;
   return s;
 }
 
@@ -102,8 +102,8 @@ void pack_panel(const BlockSparseLinearParams& p, const Matrix& from, int64_t de
   const int64_t token = panel * kTokens, count = smaller(p.tokens - token, kTokens);
   const int width = panel_width(p.tokens, panel);
   for (int64_t k = 0; k < words; k += kPiece) {
-    const int64_t piece = smaller(words - k, kPiece), column = k * Units::kPerWord;
-    const int64_t left = smaller(larger(depth_width - column, 0), piece * Units::kPerWord);
+    const int64_t piece = smaller(words - k, kPiece), column = k * Units::kPerUnit;
+    const int64_t left = smaller(larger(depth_width - column, 0), piece * Units::kPerUnit);
     for (int64_t i = 0; i < width; ++i) {
       const T* row = element<T>(from, token + smaller(i, count - 1), column);
       read_words<Units>(stage + i * kStride, row, from.column, i < count ? left : 0, piece);
@@ -120,7 +120,7 @@ void convert_row(const BlockSparseLinearParams& p, const Side& side, int64_t row
   const int64_t size = side.block_size();
   for (int64_t at = side.first[row]; at < side.first[row + 1]; ++at) {
     const T* from = values + side.block_of(at) * size;
-    if constexpr (Units::kPerWord == 1) {
+    if constexpr (Units::kPerUnit == 1) {
       read_words<Units>(to, from, 1, size, size);
     } else {
       for (int64_t k = 0; k < side.depth; k += 2) {
@@ -129,7 +129,7 @@ void convert_row(const BlockSparseLinearParams& p, const Side& side, int64_t row
         for (int64_t j = 0; j < side.height; ++j) words[j] = uint32_t(high[j].bits) << 16 | low[j].bits;
       }
     }
-    to += size / Units::kPerWord;
+    to += size / Units::kPerUnit;
   }
 }
 
@@ -138,9 +138,9 @@ template <class T>
 Operands walk(const Side& side) {
   using Units = typename UnitsOf<T>::Type;
   Operands o{};
-  o.row_step = side.transposed ? 1 : side.depth / Units::kPerWord;
+  o.row_step = side.transposed ? 1 : side.depth / Units::kPerUnit;
   o.depth_step = side.transposed ? side.height : 1;
-  o.depth = side.depth / Units::kPerWord;
+  o.depth = side.depth / Units::kPerUnit;
   return o;
 }
 
@@ -179,7 +179,7 @@ template <class T, int kVectors>
 __attribute__((noinline)) void multiply_row(const BlockSparseLinearParams& p, const Side& side, int64_t row,
                                             const float* converted, const float* panel, float* sums) {
   using Units = typename UnitsOf<T>::Type;
-  const int64_t size = side.block_size() / Units::kPerWord;
+  const int64_t size = side.block_size() / Units::kPerUnit;
   const auto* blocks = converted != nullptr ? converted : static_cast<const float*>(p.values);
   const int64_t begin = side.first[row], end = side.first[row + 1];
   Operands o = walk<T>(side);
@@ -258,11 +258,11 @@ void multiply_all(const BlockSparseLinearParams& p, BlockSparseCall call, int th
   const Sizes s = sizes_of<T>(p, side);
   const Workspace w(p.workspace, side, s, threads);
   const Matrix& operand = side.transposed ? p.y : p.x;
-  const int64_t words = side.panels_across * side.depth / Units::kPerWord;
+  const int64_t words = side.panels_across * side.depth / Units::kPerUnit;
   parallel_chunks(s.panels, threads, [&](int64_t panel) {
     pack_panel<T>(p, operand, side.depth_width, words, w.panels + panel * s.panel_words, panel);
   });
-  const int64_t chunks = split_rows(side, side.block_size() / Units::kPerWord, threads, w.bounds);
+  const int64_t chunks = split_rows(side, side.block_size() / Units::kPerUnit, threads, w.bounds);
   const int64_t groups = divide_up(s.panels, kGroupPanels);
   parallel_slots(chunks * groups, threads, [&](int64_t unit, int slot) {
     const int64_t chunk = unit / groups, begin = unit % groups * kGroupPanels;
@@ -290,12 +290,12 @@ void multiply_all(const BlockSparseLinearParams& p, BlockSparseCall call, int th
 // tokens' words are repeated to match.
 template <class T>
 struct Stream {
-  static constexpr int kPerWord = UnitsOf<T>::Type::kPerWord;
+  static constexpr int kPerUnit = UnitsOf<T>::Type::kPerUnit;
   int words, line, lines;  // of a block: words a row, words and number of its lines
   int64_t token_words;
 
   explicit Stream(const BlockPattern& w) {
-    words = w.block_columns / kPerWord;
+    words = w.block_columns / kPerUnit;
     line = words < kLanes ? kLanes : words;
     lines = w.block_rows * words / line;
     token_words = w.columns * line;
@@ -304,7 +304,7 @@ struct Stream {
 
 template <class T>
 Float load_weights(const T* block, int64_t word) {
-  if constexpr (Stream<T>::kPerWord == 1) {
+  if constexpr (Stream<T>::kPerUnit == 1) {
     return load(block + word);
   } else {
     return load(reinterpret_cast<const float*>(block) + word);
@@ -329,7 +329,7 @@ template <class T, int kT, int kLinesAtOnce>
 __attribute__((always_inline)) inline void stream_block(const Stream<T>& s, const T* block, const float* x,
                                                         float* sums) {
   using Units = typename UnitsOf<T>::Type;
-  constexpr int kPerWord = Stream<T>::kPerWord;
+  constexpr int kPerUnit = Stream<T>::kPerUnit;
   for (int line = 0; line < s.lines; line += kLinesAtOnce) {
     Float found[kLinesAtOnce][kT];
     float* at = sums + line * kT * kLanes;
@@ -340,7 +340,7 @@ __attribute__((always_inline)) inline void stream_block(const Stream<T>& s, cons
       for (int i = 0; i < kLinesAtOnce; ++i) {
         const int64_t at_word = int64_t{line + i} * s.line + word;
         const Float weights = load_weights(block, at_word);
-        __builtin_prefetch(reinterpret_cast<const char*>(block + at_word * kPerWord) + kAhead);
+        __builtin_prefetch(reinterpret_cast<const char*>(block + at_word * kPerUnit) + kAhead);
 #pragma GCC unroll 4
         for (int t = 0; t < kT; ++t)
           found[i][t] = Units::step(weights, load(x + t * s.token_words + word), found[i][t]);
@@ -399,7 +399,7 @@ void stream_all(const BlockSparseLinearParams& p, int threads) {
   int32_t* const bounds = arena.take<int32_t>(p.pattern.rows + 1);
   repeat_tokens<T>(p, s, x);
   const Side side(p, BlockSparseCall::kForward);
-  const int64_t chunks = split_rows(side, side.block_size() / Stream<T>::kPerWord, threads, bounds);
+  const int64_t chunks = split_rows(side, side.block_size() / Stream<T>::kPerUnit, threads, bounds);
   parallel_chunks(chunks, threads, [&](int64_t chunk) {
     for (int64_t row = bounds[chunk]; row < bounds[chunk + 1]; ++row) {
       int64_t t = 0;
@@ -421,7 +421,7 @@ void pack_columns(const BlockSparseLinearParams& p, const Matrix& from, int64_t 
   for (int64_t first = 0; first < width; first += block) {
     const int64_t count = smaller(width - first, block);
     float* words = to + (first / block * depth + k) * block;
-    if constexpr (Units::kPerWord == 1) {
+    if constexpr (Units::kPerUnit == 1) {
       read_words<Units>(words, element<T>(from, k, first), from.column, count, block);
     } else {
       for (int64_t i = 0; i < 2; ++i) {
@@ -475,7 +475,7 @@ struct ColumnPanels {
   // Vectors may reach past the last panel's last row.
   ColumnPanels(const BlockSparseLinearParams& p, void* base) {
     const BlockPattern& w = p.pattern;
-    depth = divide_up(p.tokens, UnitsOf<T>::Type::kPerWord);
+    depth = divide_up(p.tokens, UnitsOf<T>::Type::kPerUnit);
     Arena arena{static_cast<char*>(base)};
     dz = arena.take<float>(w.rows * depth * w.block_rows);
     x = arena.take<float>(w.columns * depth * w.block_columns + 2 * kLanes);

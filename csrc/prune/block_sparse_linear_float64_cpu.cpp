@@ -1,14 +1,12 @@
 // The block-sparse linear layer in float64: the formulas, untuned, for gradcheck and for whoever needs them.
-#include <cmath>
-
 #include "core/integers.h"
 #include "core/threads.h"
+#include "prune/activation.h"
 #include "prune/block_sparse_linear.h"
 
 namespace tilewright::TW_ISA {
 namespace {
 
-using prune::Activation;
 using prune::BlockPattern;
 using prune::BlockSparseCall;
 using prune::BlockSparseLinearParams;
@@ -21,22 +19,6 @@ double& at(const Matrix& m, int64_t row, int64_t column) {
 double& value(const BlockSparseLinearParams& p, int64_t block, int64_t row, int64_t column) {
   const BlockPattern& w = p.pattern;
   return static_cast<double*>(p.values)[(block * w.block_rows + row) * w.block_columns + column];
-}
-
-double activate(Activation activation, double x) {
-  switch (activation) {
-    case Activation::kNone:
-      break;
-    case Activation::kRelu:
-      return x < 0 ? 0 : x;
-    case Activation::kGelu:
-      return x * 0.5 * std::erfc(-x * 0.70710678118654752440);
-    case Activation::kGeluTanh:
-      return x * 0.5 * (1 + std::tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-  }
-  return x;
 }
 
 // Row of y, column of x: sums over the blocks of a block row.

@@ -1,11 +1,12 @@
-// What the sparse linear layers' CPU kernels share: the units that operands are multiplied in, rows of
-// matrices as units, activations, scratch memory.
+// What the sparse linear layers' CPU kernels share: rows of matrices as words of 32 bits (a unit each),
+// activations, rows of results.
 #pragma once
 
 #include "core/integers.h"
 #include "core/simd.h"
 #include "core/simd_math.h"
 #include "core/simd_transpose.h"
+#include "core/simd_units.h"
 #include "core/threads.h"
 #include "prune/linear.h"
 
@@ -14,37 +15,6 @@ namespace {
 
 using prune::Activation;
 using prune::Matrix;
-
-// A word of 32 bits holds an operand's next elements along the sum: one float, or two bf16 where the CPU
-// multiplies them in pairs.
-struct Singles {
-  static constexpr int kPerWord = 1;
-  static Float step(Float a, Float b, Float sum) { return fma(a, b, sum); }
-};
-
-#if defined(__AVX512BF16__)
-struct Pairs {
-  static constexpr int kPerWord = 2;
-  static Float step(Float a, Float b, Float sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-};
-#endif
-
-template <class T>
-struct UnitsOf {
-  using Type = Singles;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct UnitsOf<bf16> {
-  using Type = Pairs;
-};
-#endif
-
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-inline void narrow_to(float* target, float value) { *target = value; }
-inline void narrow_to(bf16* target, float value) { *target = narrow_bf16(value); }
-inline void narrow_to(fp16* target, float value) { *target = narrow_fp16(value); }
 
 template <class T>
 T* element(const Matrix& m, int64_t row, int64_t column) {
@@ -55,7 +25,7 @@ T* element(const Matrix& m, int64_t row, int64_t column) {
 template <class Units, class T>
 void read_words(float* to, const T* from, int64_t stride, int64_t count, int64_t words) {
   int64_t i = 0;
-  if constexpr (Units::kPerWord == 1) {
+  if constexpr (Units::kPerUnit == 1) {
     if (stride == 1) {
       for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
     }
@@ -99,18 +69,6 @@ void write_row(T* to, int64_t stride, const float* from, int64_t count) {
   }
   for (; i < count; ++i) narrow_to(to + i * stride, from[i]);
 }
-
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const result = reinterpret_cast<T*>(base + used);
-    used += round_up(count * int64_t(sizeof(T)), 64);
-    return result;
-  }
-};
 
 }  // namespace
 }  // namespace tilewright::TW_ISA

@@ -4,6 +4,8 @@
 
 #include "core/simd.h"
 #include "core/simd_math.h"
+#include "core/simd_units.h"
+#include "prune/activation.h"
 #include "prune/semi_structured_linear.h"
 
 namespace tilewright::TW_ISA {
@@ -52,33 +54,12 @@ inline void prefetch_columns(const SemiStructuredWeight& w, int64_t row, int64_t
 
 // ---- the function applied to a result ----
 
-inline double activate(double z, Activation activation) {
-  switch (activation) {
-    case Activation::kNone:
-      break;
-    case Activation::kRelu:
-      return z < 0 ? 0 : z;
-    case Activation::kGelu:
-      return 0.5 * z * std::erfc(-0.70710678118654752 * z);
-    case Activation::kGeluTanh:
-      return 0.5 * z * (1 + std::tanh(0.79788456080286536 * (z + 0.044715 * z * z * z)));
-    case Activation::kSilu:
-      return z / (1 + std::exp(-z));
-  }
-  return z;
-}
-
-inline void narrow_to(double* target, double value) { *target = value; }
-inline void narrow_to(float* target, float value) { *target = value; }
-inline void narrow_to(bf16* target, float value) { *target = narrow_bf16(value); }
-inline void narrow_to(fp16* target, float value) { *target = narrow_fp16(value); }
-
 // Element (token, row) of the results from its sum of products.
 template <class T, class Real>
 inline void finish(const SemiStructuredLinearParams& p, int64_t token, int64_t row, Real sum) {
   if (p.bias != nullptr) sum += widen(static_cast<const T*>(p.bias)[row]);
   if (p.z.data != nullptr) narrow_to(static_cast<T*>(p.z.data) + token * p.z.row + row * p.z.column, sum);
-  const Real result = p.activation == Activation::kNone ? sum : Real(activate(double(sum), p.activation));
+  const Real result = p.activation == Activation::kNone ? sum : Real(activate(p.activation, double(sum)));
   narrow_to(static_cast<T*>(p.y.data) + token * p.y.row + row * p.y.column, result);
 }
 
