@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from .. import _models
+from .._models import call
 from .layers import Target
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -112,13 +114,6 @@ class Calibration:
         return _main_tensor(outputs[-1])
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a tensor, a tuple or list of positional, or a dict of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
 def loss_of(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Any:
     """The loss of one batch."""
     if loss_fn is not None:
@@ -132,15 +127,9 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Any:
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time being, and random numbers that nobody misses afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices)), _models.evaluation(model):
+        yield
 
 
 def input_norms(calibration: Calibration, targets: list[Target]) -> list[Tensor]:

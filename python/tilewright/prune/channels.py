@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .examples import call, evaluation, floats_of
+from .._models import call, evaluation, floats_of
 from .structure import Side
 from .surgery import Cut, Group, is_depthwise, not_plain, slots
 

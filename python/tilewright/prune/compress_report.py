@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
+from .._tables import table
 from .forms import DENSE
-from .shrink_report import table
 
 
 @dataclass(frozen=True)

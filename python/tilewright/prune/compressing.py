@@ -10,16 +10,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._models import call, check_inputs, evaluation
 from ..bench import timing
 from .compress_report import Compressed, CompressReport
-from .examples import call, check_inputs, difference, evaluation, largest_difference, outputs_of, tolerance_of
+from .examples import (
+    any_matches,
+    check_patterns,
+    difference,
+    largest_difference,
+    outputs_of,
+    tolerance_of,
+)
 from .forms import DENSE, Findings, Form, find_forms
 from .surgery import Journal
 
@@ -77,7 +84,7 @@ def compress(
     """
     counts = _counts(tokens)
     _check(model, example_inputs, margin, seconds)
-    patterns = (_patterns("include", include), _patterns("exclude", exclude))
+    patterns = (check_patterns("include", include), check_patterns("exclude", exclude))
     before, seen = _observe(model, example_inputs)
     report = CompressReport(margin=margin)
     works = _works(model, seen, counts, patterns, report)
@@ -156,21 +163,12 @@ def _check(model: Any, example_inputs: Any, margin: Any, seconds: Any) -> None:
         raise TypeError(
             "model must contain the layers to compress; put a single Linear into a torch.nn.Sequential"
         )
-    check_inputs(example_inputs)
+    check_inputs("example_inputs", example_inputs)
     for name, value in (("margin", margin), ("seconds", seconds)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number of at least 0, got {value!r}")
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-
-
-def _patterns(name: str, value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, Sequence) or not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(f"{name} must be a pattern of names or several of them, got {value!r}")
-    return list(found)
 
 
 def _observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], dict[nn.Module, Seen]]:
@@ -247,9 +245,9 @@ def _tied(model: nn.Module) -> dict[int, set[str]]:
 def _obstacle(work: Work, patterns: tuple[list[str] | None, list[str] | None]) -> str:
     include, exclude = patterns
     linear = work.linear
-    if include is not None and not any(fnmatchcase(path, p) for path in work.paths for p in include):
+    if include is not None and not any_matches(work.paths, include):
         return "not included"
-    if exclude is not None and any(fnmatchcase(path, p) for path in work.paths for p in exclude):
+    if exclude is not None and any_matches(work.paths, exclude):
         return "excluded"
     if type(linear) is not nn.Linear:
         return f"it is a {type(linear).__name__}, not a plain torch.nn.Linear"

@@ -1,58 +1,33 @@
-"""Running a model on example inputs: how they are passed, and which tensors come back."""
+"""What a model returns on example inputs before and after a change, and whether that is the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._models import call, coarsest, evaluation, floats_of
+
 # Largest difference allowed, as a share of the largest value: two right ways of rounding stay well below.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def call(model: nn.Module, inputs: Any) -> Any:
-    """The model's output on a tensor, a tuple of positional or a dict of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+def check_patterns(name: str, value: Any) -> list[str] | None:
+    """The patterns of an `include` or `exclude` argument; None stays None."""
+    if value is None:
+        return None
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"{name} must be a pattern of names or several of them, got {value!r}")
+    return list(found)
 
 
-def check_inputs(inputs: Any) -> None:
-    """Refuses what cannot be passed to a model."""
-    if not isinstance(inputs, (Tensor, tuple, list, Mapping)):
-        raise TypeError(
-            f"example_inputs must be a tensor, a tuple or a dict of inputs, got {type(inputs).__name__}"
-        )
-
-
-def floats_of(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """The floating-point tensors in an output, by where they are in it."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield name, value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from floats_of(entry, f"{name}.{key}")
-    elif isinstance(value, (tuple, list)):
-        for index, entry in enumerate(value):
-            yield from floats_of(entry, f"{name}[{index}]")
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time being: dropout would make any two runs differ."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def any_matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether one of the names matches one of the patterns."""
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def outputs_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -66,10 +41,7 @@ def outputs_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
 def tolerance_of(model: nn.Module) -> float:
     """The difference to allow, by the coarsest dtype the model has: outputs are often widened at the end."""
-    dtypes = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        dtypes.add(torch.bfloat16)
-    return max((_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes), default=1e-3)
+    return coarsest(model, _TOLERANCE)
 
 
 def largest_difference(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:

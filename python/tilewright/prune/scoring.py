@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .examples import call, evaluation
+from .._models import call, evaluation
 from .surgery import Cut, Group, is_conv1d
 
 CRITERIA = ("magnitude", "l1", "taylor", "wanda", "random")

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
+from .._tables import table
+
 
 @dataclass(frozen=True)
 class Shrunk:
@@ -158,18 +160,6 @@ class ShrinkReport:
         if path is not None:
             figure.savefig(path)
         return figure
-
-
-def table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns as wide as their widest cell; nothing for no rows."""
-    if not rows:
-        return []
-    widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
-    return [
-        "",
-        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-          for row in [headings, tuple("-" * width for width in widths), *rows]),
-    ]  # fmt: skip
 
 
 def _change(before: int, after: int) -> str:

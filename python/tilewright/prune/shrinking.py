@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .._models import call, check_inputs, evaluation
 from . import model_config
 from .channels import find_channels
-from .examples import call, check_inputs, difference, evaluation, outputs_of
+from .examples import any_matches, check_patterns, difference, outputs_of
 from .scoring import CRITERIA, norms_on, scores
 from .shrink_report import ShrinkReport, Shrunk, Unshrunk
 from .structure import find_structure
@@ -85,7 +85,12 @@ def shrink(
     _check(model, example_inputs, ratio, criterion, round_to, min_width)
     report = ShrinkReport(criterion=criterion)
     groups = _groups(
-        model, example_inputs, heads, _patterns("include", include), _patterns("exclude", exclude), report
+        model,
+        example_inputs,
+        heads,
+        check_patterns("include", include),
+        check_patterns("exclude", exclude),
+        report,
     )
     removal = _choose(
         model, groups, example_inputs, ratio, criterion, round_to, min_width, calibration, seed, report
@@ -102,7 +107,7 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    check_inputs(example_inputs)
+    check_inputs("example_inputs", example_inputs)
     ratios = ratio if isinstance(ratio, Mapping) else {"ratio": ratio}
     for name, value in ratios.items():
         shown = "ratio" if name == "ratio" else f"ratio[{name!r}]"
@@ -117,15 +122,6 @@ def _check(
             raise TypeError(f"{name} must be a positive int, got {count!r}")
         if count < 1:
             raise ValueError(f"{name} must be a positive int, got {count}")
-
-
-def _patterns(name: str, value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, Sequence) or not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(f"{name} must be a pattern of names or several of them, got {value!r}")
-    return list(found)
 
 
 def _groups(
@@ -171,7 +167,7 @@ def _groups(
 def _matches(group: Group, patterns: list[str] | None, default: bool) -> bool:
     if patterns is None:
         return default
-    return any(fnmatchcase(name, pattern) for pattern in patterns for name in (group.name, *group.layers()))
+    return any_matches((group.name, *group.layers()), patterns)
 
 
 def _obstacle(group: Group) -> str | None:

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from .. import _backend
+from .._models import check_inputs
 from ..attention import BlockSparse
 from ..nn import Mamba, Mamba2
 from . import attention as attention_layers
 from .instances import Methods, exchange, is_swapped, replaced_forward, restore
 from .report import Skipped, Swapped, SwapReport
-from .verify import arguments_of, compare, outputs_of, tolerance_of
+from .verify import compare, outputs_of, tolerance_of
 
 __all__ = ["Skipped", "SwapReport", "Swapped", "swap", "unswap"]
 
@@ -132,7 +133,7 @@ def _check_arguments(model: Any, attention: Any, include: Any, verify: Any) -> N
     if not (include is None or callable(include) or patterns):
         raise TypeError(f"include must be a pattern, patterns or a function (name, module), got {include!r}")
     if verify is not None:
-        arguments_of(verify)
+        check_inputs("verify", verify)
 
 
 def _plan(
