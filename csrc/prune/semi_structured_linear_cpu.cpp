@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kFewTokens = 32;
 constexpr int64_t kFewBytes = 640 << 10;  // of x, in the second cache
-constexpr int64_t kPrefetchBytes = 1024;  // of values, ahead of what is being multiplied
+constexpr int64_t kPrefetchBytes = 2048;  // of values, ahead of what is being multiplied
 constexpr int64_t kRowsTogether = 4;
 #if defined(__AVX512F__)
 constexpr int kTokensTogether = 4;
@@ -75,8 +75,11 @@ void multiply_few(const SemiStructuredLinearParams& p, int64_t row, int64_t toke
   alignas(64) uint8_t codes[kRows][kCodeColumns / 8];
   for (int64_t block = 0; block < in; block += kCodeColumns) {
     const int64_t columns = smaller(in - block, kCodeColumns), whole = columns / S::kColumns * S::kColumns;
-    for (int r = 0; r < kRows; ++r)
-      read_codes(codes[r], positions + r * bytes + block / 8, bytes - block / 8);
+    for (int r = 0; r < kRows; ++r) {
+      const uint8_t* next = positions + r * bytes + block / 8;
+      __builtin_prefetch(next + 2 * kCodeColumns / 8);
+      read_codes(codes[r], next, bytes - block / 8);
+    }
     const auto* at = x + block;
     for (int64_t c = 0; c < whole; c += S::kColumns, at += S::kColumns) {
 #pragma GCC unroll 4
