@@ -91,7 +91,7 @@ def test_a_tile_lands_at_the_wait_and_not_before(seed):
     if selftest.ADDRESS_SANITIZER:
         assert set(selftest.tma_tile(*arguments, waits=False)) == {0xFFFF}
     else:
-        with pytest.raises(RuntimeError, match="reads what a copy to the mbarrier at byte 32768 .* wrote"):
+        with pytest.raises(RuntimeError, match=r"reads what a copy to the mbarrier at byte 32768 .* wrote"):
             selftest.tma_tile(*arguments, waits=False)
     np.testing.assert_array_equal(unswizzled(selftest.tma_tile(*arguments)), values.reshape(8, 64))
 
@@ -177,7 +177,7 @@ def test_results_land_at_the_wait_and_not_before(in_registers, seed):
 
 def test_operands_are_read_as_late_as_the_wait(seed):
     if not selftest.ADDRESS_SANITIZER:
-        with pytest.raises(RuntimeError, match="a race on byte .* a product of warp"):
+        with pytest.raises(RuntimeError, match=r"a race on byte .* a product of warp"):
             product("bf16", 64, 64, False, False, fault=2)
         return
     found, expected = product("bf16", 64, 64, False, False, fault=2)

@@ -107,7 +107,7 @@ def test_many_steps(backend) -> None:
 
 
 def test_step_numbers_of_64_bits(backend) -> None:
-    """The ring's position is the step number modulo its length, also where that number has more than 32 bits."""
+    """The position in the ring is the step number modulo its length, beyond 32 bits too."""
     arguments = make(6, 5, 3, 4, 7, ring=True, device=backend.device)
     seen = [2**31, 2**33 + 5, 2**62 + 1, 7 * 2**40, 6, 0]
     arguments["cache_seqlens"] = torch.tensor(seen, device=backend.device)
