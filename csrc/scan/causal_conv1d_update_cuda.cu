@@ -8,6 +8,7 @@
 #include "device/launch.h"
 #include "device/math.h"
 #include "scan/causal_conv1d_update.h"
+#include "scan/decode_cuda.h"
 
 namespace tilewright::scan {
 namespace {
@@ -17,16 +18,6 @@ constexpr int kThreads = 128;
 template <class T>
 __device__ __forceinline__ T* address(const ConvTensor& x, int64_t b, int64_t c, int64_t t) {
   return static_cast<T*>(x.data) + b * x.batch + c * x.channel + t * x.step;
-}
-
-__device__ __forceinline__ float read(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
-  return dtype == DType::kBFloat16 ? device::to_float(static_cast<const bf16*>(data)[index])
-                                   : device::to_float(static_cast<const fp16*>(data)[index]);
-}
-
-__device__ __forceinline__ int64_t integer_at(const void* data, int64_t index, bool is_64) {
-  return is_64 ? static_cast<const int64_t*>(data)[index] : static_cast<const int32_t*>(data)[index];
 }
 
 // Without a division of 64 bits, which would be a call.

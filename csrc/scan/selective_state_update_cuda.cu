@@ -11,6 +11,7 @@
 #include "device/math.h"
 #include "device/memory.h"
 #include "device/warp.h"
+#include "scan/decode_cuda.h"
 #include "scan/selective_state_update.h"
 
 namespace tilewright::scan {
@@ -27,13 +28,6 @@ struct KernelParams {
   bool vectors;     // states can be moved kStates at a time
 };
 
-// Dtypes are the same for all threads, so these branches are never split.
-__device__ __forceinline__ float read(const StepTensor& t, int64_t index) {
-  if (t.dtype == DType::kFloat32) return static_cast<const float*>(t.data)[index];
-  return t.dtype == DType::kBFloat16 ? device::to_float(static_cast<const bf16*>(t.data)[index])
-                                     : device::to_float(static_cast<const fp16*>(t.data)[index]);
-}
-
 __device__ __forceinline__ void write(const StepTensor& t, int64_t index, float value) {
   if (t.dtype == DType::kFloat32) {
     static_cast<float*>(t.data)[index] = value;
@@ -45,7 +39,7 @@ __device__ __forceinline__ void write(const StepTensor& t, int64_t index, float 
 }
 
 __device__ __forceinline__ float read_at(const StepTensor& t, int64_t b, int64_t h, int64_t c) {
-  return read(t, b * t.batch + h * t.head + c * t.channel);
+  return read(t.data, t.dtype, b * t.batch + h * t.head + c * t.channel);
 }
 
 // kStates numbers from state n on; zero from `count` on, and where there is only one, that one.
@@ -93,10 +87,7 @@ __device__ __forceinline__ void write_states(T* to, int64_t stride, bool vector,
 }
 
 __device__ __forceinline__ int64_t slot_of(const SelectiveStateUpdateParams& p, int64_t b) {
-  if (p.indices == nullptr) return b;
-  const int64_t at = b * p.indices_stride;
-  return p.indices_are_64 ? static_cast<const int64_t*>(p.indices)[at]
-                          : static_cast<const int32_t*>(p.indices)[at];
+  return p.indices == nullptr ? b : integer_at(p.indices, b * p.indices_stride, p.indices_are_64);
 }
 
 // A of what is in memory for it.
@@ -115,8 +106,9 @@ __device__ __forceinline__ float step_states(const KernelParams& k, int64_t b, i
   const int64_t B_at = b * p.B.batch + g * p.B.head, C_at = b * p.C.batch + g * p.C.head;
   const bool one_decay = p.A.state == 0;
   const float scaled = dt * kLog2E, moved_in = dt * x;
-  const float decay =
-      one_decay && p.states > 0 ? device::exp2_approx(scaled * rate_of(p, read(p.A, A_at))) : 0.0f;
+  const float decay = one_decay && p.states > 0
+                          ? device::exp2_approx(scaled * rate_of(p, read(p.A.data, p.A.dtype, A_at)))
+                          : 0.0f;
   float y = 0.0f;
   for (int64_t n = int64_t{lane} * kStates; n < p.states; n += int64_t{k.lanes} * kStates) {
     const int count = int(p.states - n < kStates ? p.states - n : kStates);
