@@ -2,8 +2,10 @@
 // keys are in another order.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
+#include "core/integers.h"
 #include "core/isa.h"
 #include "core/stream.h"
 
@@ -24,6 +26,23 @@ struct SelectBlocksParams {
   bool wide;
   void* workspace;  // on a CPU: select_blocks_workspace bytes
 };
+
+// Ascending as the score, NaN last.
+static constexpr uint32_t key_of(float score) {
+  constexpr uint32_t kSign = 0x80000000u;
+  if (score != score) return 0xffffffffu;
+  const uint32_t raw = std::bit_cast<uint32_t>(score + 0.0f);  // -0 is 0
+  return raw & kSign ? ~raw : raw | kSign;
+}
+
+// How many of `limit` equal weights it takes to fill what is missing; all if that is not a number.
+static constexpr int64_t as_many_as_fill(float missing, float weight, int64_t limit) {
+  if (missing <= 0.0f) return 0;
+  if (!(missing < float(limit) * weight)) return limit;
+  const float share = missing / weight;
+  const int64_t whole = int64_t(share);
+  return smaller(whole + (float(whole) < share), limit);
+}
 
 // Scores, weights and numbers of one row's candidates, a thread.
 constexpr int64_t select_blocks_workspace(int64_t blocks, int threads) {

@@ -3,11 +3,7 @@
 //
 // Roofline: a row's scores are read once. Nothing is sorted: the threshold is found bit by bit, each bit
 // halving, on average, the candidates it may still be, so that the work is a few instructions a candidate.
-#include <cmath>
-
 #include "attention/select_blocks.h"
-#include "core/half.h"
-#include "core/integers.h"
 #include "core/threads.h"
 
 namespace tilewright::TW_ISA {
@@ -17,13 +13,6 @@ using namespace ::tilewright::attention;
 
 constexpr int64_t kChunkBlocks = 8192;  // scores of a unit of work
 constexpr uint32_t kTop = 0x80000000u;
-
-// Ascending as the score, NaN last.
-uint32_t key_of(float score) {
-  if (score != score) return 0xffffffffu;
-  const uint32_t raw = bits_of(score + 0.0f);  // -0 is 0
-  return raw & kTop ? ~raw : raw | kTop;
-}
 
 struct Candidates {
   uint32_t* keys;
@@ -50,13 +39,6 @@ Row<Code> row_of(const SelectBlocksParams& p, int64_t row) {
           static_cast<const Code*>(p.candidates) + batch * p.candidates_batch + head * p.candidates_head +
               r * p.candidates_row,
           static_cast<Code*>(p.codes) + row * p.blocks};
-}
-
-// How many of `limit` equal weights it takes to fill what is missing; all if that is not a number.
-int64_t as_many_as_fill(float missing, float weight, int64_t limit) {
-  if (missing <= 0) return 0;
-  if (!(missing < float(limit) * weight)) return limit;
-  return smaller(int64_t(std::ceil(missing / weight)), limit);
 }
 
 template <class Code>

@@ -3,8 +3,6 @@
 // A warp takes a row and finds the threshold bit by bit: 32 passes over the row, which stay in the L1 cache.
 // Roofline: the scores are read once from memory, 4 bytes a block; a row of 1024 blocks is 32 x 32 loads and
 // adds a lane.
-#include <cmath>
-
 #include "attention/select_blocks.h"
 #include "device/launch.h"
 #include "device/math.h"
@@ -14,13 +12,6 @@ namespace tilewright::attention {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * device::kWarpSize;
-
-// Ascending as the score, NaN last.
-__device__ __forceinline__ uint32_t key_of(float score) {
-  if (score != score) return 0xffffffffu;
-  const uint32_t raw = device::float_bits(score + 0.0f);  // -0 is 0
-  return raw & 0x80000000u ? ~raw : raw | 0x80000000u;
-}
 
 template <class Code>
 struct Row {
@@ -46,13 +37,6 @@ struct Row {
     return device::add_lanes(mass);
   }
 };
-
-// How many of equal weights it takes to fill what is missing; all if that is not a number.
-__device__ __forceinline__ int64_t as_many_as_fill(float missing, float weight, int64_t limit) {
-  if (missing <= 0.0f) return 0;
-  if (!(missing < float(limit) * weight)) return limit;
-  return device::min(int64_t(::ceilf(missing / weight)), limit);
-}
 
 template <class Code>
 __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SelectBlocksParams p) {

@@ -79,21 +79,29 @@ void run(const SemiStructuredLinearParams& p, SemiStructuredCall call, Device de
          semi_structured_linear_cuda(p, call, device.index, stream));
 }
 
+// What every call reads: the weight, and one of the matrices of tokens.
+SemiStructuredLinearParams read_call(Arguments& arguments, Device& device, py::handle values,
+                                     py::handle positions, int64_t in, int n, int m, py::handle tokens,
+                                     const char* name, py::handle workspace) {
+  SemiStructuredLinearParams p{};
+  p.weight = weight_of(arguments, values, positions, in, n, m, p.dtype, device);
+  check_place(p.dtype, arguments.tensor(values, "values"));
+  p.tokens = rows_of(arguments, tokens, name);
+  p.workspace = workspace.is_none() ? nullptr : arguments.tensor(workspace, "workspace").data;
+  return p;
+}
+
 void forward(py::handle x, py::handle values, py::handle positions, py::handle bias, py::handle y,
              py::handle z, int64_t in, int n, int m, int activation, py::handle workspace, int threads) {
   Arguments arguments;
   Device device;
-  SemiStructuredLinearParams p{};
-  p.weight = weight_of(arguments, values, positions, in, n, m, p.dtype, device);
-  check_place(p.dtype, arguments.tensor(values, "values"));
-  p.tokens = rows_of(arguments, x, "x");
+  SemiStructuredLinearParams p = read_call(arguments, device, values, positions, in, n, m, x, "x", workspace);
   p.x = matrix(arguments, x, "x", p.tokens, in, p.dtype, device);
   p.y = matrix(arguments, y, "y", p.tokens, p.weight.out, p.dtype, device, Access::kOverwrite);
   p.z = matrix(arguments, z, "z", p.tokens, p.weight.out, p.dtype, device, Access::kOverwrite);
   p.bias = arguments.flat(bias, "bias", p.weight.out, p.dtype, device);
   check_value(activation >= 0 && activation <= int(Activation::kSilu), "activation: got ", activation);
   p.activation = Activation(activation);
-  p.workspace = workspace.is_none() ? nullptr : arguments.tensor(workspace, "workspace").data;
   if (p.tokens * p.weight.out == 0) return;
   run(p, SemiStructuredCall::kForward, device, arguments.current_stream(device), threads);
 }
@@ -102,13 +110,10 @@ void input_gradient(py::handle dz, py::handle values, py::handle positions, py::
                     int m, py::handle workspace, int threads) {
   Arguments arguments;
   Device device;
-  SemiStructuredLinearParams p{};
-  p.weight = weight_of(arguments, values, positions, in, n, m, p.dtype, device);
-  check_place(p.dtype, arguments.tensor(values, "values"));
-  p.tokens = rows_of(arguments, dz, "dz");
+  SemiStructuredLinearParams p =
+      read_call(arguments, device, values, positions, in, n, m, dz, "dz", workspace);
   p.y = matrix(arguments, dz, "dz", p.tokens, p.weight.out, p.dtype, device);
   p.dx = matrix(arguments, dx, "dx", p.tokens, in, p.dtype, device, Access::kOverwrite);
-  p.workspace = workspace.is_none() ? nullptr : arguments.tensor(workspace, "workspace").data;
   if (p.tokens * in == 0) return;
   run(p, SemiStructuredCall::kInput, device, arguments.current_stream(device), threads);
 }
@@ -117,14 +122,11 @@ void weight_gradient(py::handle dz, py::handle x, py::handle values, py::handle 
                      int64_t in, int n, int m, py::handle workspace, int threads) {
   Arguments arguments;
   Device device;
-  SemiStructuredLinearParams p{};
-  p.weight = weight_of(arguments, values, positions, in, n, m, p.dtype, device);
-  check_place(p.dtype, arguments.tensor(values, "values"));
-  p.tokens = rows_of(arguments, dz, "dz");
+  SemiStructuredLinearParams p =
+      read_call(arguments, device, values, positions, in, n, m, dz, "dz", workspace);
   p.y = matrix(arguments, dz, "dz", p.tokens, p.weight.out, p.dtype, device);
   p.x = matrix(arguments, x, "x", p.tokens, in, p.dtype, device);
   p.dvalues = arguments.flat(dvalues, "dvalues", p.weight.out * p.weight.kept(), p.dtype, device);
-  p.workspace = workspace.is_none() ? nullptr : arguments.tensor(workspace, "workspace").data;
   if (p.weight.out * in == 0) return;
   run(p, SemiStructuredCall::kWeight, device, arguments.current_stream(device), threads);
 }

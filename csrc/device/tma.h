@@ -1,4 +1,5 @@
-// Tiles of a tensor, copied to shared memory by the copy engine (PTX ISA, "cp.async.bulk.tensor"; Hopper).
+// Tiles of a tensor, copied to and from shared memory by the copy engine (PTX ISA, "cp.async.bulk.tensor";
+// Hopper).
 //
 // A tensor map, made on the host and passed to the kernel among its parameters, holds the tensor's address,
 // sizes and strides and the box that one copy takes. Elements outside of the tensor arrive as zeros. Rows of
@@ -57,6 +58,20 @@ inline void tma_load(void* shared_destination, const TensorMap& map, Mbarrier& b
                      int32_t z, int32_t w, Site site = Site::current()) {
   emulator::tensor_load(shared_destination, map, {x, y, z, w, 0}, &barrier.state, site);
 }
+
+inline void tma_store(const TensorMap& map, const void* shared_source, int32_t x, int32_t y, int32_t z,
+                      int32_t w, Site site = Site::current()) {
+  emulator::tensor_store(map, shared_source, {x, y, z, w, 0}, site);
+}
+
+inline void tma_store_commit() { emulator::tensor_stores_commit(); }
+
+template <int kPending>
+void tma_store_wait() {
+  emulator::tensor_stores_wait(kPending);
+}
+
+inline void fence_async_proxy() { emulator::fence_async_proxy(); }
 
 #else
 
@@ -118,6 +133,32 @@ __device__ __forceinline__ void tma_load(void* shared_destination, const TensorM
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(shared_destination)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
+}
+
+// One thread stores the box at these coordinates; what lies outside of the tensor is left out. Its stores run
+// beside it, in groups: commit closes a group, wait<N> returns when all but its N youngest groups have read
+// shared memory. A thread waits for all of them before it exits.
+__device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared_source, int32_t x,
+                                          int32_t y, int32_t z, int32_t w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+      "r"(shared_address(shared_source)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// What this thread wrote to shared memory, or has seen of it behind a barrier, copies of tiles and wgmma that
+// begin behind this, or behind a barrier that follows it, see as well.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 #endif

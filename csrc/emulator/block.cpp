@@ -77,6 +77,7 @@ void Block::set_up_threads() {
     lane.wait = {};
     lane.copies.forget();
     lane.matrix.forget();
+    lane.stores = {};
     ready_.add(lane, random_);
     warps_[lane.warp()].alive |= lane.bit();
     if (++thread.x == blockDim.x) thread.x = 0, ++thread.y;
@@ -122,6 +123,7 @@ void Block::leave(Lane& lane) {
            str("the thread exits, but thread ", waiting.rank, " waits for it ", describe(waiting)));
   }
   check_matrix_end(lane);
+  check_stores_end(lane);
   lane.wait.where = Wait::Where::kExited;
   warp.alive &= ~lane.bit();
   --alive_;
@@ -205,14 +207,19 @@ void Block::check_races() const {
   const Race* race = races_.first();
   if (race == nullptr) return;
   const auto describe_side = [&](unsigned thread) {
+    const Agent* agent = races_.agent(thread);
+    if (agent != nullptr)
+      return str(agent->what, " ", agent->number, " (begun last at ", place_of(agent->site), ")");
     const Wait& wait = lanes_[thread].wait;
     if (wait.site.line() == 0) return str("thread ", thread, ", which never waits,");
     return str("thread ", thread, " (which waits last at ", place_of(wait.site), ")");
   };
+  const bool threads_alone = races_.agent(race->thread) == nullptr && races_.agent(race->other) == nullptr;
+  const char* lacking = race->unfenced ? "fence_async_proxy" : threads_alone ? "barrier" : "barrier or wait";
   fail(ErrorKind::kRuntime, "emulator: ", describe_block(), ": a race on byte ", race->offset,
        " of shared memory: ", describe_side(race->thread), race->writes ? " writes" : " reads", " what ",
-       describe_side(race->other), race->other_wrote ? " wrote" : " read", ", and no barrier is between them",
-       place_of_code(race->code));
+       describe_side(race->other), race->other_wrote ? " wrote" : " read", ", and no ", lacking,
+       " is between them", place_of_code(race->code));
 }
 
 void* Block::shared_memory(size_t bytes) const {

@@ -80,6 +80,7 @@ struct alignas(64) Lane {
   uint32_t argument;  // lane, mask or distance of a shuffle
   Wait wait;
   AsyncCopies copies;
+  TensorStores stores;
   MatrixWork matrix;
 
   unsigned warp() const { return rank / kWarpLanes; }
@@ -143,9 +144,13 @@ class Block {
 
   void mbarrier_init(uint64_t* word, int arrivals, Site site);
   void mbarriers_fence();
+  void fence_async_proxy() { races_.fence(current_->rank); }
   void mbarrier_arrive(uint64_t* word, int64_t bytes, Site site);
   void mbarrier_wait(uint64_t* word, uint32_t parity, Site site);
   void tensor_load(void* destination, const TensorMap& map, const TensorIndex& at, uint64_t* word, Site site);
+  void tensor_store(const TensorMap& map, const void* source, const TensorIndex& at, Site site);
+  void tensor_stores_commit();
+  void tensor_stores_wait(size_t groups);
 
   void matrix_fence() { current_->matrix.fenced = true; }
   void matrix_issue(const MatrixOp& op, float* accumulators, const uint32_t* a, Site site);
@@ -236,8 +241,10 @@ class Block {
   Mbarrier& mbarrier_at(const uint64_t* word, Site site);
   void complete_if_due(Mbarrier& barrier, Site site);
   void check_mbarriers() const;
+  void check_stores_end(const Lane& lane) const;
 
   void check_matrix_op(MatrixGroup& group, const MatrixOp& op, Site site);
+  void note_operands(MatrixGroup& group, const MatrixOp& op, Site site);
   void run_matrix_op(unsigned warp, uint64_t number);
   void check_matrix_end(const Lane& lane) const;
   void check_matrix_groups() const;

@@ -39,7 +39,13 @@ TensorMap encode_tensor_map(const void* data, int item_bytes, int axes, const in
                             const int64_t* strides, const int32_t* box);
 void tensor_load(void* shared_destination, const TensorMap& map, const TensorIndex& at, uint64_t* mbarrier,
                  Site site);
+void tensor_store(const TensorMap& map, const void* shared_source, const TensorIndex& at, Site site);
+void tensor_stores_commit();
+void tensor_stores_wait(int groups_left_pending);
 void check_tensor_map(const TensorMap& map, Site site);
+
+// What the thread has seen of shared memory, copies and products that begin behind it see as well.
+void fence_async_proxy();
 
 // ---- Matrix products of a warpgroup ------------------------------------------------------------
 

@@ -90,9 +90,29 @@ void Block::matrix_issue(const MatrixOp& op, float* accumulators, const uint32_t
   } else if (found->registers != accumulators || found->values.size() != count) {
     report(site, "wgmma: its accumulators are a part of those of a product under way");
   }
+  if (lane.rank % kWarpLanes == 0) note_operands(matrix_groups_[group], op, site);
   found->last = work.issued++;
   work.targets.push_back(accumulators);
   work.a.push_back(a == nullptr ? std::array<uint32_t, 4>{} : std::array{a[0], a[1], a[2], a[3]});
+}
+
+// A warp reads its operands from the begin of a product until it has waited for it. What its first lane has
+// seen stands for all of it.
+void Block::note_operands(MatrixGroup& group, const MatrixOp& op, Site site) {
+  const unsigned warp = current_->warp();
+  unsigned& agent = group.agents[warp % kMatrixWarps];
+  if (agent == 0) agent = races_.add_agent("a product of warp", warp);
+  // Eight depths, or eight lines, are a piece.
+  const auto note = [&](const Descriptor& d, bool across, unsigned first, unsigned count) {
+    for (unsigned line = first; line < first + count; line += across ? 8 : 1) {
+      for (unsigned depth = 0; depth < kDepth; depth += across ? 1 : 8) {
+        races_.begin_read(current_->rank, agent, current_->matrix.issued, address_of(d, across, line, depth),
+                          Races::kPiece, site);
+      }
+    }
+  };
+  if (!op.a_in_registers) note(Descriptor(op.a), false, warp % kMatrixWarps * kRows, kRows);
+  note(Descriptor(op.b), op.b_across, 0, unsigned(op.columns));
 }
 
 // ---- End ---------------------------------------------------------------------------------------
@@ -175,6 +195,8 @@ void Block::matrix_wait(size_t groups, Site site) {
   warp_collective(WarpOp::kMatrixWait, 1, 0, 0xffffffffu, site);
   work.fenced = false;
   work.done = end;
+  if (end != 0)
+    races_.finish(lane.rank, matrix_groups_[warp / kMatrixWarps].agents[warp % kMatrixWarps], end);
   if (work.groups.size() > groups)
     work.groups.erase(work.groups.begin(), work.groups.end() - ptrdiff_t(groups));
   const auto landed = std::partition(work.accumulators.begin(), work.accumulators.end(),

@@ -42,13 +42,15 @@ struct MatrixWork {
 // The products of a warpgroup in order: its threads must all issue the same.
 struct MatrixGroup {
   std::deque<MatrixOp> ops;
-  uint64_t first = 0;                         // number of ops.front()
-  std::array<uint64_t, kMatrixWarps> done{};  // by each warp
+  uint64_t first = 0;                           // number of ops.front()
+  std::array<uint64_t, kMatrixWarps> done{};    // by each warp
+  std::array<unsigned, kMatrixWarps> agents{};  // of each warp, for the race detector, from the first on
 
   void forget() {
     ops.clear();
     first = 0;
     done = {};
+    agents = {};
   }
 };
 

@@ -102,26 +102,42 @@ size_t row_bytes(const TensorMap& map) { return size_t(map.box[0]) * size_t(map.
 // its pieces of 16 bytes in the order of their number xor r.
 size_t swizzled(size_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-void land_row(const TensorCopy& copy, const char* shared, size_t row) {
+// Calls move_item(place in shared memory, place in the tensor or null) for each element of the row.
+template <class MoveItem>
+void move_row(const TensorCopy& copy, char* shared, size_t row, const MoveItem& move_item) {
   const TensorMap& map = copy.map;
-  const char* source = map.data;
+  const char* row_start = map.data;
   bool inside = true;
   size_t left = row;
   for (int axis = 1; axis < map.axes; ++axis) {
     const int64_t at = int64_t{copy.at[size_t(axis)]} + int64_t(left % size_t(map.box[axis]));
     left /= size_t(map.box[axis]);
     inside = inside && at >= 0 && at <= int64_t{map.sizes[axis]};
-    source += at * map.strides[axis];
+    row_start += at * map.strides[axis];
   }
-  const size_t start = size_t(copy.destination - shared) + row * row_bytes(map);
+  const size_t start = size_t(copy.tile - shared) + row * row_bytes(map);
   for (int i = 0; i < map.box[0]; ++i) {
     const int64_t at = int64_t{copy.at[0]} + i;
-    char* place = const_cast<char*>(shared) + swizzled(start + size_t(i * map.item_bytes));
-    if (inside && at >= 0 && at <= int64_t{map.sizes[0]}) {
-      std::memcpy(place, source + at * map.item_bytes, size_t(map.item_bytes));
-    } else {
-      std::memset(place, 0, size_t(map.item_bytes));
-    }
+    const bool exists = inside && at >= 0 && at <= int64_t{map.sizes[0]};
+    move_item(shared + swizzled(start + size_t(i * map.item_bytes)),
+              exists ? const_cast<char*>(row_start) + at * map.item_bytes : nullptr);
+  }
+}
+
+void load_tile(const TensorCopy& copy, char* shared) {
+  const size_t bytes = size_t(copy.map.item_bytes);
+  for (size_t row = 0; row < box_rows(copy.map); ++row) {
+    move_row(copy, shared, row, [&](char* place, const char* item) {
+      item != nullptr ? std::memcpy(place, item, bytes) : std::memset(place, 0, bytes);
+    });
+  }
+}
+
+void store_tile(const TensorCopy& copy, char* shared) {
+  for (size_t row = 0; row < box_rows(copy.map); ++row) {
+    move_row(copy, shared, row, [&](const char* place, char* item) {
+      if (item != nullptr) std::memcpy(item, place, size_t(copy.map.item_bytes));
+    });
   }
 }
 
@@ -140,6 +156,9 @@ void Block::tensor_load(void* destination, const TensorMap& map, const TensorInd
   const size_t bytes = box_rows(map) * row_bytes(map);
   check_aligned(destination, kTileAlignment, site);
   check_shared(destination, bytes, "tma_load: the destination", site);
+  if (barrier.agent == 0) barrier.agent = races_.add_agent("a copy to the mbarrier at byte", barrier.offset);
+  races_.begin_write(current_->rank, barrier.agent, barrier.phase,
+                     size_t(static_cast<char*>(destination) - shared_), bytes, site);
   std::memset(destination, kInFlight, bytes);
   barrier.copies.push_back({map, at, static_cast<char*>(destination)});
   barrier.bytes -= int64_t(bytes);
@@ -151,18 +170,49 @@ void Block::complete_if_due(Mbarrier& barrier, Site site) {
   if (barrier.bytes < 0) report(site, str("too many bytes: ", describe_mbarrier(barrier)));
   const bool seen = barrier.copies.empty() || !barrier.waiting.empty();
   if (barrier.bytes != 0 || !seen) return;
-  for (const TensorCopy& copy : barrier.copies) {
-    for (size_t row = 0; row < box_rows(copy.map); ++row) land_row(copy, shared_, row);
-  }
+  for (const TensorCopy& copy : barrier.copies) load_tile(copy, shared_);
   barrier.copies.clear();
   barrier.missing = barrier.count;
   ++barrier.phase;
   barrier.passed = barrier.arrived;
+  if (barrier.agent != 0) races_.finish(barrier.passed, barrier.agent, barrier.phase);
   for (Lane* lane : barrier.waiting) {
     races_.acquire(lane->rank, barrier.passed);
     ready_.add(*lane, random_);
   }
   barrier.waiting.clear();
+}
+
+void Block::tensor_store(const TensorMap& map, const void* source, const TensorIndex& at, Site site) {
+  check_tensor_map(map, site);
+  const size_t bytes = box_rows(map) * row_bytes(map);
+  check_aligned(source, kTileAlignment, site);
+  check_shared(source, bytes, "tma_store: the source", site);
+  TensorStores& stores = current_->stores;
+  if (stores.agent == 0) stores.agent = races_.add_agent("a store of thread", current_->rank);
+  char* tile = const_cast<char*>(static_cast<const char*>(source));
+  races_.begin_read(current_->rank, stores.agent, stores.begun++, size_t(tile - shared_), bytes, site);
+  stores.copies.push_back({map, at, tile});
+}
+
+void Block::tensor_stores_commit() { current_->stores.groups.push_back(current_->stores.begun); }
+
+void Block::tensor_stores_wait(size_t groups) {
+  TensorStores& stores = current_->stores;
+  if (stores.groups.size() <= groups) return;
+  const auto pending = stores.groups.end() - ptrdiff_t(groups);
+  for (const uint64_t end = pending[-1]; stores.done < end; ++stores.done) {
+    store_tile(stores.copies.front(), shared_);
+    stores.copies.pop_front();
+  }
+  if (stores.done != 0) races_.finish(current_->rank, stores.agent, stores.done);
+  stores.groups.erase(stores.groups.begin(), pending);
+}
+
+void Block::check_stores_end(const Lane& lane) const {
+  if (lane.stores.copies.empty()) return;
+  fail(ErrorKind::kRuntime, "emulator: ", describe_block(), ", thread ", lane.rank,
+       ": exits before stores that it began have been waited for");
 }
 
 void Block::check_mbarriers() const {
@@ -221,5 +271,17 @@ void tensor_load(void* shared_destination, const TensorMap& map, const TensorInd
                  Site site) {
   Block::running().tensor_load(shared_destination, map, at, mbarrier, site);
 }
+
+void tensor_store(const TensorMap& map, const void* shared_source, const TensorIndex& at, Site site) {
+  Block::running().tensor_store(map, shared_source, at, site);
+}
+
+void tensor_stores_commit() { Block::running().tensor_stores_commit(); }
+
+void tensor_stores_wait(int groups_left_pending) {
+  Block::running().tensor_stores_wait(size_t(groups_left_pending));
+}
+
+void fence_async_proxy() { Block::running().fence_async_proxy(); }
 
 }  // namespace tilewright::emulator

@@ -1,9 +1,10 @@
-// Barriers in shared memory that count arrivals and bytes, and the copies of tiles that they wait for.
+// Barriers in shared memory that count arrivals and bytes, and the copies of tiles.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <string>
 #include <vector>
 
@@ -14,12 +15,21 @@ namespace tilewright::emulator {
 
 struct Lane;
 
-// A tile on its way: its place in shared memory holds NaN from the copy's begin until a thread that waits
-// for the barrier sees the phase complete.
+// A tile on its way. One that is loaded: its place in shared memory holds NaN from the copy's begin until a
+// thread that waits for the barrier sees the phase complete.
 struct TensorCopy {
   TensorMap map;
   TensorIndex at;
-  char* destination;
+  char* tile;
+};
+
+// The stores a thread has begun, in groups as it committed them. They read shared memory when they are waited
+// for.
+struct TensorStores {
+  std::deque<TensorCopy> copies{};  // that have not been waited for
+  std::vector<uint64_t> groups{};   // stores begun by the time of each commit
+  uint64_t begun = 0, done = 0;
+  unsigned agent = 0;  // for the race detector, from the first store on
 };
 
 struct Mbarrier {
@@ -32,6 +42,7 @@ struct Mbarrier {
   std::vector<TensorCopy> copies{};
   std::vector<Lane*> waiting{};
   Clock arrived{}, passed{};  // of all who arrived; of those up to the last phase's end
+  unsigned agent = 0;         // its copies, for the race detector, from the first on
 };
 
 std::string describe_mbarrier(const Mbarrier& barrier);

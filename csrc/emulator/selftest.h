@@ -135,6 +135,16 @@ Halves tma_tile(const Halves& values, const std::array<int64_t, 4>& sizes,
 Floats wgmma_product(const std::string& type, const Halves& a, const Halves& b, int columns, bool across,
                      bool in_registers, int fault);
 
+// A tile of values, as it lies in shared memory, stored to these coordinates of a tensor of zeros, which is
+// returned. Otherwise as above.
+Halves tma_stored(const Halves& tile, const std::array<int64_t, 4>& sizes,
+                  const std::array<int64_t, 4>& strides, const std::array<int32_t, 4>& box,
+                  const std::array<int32_t, 4>& at);
+
+// The named order of accesses to shared memory, which may lack what its name says behind the colon.
+void hopper_order(const std::string& what, bool lacks);
+std::vector<std::string> hopper_orders();
+
 void hopper_misuse(const std::string& what);
 std::vector<std::string> hopper_misuses();
 

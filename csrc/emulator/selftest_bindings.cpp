@@ -67,6 +67,10 @@ void bind_hopper(py::module_& module) {
          py::arg("box"), py::arg("at"), py::arg("waits") = true);
   define(module, "wgmma_product", &selftest::wgmma_product, py::arg("type"), py::arg("a"), py::arg("b"),
          py::arg("columns"), py::arg("across"), py::arg("in_registers"), py::arg("fault") = 0);
+  define(module, "tma_stored", &selftest::tma_stored, py::arg("tile"), py::arg("sizes"), py::arg("strides"),
+         py::arg("box"), py::arg("at"));
+  define(module, "hopper_order", &selftest::hopper_order, py::arg("what"), py::arg("lacks"));
+  define(module, "hopper_orders", &selftest::hopper_orders);
   define(module, "hopper_misuse", &selftest::hopper_misuse, py::arg("what"));
   define(module, "hopper_misuses", &selftest::hopper_misuses);
 }

@@ -68,7 +68,7 @@ constexpr int kMaxTileRows = 256;
 
 struct TileParams {
   TensorMap map;
-  uint16_t* out;  // [rows][kPanel], as they lie in shared memory
+  uint16_t* out;  // [rows][kPanel], as they lie in shared memory; of a store: what is stored
   int32_t at[4];
   int rows;
   bool waits;
@@ -95,6 +95,19 @@ __global__ void tile_kernel(const __grid_constant__ TileParams params) {
   }
   sync_block();
   mbarrier_wait(shared.barrier, 0);
+}
+
+__global__ void store_kernel(const __grid_constant__ TileParams params) {
+  TileShared& shared = shared_memory<TileShared>();
+  for (int i = int(threadIdx.x); i < params.rows * kPanel; i += int(blockDim.x)) {
+    shared.tile[i / kPanel][i % kPanel] = params.out[i];
+  }
+  fence_async_proxy();
+  sync_block();
+  if (threadIdx.x != 0) return;
+  tma_store(params.map, shared.tile, params.at[0], params.at[1], params.at[2], params.at[3]);
+  tma_store_commit();
+  tma_store_wait<0>();
 }
 
 // ---- Products ----------------------------------------------------------------------------------
@@ -201,16 +214,38 @@ Floats mbarrier_ring(const Floats& values, bool with_waits) {
   return out;
 }
 
-Halves tma_tile(const Halves& values, const std::array<int64_t, 4>& sizes,
-                const std::array<int64_t, 4>& strides, const std::array<int32_t, 4>& box,
-                const std::array<int32_t, 4>& at, bool waits) {
+namespace {
+
+TileParams tile_params(const Halves& tensor, const std::array<int64_t, 4>& sizes,
+                       const std::array<int64_t, 4>& strides, const std::array<int32_t, 4>& box,
+                       const std::array<int32_t, 4>& at) {
   TileParams params{};
   TensorAxis axes[4];
   for (size_t i = 0; i < 4; ++i) axes[i] = {sizes[i], strides[i], box[i]};
-  params.map = tensor_map<bf16>(values.data(), axes);
+  params.map = tensor_map<bf16>(tensor.data(), axes);
   params.rows = box[1] * box[2] * box[3];
   check_value(params.rows <= kMaxTileRows, "box: too many rows");
   for (size_t i = 0; i < 4; ++i) params.at[i] = at[i];
+  return params;
+}
+
+}  // namespace
+
+Halves tma_stored(const Halves& tile, const std::array<int64_t, 4>& sizes,
+                  const std::array<int64_t, 4>& strides, const std::array<int32_t, 4>& box,
+                  const std::array<int32_t, 4>& at) {
+  Halves stored(size_t(sizes[0] * sizes[1] * sizes[2] * sizes[3])), from = tile;
+  TileParams params = tile_params(stored, sizes, strides, box, at);
+  check_value(tile.size() == size_t(params.rows) * kPanel, "tile: wrong size");
+  params.out = from.data();
+  launch(store_kernel, 1, 64, sizeof(TileShared), nullptr, params);
+  return stored;
+}
+
+Halves tma_tile(const Halves& values, const std::array<int64_t, 4>& sizes,
+                const std::array<int64_t, 4>& strides, const std::array<int32_t, 4>& box,
+                const std::array<int32_t, 4>& at, bool waits) {
+  TileParams params = tile_params(values, sizes, strides, box, at);
   params.waits = waits;
   Halves out(size_t(params.rows) * kPanel);
   params.out = out.data();
@@ -342,6 +377,14 @@ const std::map<std::string, Body>& bodies() {
          if (thread != 0) return;
          mbarrier_arrive_expect(shared.barrier, kBoxBytes);
          load(params, shared);
+       }},
+      {"store from global memory",
+       [](const MisuseParams& params, MisuseShared&, unsigned thread) {
+         if (thread == 0) tma_store(params.map, params.memory, 0, 0, 0, 0);
+       }},
+      {"store that is not waited for",
+       [](const MisuseParams& params, MisuseShared& shared, unsigned thread) {
+         if (thread == 0) tma_store(params.map, shared.tile, 0, 0, 0, 0), tma_store_commit();
        }},
       {"product without a fence",
        [](const MisuseParams&, MisuseShared& shared, unsigned) {

@@ -13,6 +13,8 @@
 // with its column's vectors, so what was pruned costs nothing. Roofline: out * kept * tokens multiply-adds,
 // of which each reads a vector from the first cache.
 #include "core/threads.h"
+#include "prune/activation.h"
+#include "prune/linear_simd.h"
 #include "prune/semi_structured_simd.h"
 
 namespace tilewright::TW_ISA {
@@ -36,6 +38,33 @@ constexpr int64_t padded_columns(int64_t in) { return divide_up(in, 64) * 64; }
 template <class T, bool kTwoOfFour>
 constexpr bool is_few(const SemiStructuredLinearParams& p) {
   return p.tokens <= kFewTokens || !std::is_same_v<typename Spread<T, kTwoOfFour>::X, float>;
+}
+
+// ---- results ----
+
+// Results of rows and tokens, that of token t and row r from sums[t * token_stride + r * row_stride].
+template <class T>
+void write_results(const Matrix& to, const float* sums, int64_t token_stride, int64_t row_stride,
+                   int64_t token, int64_t tokens, int64_t row, int64_t rows) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t r = 0; r < rows; ++r)
+      narrow_to(element<T>(to, token + t, row + r), sums[t * token_stride + r * row_stride]);
+  }
+}
+
+// Sums of products with the bias, `count` of them in whole vectors, become results.
+template <class Write>
+void finish(const SemiStructuredLinearParams& p, float* sums, int64_t count, const Write& write) {
+  if (p.z.data != nullptr) write(p.z);
+  if (p.activation != Activation::kNone) {
+    for (int64_t i = 0; i < count; i += kLanes) store(sums + i, activate(p.activation, load(sums + i)));
+  }
+  write(p.y);
+}
+
+template <class T>
+float bias_of(const SemiStructuredLinearParams& p, int64_t row) {
+  return p.bias == nullptr ? 0.0f : widen(static_cast<const T*>(p.bias)[row]);
 }
 
 // ---- few tokens ----
@@ -96,9 +125,13 @@ void multiply_few(const SemiStructuredLinearParams& p, int64_t row, int64_t toke
       for (int t = 0; t < kTokens; ++t) S::add(sums[r][t], weights, at + t * padded);
     }
   }
+  float results[divide_up(kRows * kTokens, kLanes) * kLanes] = {};
   for (int r = 0; r < kRows; ++r) {
-    for (int t = 0; t < kTokens; ++t) finish<T>(p, token + t, row + r, float(sum(sums[r][t])));
+    for (int t = 0; t < kTokens; ++t)
+      results[t * kRows + r] = float(sum(sums[r][t])) + bias_of<T>(p, row + r);
   }
+  finish(p, results, kRows * kTokens,
+         [&](const Matrix& to) { write_results<T>(to, results, kRows, 1, token, kTokens, row, kRows); });
 }
 
 template <class T, bool kTwoOfFour, int kRows, class X>
@@ -205,9 +238,13 @@ void forward_many(const SemiStructuredLinearParams& p, int threads) {
         add_columns<T, kTwoOfFour, kVectors>(sums + r * kStep, w, first + r, begin, end, panel);
       }
     }
-    for (int64_t t = 0; t < count; ++t) {
-      for (int64_t r = 0; r < rows; ++r) finish<T>(p, block * kStep + t, first + r, sums[r * kStep + t]);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Float bias = splat(bias_of<T>(p, first + r));
+      for (int64_t i = r * kStep; i < (r + 1) * kStep; i += kLanes) store(sums + i, load(sums + i) + bias);
     }
+    finish(p, sums, rows * kStep, [&](const Matrix& to) {
+      write_results<T>(to, sums, 1, kStep, block * kStep, count, first, rows);
+    });
   });
 }
 
@@ -233,7 +270,9 @@ void forward_float64(const SemiStructuredLinearParams& p, int threads) {
       for_kept(p.weight, row, 0, p.weight.in, [&](int64_t element, int64_t column) {
         sum += values[row * p.weight.kept() + element] * x[column * p.x.column];
       });
-      finish<double>(p, t, row, sum);
+      if (p.bias != nullptr) sum += static_cast<const double*>(p.bias)[row];
+      if (p.z.data != nullptr) *element<double>(p.z, t, row) = sum;
+      *element<double>(p.y, t, row) = activate(p.activation, sum);
     }
   });
 }

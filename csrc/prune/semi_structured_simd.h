@@ -5,7 +5,6 @@
 #include "core/simd.h"
 #include "core/simd_math.h"
 #include "core/simd_units.h"
-#include "prune/activation.h"
 #include "prune/semi_structured_linear.h"
 
 namespace tilewright::TW_ISA {
@@ -50,17 +49,6 @@ inline void prefetch_columns(const SemiStructuredWeight& w, int64_t row, int64_t
   for (int64_t at = first; at < last; at += kLine) __builtin_prefetch(values + at);
   __builtin_prefetch(values + last - 1);
   __builtin_prefetch(w.positions + row * position_bytes(w.in) + begin / 8);
-}
-
-// ---- the function applied to a result ----
-
-// Element (token, row) of the results from its sum of products.
-template <class T, class Real>
-inline void finish(const SemiStructuredLinearParams& p, int64_t token, int64_t row, Real sum) {
-  if (p.bias != nullptr) sum += widen(static_cast<const T*>(p.bias)[row]);
-  if (p.z.data != nullptr) narrow_to(static_cast<T*>(p.z.data) + token * p.z.row + row * p.z.column, sum);
-  const Real result = p.activation == Activation::kNone ? sum : Real(activate(p.activation, double(sum)));
-  narrow_to(static_cast<T*>(p.y.data) + token * p.y.row + row * p.y.column, result);
 }
 
 // ---- a vector of columns at a time ----

@@ -2,10 +2,13 @@
 //
 // Roofline: state_length elements read and written a channel, the weights read; a step of a large model is a
 // few microseconds of launch and latency, so one launch does all of it.
+#include "core/check.h"
+#include "core/integers.h"
 #include "device/half.h"
 #include "device/launch.h"
 #include "device/math.h"
 #include "scan/causal_conv1d_update.h"
+#include "scan/decode_cuda.h"
 
 namespace tilewright::scan {
 namespace {
@@ -17,14 +20,23 @@ __device__ __forceinline__ T* address(const ConvTensor& x, int64_t b, int64_t c,
   return static_cast<T*>(x.data) + b * x.batch + c * x.channel + t * x.step;
 }
 
-__device__ __forceinline__ float read(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
-  return dtype == DType::kBFloat16 ? device::to_float(static_cast<const bf16*>(data)[index])
-                                   : device::to_float(static_cast<const fp16*>(data)[index]);
+// Without a division of 64 bits, which would be a call.
+__device__ __forceinline__ uint32_t remainder_of(uint64_t value, uint32_t divisor) {
+  const uint32_t high = uint32_t(value >> 32), low = uint32_t(value);
+  if (high == 0) return low % divisor;
+  uint32_t rest = high % divisor;
+#pragma unroll 1
+  for (int bit = 31; bit >= 0; --bit) {
+    rest = rest << 1 | (low >> bit & 1u);
+    if (rest >= divisor) rest -= divisor;
+  }
+  return rest;
 }
 
-__device__ __forceinline__ int64_t integer_at(const void* data, int64_t index, bool is_64) {
-  return is_64 ? static_cast<const int64_t*>(data)[index] : static_cast<const int32_t*>(data)[index];
+// The position of step number `step`, which may be negative, in a ring.
+__device__ __forceinline__ int64_t position_in_ring(int64_t step, uint32_t length) {
+  if (step >= 0) return remainder_of(uint64_t(step), length);
+  return int64_t{length} - 1 - remainder_of(uint64_t(-(step + 1)), length);
 }
 
 template <class T>
@@ -38,33 +50,40 @@ template <class T>
 __device__ __forceinline__ void advance_state(const CausalConv1dUpdateParams& p, T* state, const T* x,
                                               int64_t turn) {
   const int64_t steps = p.conv.length, length = p.state_length, taken = steps < length ? steps : length;
+  if (length == 0) return;
+  int64_t first = 0;  // with a ring, later steps overwrite those that do not fit
   if (p.cache_seqlens == nullptr) {
     for (int64_t i = 0; i + taken < length; ++i) state[i * p.state.step] = state[(i + taken) * p.state.step];
     turn = length - taken;
-  } else if (length > 0) {
-    turn = (turn + steps - taken) % length;
+    first = steps - taken;
   }
-  for (int64_t s = steps - taken; s < steps; ++s) {
+  for (int64_t s = first; s < steps; ++s) {
     state[turn * p.state.step] = x[s * p.conv.x.step];
     turn = turn + 1 == length ? 0 : turn + 1;
   }
 }
 
+struct KernelParams {
+  CausalConv1dUpdateParams p;
+  uint32_t blocks;  // of a sequence: a division of 64 bits would be a call
+};
+
+// With the registers of 8 blocks ptxas need not spill for the sake of more.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    causal_conv1d_update_kernel(const __grid_constant__ CausalConv1dUpdateParams p) {
+__global__ void __launch_bounds__(kThreads, 8)
+    causal_conv1d_update_kernel(const __grid_constant__ KernelParams k) {
+  const CausalConv1dUpdateParams& p = k.p;
   const CausalConv1dParams& conv = p.conv;
-  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, b = index / conv.dim,
-                c = index % conv.dim;
-  if (b >= conv.batch) return;
+  const int64_t b = blockIdx.x / k.blocks, c = int64_t{blockIdx.x % k.blocks} * kThreads + threadIdx.x;
+  if (c >= conv.dim) return;
   const int64_t slot =
       p.indices == nullptr ? b : integer_at(p.indices, b * p.indices_stride, p.indices_are_64);
   if (slot < 0) return fill_out<T>(p, b, c, 0.0f);
   if (slot >= p.slots) return fill_out<T>(p, b, c, device::bits_float(0x7fc00000u));
   int64_t turn = 0;
   if (p.cache_seqlens != nullptr && p.state_length > 0) {
-    turn = integer_at(p.cache_seqlens, b * p.cache_stride, p.cache_is_64) % p.state_length;
-    if (turn < 0) turn += p.state_length;
+    const int64_t step = integer_at(p.cache_seqlens, b * p.cache_stride, p.cache_is_64);
+    turn = position_in_ring(step, uint32_t(p.state_length));
   }
   T* state = address<T>(p.state, slot, c, 0);
   const T* x = address<const T>(conv.x, b, c, 0);
@@ -79,6 +98,7 @@ __global__ void __launch_bounds__(kThreads)
     window[lag] = lag + 1 < conv.width ? device::to_float(state[at * p.state.step]) : 0.0f;
   }
   const float bias = conv.bias == nullptr ? 0.0f : read(conv.bias, conv.weight_dtype, c * conv.bias_channel);
+#pragma unroll 1  // usually there is one step
   for (int64_t t = 0; t < conv.length; ++t) {
 #pragma unroll
     for (int lag = kMaxConvWidth - 1; lag > 0; --lag) window[lag] = window[lag - 1];
@@ -96,9 +116,13 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 void update(const CausalConv1dUpdateParams& p, Stream stream) {
-  const int64_t blocks = (p.conv.batch * p.conv.dim + kThreads - 1) / kThreads;
+  const int64_t of_sequence = divide_up(p.conv.dim, kThreads), blocks = p.conv.batch * of_sequence;
+  check_value(blocks <= INT32_MAX && p.state_length <= INT32_MAX,
+              "causal_conv1d_update: got a batch and channels for ", blocks, " thread blocks, a state of ",
+              p.state_length, " steps, allowed: ", INT32_MAX);
   device::preload(causal_conv1d_update_kernel<T>);
-  device::launch(causal_conv1d_update_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
+  device::launch(causal_conv1d_update_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream,
+                 {p, uint32_t(of_sequence)});
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "device/math.h"
 #include "device/memory.h"
 #include "device/warp.h"
+#include "scan/decode_cuda.h"
 #include "scan/mamba_step.h"
 
 namespace tilewright::scan {
@@ -91,11 +92,7 @@ void linear(const TokenLinearParams& p, Stream stream) {
 }
 
 __device__ __forceinline__ float weight_at(const SegmentNormParams::Segment& segment, int64_t i) {
-  if (segment.weight == nullptr) return 1.0f;
-  const int64_t at = i * segment.stride;
-  if (segment.dtype == DType::kFloat32) return static_cast<const float*>(segment.weight)[at];
-  return segment.dtype == DType::kBFloat16 ? device::to_float(static_cast<const bf16*>(segment.weight)[at])
-                                           : device::to_float(static_cast<const fp16*>(segment.weight)[at]);
+  return segment.weight == nullptr ? 1.0f : read(segment.weight, segment.dtype, i * segment.stride);
 }
 
 // A block is a token, a warp a segment of it.

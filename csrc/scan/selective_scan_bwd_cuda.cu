@@ -27,7 +27,12 @@ template <class TileOf>
 struct Smem {
   using State = typename TileOf::State;
   static constexpr int kSteps = TileOf::kStage * TileOf::kMaxChannels;
-  static constexpr int kKept = kScanChunk / TileOf::kStage - 2;  // neither the first stage nor the last
+  static constexpr int kStages =
+      kScanChunk / TileOf::kStage - 2;  // neither the first of a chunk nor the last
+  // Complex states are more than the registers hold: those before each step of a stage wait here for the way
+  // back.
+  static constexpr bool kStatesWait = sizeof(State) > sizeof(float);
+  static constexpr int kKept = kStages + (kStatesWait ? TileOf::kStage : 0);
   static constexpr int kVectors = TileOf::kChannels * TileOf::kStates / TileOf::kVector;
 
   Site site;
@@ -274,27 +279,27 @@ struct Block {
 
   // ---- A stage ----
 
-  __device__ __forceinline__ void keep(const Registers<TileOf>& r, int stage) const {
+  __device__ __forceinline__ void keep(const States<TileOf>& states, int place) const {
 #pragma unroll
     for (int v = 0; v < Smem<TileOf>::kVectors; ++v) {
       typename TileOf::StateVector vector;
 #pragma unroll
       for (int j = 0; j < TileOf::kVector; ++j) {
         const int i = v * TileOf::kVector + j;
-        vector[j] = r.h[i / kStates][i % kStates];
+        vector[j] = states[i / kStates][i % kStates];
       }
-      device::store(&smem.kept[stage - 1][v][threadIdx.x], vector);
+      device::store(&smem.kept[place][v][threadIdx.x], vector);
     }
   }
 
-  __device__ __forceinline__ void recall(Registers<TileOf>& r, int stage) const {
+  __device__ __forceinline__ void recall(States<TileOf>& states, int place) const {
 #pragma unroll
     for (int v = 0; v < Smem<TileOf>::kVectors; ++v) {
-      const auto vector = device::load(&smem.kept[stage - 1][v][threadIdx.x]);
+      const auto vector = device::load(&smem.kept[place][v][threadIdx.x]);
 #pragma unroll
       for (int j = 0; j < TileOf::kVector; ++j) {
         const int i = v * TileOf::kVector + j;
-        r.h[i / kStates][i % kStates] = vector[j];
+        states[i / kStates][i % kStates] = vector[j];
       }
     }
   }
@@ -304,25 +309,34 @@ struct Block {
     if (visit.stage == 0) {
       load_states<TileOf>(r.h, l.p.chunk_states, part.first_chunk + visit.chunk, l, geometry, channels);
     } else if (!visit.gradient) {
-      keep(r, visit.stage);
+      keep(r.h, visit.stage - 1);
     } else if (visit.stage + 1 < stages_of(visit.chunk)) {
-      recall(r, visit.stage);
+      recall(r.h, visit.stage - 1);
     }
   }
 
   __device__ __forceinline__ void gradient_stage(Registers<TileOf>& r) const {
+    constexpr bool kWait = Smem<TileOf>::kStatesWait;
+    constexpr int kPlace = Smem<TileOf>::kStages;
     States<TileOf> before[kStage];
 #pragma unroll
     for (int step = 0; step < kStage; ++step) {
+      if constexpr (kWait) {
+        keep(r.h, kPlace + step);
+      } else {
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k) {
+        for (int k = 0; k < kChannels; ++k) {
 #pragma unroll
-        for (int i = 0; i < kStates; ++i) before[step][k][i] = r.h[k][i];
+          for (int i = 0; i < kStates; ++i) before[step][k][i] = r.h[k][i];
+        }
       }
       output_step(r, step);
     }
 #pragma unroll
-    for (int step = kStage - 1; step >= 0; --step) adjoint_step(r, before[step], step);
+    for (int step = kStage - 1; step >= 0; --step) {
+      if constexpr (kWait) recall(before[step], kPlace + step);
+      adjoint_step(r, before[step], step);
+    }
   }
 
   // ---- Out of shared memory ----

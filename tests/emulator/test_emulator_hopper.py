@@ -10,6 +10,7 @@ from tilewright import _C_emulated
 selftest = _C_emulated.selftest
 
 SEEDS = range(4)
+finds_races = pytest.mark.skipif(selftest.ADDRESS_SANITIZER, reason="the compiler has room for one sanitizer")
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +88,28 @@ def test_tiles_of_a_tensor(sizes, box, at, order):
 def test_a_tile_lands_at_the_wait_and_not_before(seed):
     values = np.arange(8 * 64, dtype=np.uint16)
     arguments = (values, (64, 8, 1, 1), (1, 64, 64, 64), (64, 8, 1, 1), (0, 0, 0, 0))
-    assert set(selftest.tma_tile(*arguments, waits=False)) == {0xFFFF}
+    if selftest.ADDRESS_SANITIZER:
+        assert set(selftest.tma_tile(*arguments, waits=False)) == {0xFFFF}
+    else:
+        with pytest.raises(RuntimeError, match=r"reads what a copy to the mbarrier at byte 32768 .* wrote"):
+            selftest.tma_tile(*arguments, waits=False)
     np.testing.assert_array_equal(unswizzled(selftest.tma_tile(*arguments)), values.reshape(8, 64))
+
+
+@pytest.mark.parametrize(("sizes", "box", "at", "order"), TILES)
+def test_stores_of_tiles(sizes, box, at, order):
+    """What is stored to a tensor of zeros is what a load of the same box finds there, and nothing else."""
+    stored_sizes = [sizes[axis] for axis in order]
+    strides = np.empty(4, int)
+    strides[list(order)] = np.array(np.empty(stored_sizes, np.uint16).strides) // 2
+    place = (sizes[::-1], [int(s) for s in strides[::-1]], box[::-1], at[::-1])
+    tile = np.arange(1, math.prod(box) + 1, dtype=np.uint16)
+    stored = np.array(selftest.tma_stored(tile, *place), np.uint16)
+    loaded = np.array(selftest.tma_tile(stored, *place), np.uint16)
+    inside = loaded != 0
+    np.testing.assert_array_equal(loaded[inside], tile[inside])
+    expected = math.prod(max(0, min(a + b, s) - max(a, 0)) for s, b, a in zip(sizes, box, at, strict=True))
+    assert inside.sum() == (stored != 0).sum() == expected
 
 
 @pytest.mark.parametrize(
@@ -155,6 +176,10 @@ def test_results_land_at_the_wait_and_not_before(in_registers, seed):
 
 
 def test_operands_are_read_as_late_as_the_wait(seed):
+    if not selftest.ADDRESS_SANITIZER:
+        with pytest.raises(RuntimeError, match=r"a race on byte .* a product of warp"):
+            product("bf16", 64, 64, False, False, fault=2)
+        return
     found, expected = product("bf16", 64, 64, False, False, fault=2)
     assert (np.abs(found - expected) > 1e-3).any()
 
@@ -162,6 +187,59 @@ def test_operands_are_read_as_late_as_the_wait(seed):
 def test_accumulators_written_under_way_are_reported(seed):
     with pytest.raises(RuntimeError, match=r"selftest_hopper.cu:\d+: wgmma: its accumulators were written"):
         product("bf16", 64, 64, False, False, fault=3)
+
+
+# ---- Races with what works beside the threads ----------------------------------------------------
+
+COPY = r"a copy to the mbarrier at byte \d+ \(begun last at selftest_races.cu:\d+\)"
+PRODUCT = r"a product of warp \d+ \(begun last at selftest_races.cu:\d+\)"
+STORE = r"a store of thread \d+ \(begun last at selftest_races.cu:\d+\)"
+THREAD = r"thread \d+ \(which waits last at selftest_races.cu:\d+\)"
+
+# Who races, in either order, and what lacks.
+ORDERS = {
+    "threads read a copy: the wait for its mbarrier": (THREAD, COPY, "barrier or wait"),
+    "threads read one of two copies: the wait for the other's mbarrier": (THREAD, COPY, "barrier or wait"),
+    "a product reads a copy: the wait for its mbarrier": (PRODUCT, COPY, "barrier or wait"),
+    "a copy over what threads read: the read before the arrival": (COPY, THREAD, "barrier or wait"),
+    "a copy over what a product reads: its wait before the arrival": (COPY, PRODUCT, "barrier or wait"),
+    "a copy over what threads wrote: the fence": (COPY, THREAD, "fence_async_proxy"),
+    "threads write what their product reads: its wait": (THREAD, PRODUCT, "barrier or wait"),
+    "threads write what the younger of two products reads: its wait": (THREAD, PRODUCT, "barrier or wait"),
+    "threads write what the product of other warps reads: a barrier": (THREAD, PRODUCT, "barrier or wait"),
+    "a product reads what threads wrote: the fence": (PRODUCT, THREAD, "fence_async_proxy"),
+    "a product reads what threads wrote: the barrier": (PRODUCT, THREAD, "barrier or wait"),
+    "a store reads what threads wrote: the fence": (STORE, THREAD, "fence_async_proxy"),
+    "a store reads what threads wrote: the barrier": (STORE, THREAD, "barrier or wait"),
+    "a thread writes what its store reads: its wait": (THREAD, STORE, "barrier or wait"),
+    "a thread writes what the younger of two stores reads: its wait": (THREAD, STORE, "barrier or wait"),
+    "a thread writes what another's store reads: its wait before the barrier": (
+        THREAD,
+        STORE,
+        "barrier or wait",
+    ),
+    "a copy over what a store reads: its wait": (COPY, STORE, "barrier or wait"),
+}
+
+
+def test_every_order_is_tested():
+    assert sorted(ORDERS) == sorted(selftest.hopper_orders())
+
+
+@pytest.mark.parametrize("what", ORDERS)
+def test_a_whole_order_is_no_race(what, seed):
+    selftest.hopper_order(what, lacks=False)
+
+
+@finds_races
+@pytest.mark.parametrize("what", ORDERS)
+def test_an_order_that_lacks_something_is_reported(what, seed):
+    one, other, lacking = ORDERS[what]
+    sides = f"({one} (reads|writes) what {other}|{other} (reads|writes) what {one}) (wrote|read), "
+    message = rf"a race on byte \d+ of shared memory: {sides}and no {lacking} is between them"
+    with pytest.raises(RuntimeError, match=message):
+        selftest.hopper_order(what, lacks=True)
+    selftest.hopper_order(what, lacks=False)
 
 
 # ---- Misuse --------------------------------------------------------------------------------------
@@ -180,6 +258,8 @@ MISUSES = {
     "copy by what is no map": "this is no tensor map",
     "arrival while copies are under way": "arrival at .*no thread has seen the phase before complete",
     "end while copies are under way": r"block \(0, 0, 0\): it ends while copies are under way to an mbarrier",
+    "store from global memory": "tma_store: the source is not in shared memory|no multiple of 128",
+    "store that is not waited for": "thread 0: exits before stores that it began have been waited for",
     "product without a fence": "no wgmma_fence since",
     "product that is not waited for": "exits before products that it began have been waited for",
     "products that differ": "other threads of the warpgroup issue another product",

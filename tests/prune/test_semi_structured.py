@@ -213,6 +213,24 @@ def test_any_sizes(tokens, out, groups, pattern, dtype, activation, level, kind)
         _C.set_cpu_level(before)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("tokens", [1, 7, 90])
+def test_activations_are_as_exact_as_float32(backend, activation, tokens):
+    """Relative to the result, also where it is small; what exponents round to grows with them."""
+    x = torch.linspace(-9, 9, tokens * 4).reshape(tokens, 4).to(backend.device)
+    values, indices = (t.to(backend.device) for t in compress_weight(pruned(37, 4, "2:4"), "2:4"))
+    y, z = ops._fwd(x, values, indices, None, 2, 4, activation, True)
+    z = z.double()
+    exact = {
+        "relu": lambda: z.clamp(min=0),
+        "gelu": lambda: z * torch.special.erfc(-z / 2**0.5) / 2,
+        "gelu_tanh": lambda: z * torch.sigmoid((8 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)),
+        "silu": lambda: z * torch.sigmoid(z),
+    }[activation]()
+    allowed = 1e-6 * exact.abs() * (1 + z.abs() ** 3 / 16) + 1e-30
+    assert bool(((y.double() - exact).abs() <= allowed).all())
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "2:5"])
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu"])
 def test_gradcheck(pattern, activation):

@@ -106,6 +106,18 @@ def test_many_steps(backend) -> None:
     assert_close(make(1, 5, 70, 4, 5, ring=True, device=backend.device))
 
 
+def test_step_numbers_of_64_bits(backend) -> None:
+    """The position in the ring is the step number modulo its length, beyond 32 bits too."""
+    arguments = make(6, 5, 3, 4, 7, ring=True, device=backend.device)
+    seen = [2**31, 2**33 + 5, 2**62 + 1, 7 * 2**40, 6, 0]
+    arguments["cache_seqlens"] = torch.tensor(seen, device=backend.device)
+    assert_close(arguments)
+    small = arguments | {"cache_seqlens": torch.tensor([s % 7 for s in seen], device=backend.device)}
+    small["conv_state"] = arguments["conv_state"].clone()
+    assert torch.equal(causal_conv1d_update(**arguments), causal_conv1d_update(**small))
+    assert torch.equal(arguments["conv_state"], small["conv_state"])
+
+
 def test_double() -> None:
     for steps in (None, 1, 5):
         for ring in (False, True):
