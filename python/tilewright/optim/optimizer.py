@@ -391,7 +391,7 @@ class BlockwiseOptimizer(Optimizer):
         key = (device, _backend.C)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = _backend.C.OptimizerPlan(self._kind)
+            plan = self._plans[key] = _backend.optimizer_plan(self._kind)
         return plan
 
     def _workspace_on(self, device: torch.device, size: int, captured: bool) -> Tensor | None:
