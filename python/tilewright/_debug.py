@@ -199,12 +199,12 @@ def _not_finite(name: str, results: Mapping[str, Tensor], kept: _Kept) -> str:
             argument = source.partition("[")[0]
             if argument not in unread and _unexplained(value, exempt.get(argument, "")).any():
                 return ""
-        nans = int(tensor.isnan().sum())
         label = f"result {key}" if key.isdigit() else key
-        return (
-            f"{label} holds {nans} NaN and {int(bad.sum()) - nans} infinite values, the first at "
-            f"{tuple(bad.nonzero()[0].tolist())}, and all it was given is finite"
-        )
+        nans = int(tensor.isnan().sum())
+        counts = {"NaN": nans, "infinite": int(bad.sum()) - nans}
+        found = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        first = tuple(bad.nonzero()[0].tolist())
+        return f"{label} holds {found} values, the first at {first}, though all it was given is finite"
     return ""
 
 

@@ -66,8 +66,7 @@ class ActivationSparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if method not in _METHODS:
-            raise ValueError(f"method must be 'wina' or 'teal', got {method!r}")
+        _checks.check_choice("method", method, _METHODS)
         _checks.check_count("in_features", in_features)
         _checks.check_count("out_features", out_features)
         self.in_features, self.out_features, self.method = in_features, out_features, method
@@ -143,11 +142,7 @@ class ActivationSparseLinear(nn.Module):
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"sparsity must be a number in [0, 1), got {value!r}")
-        if not 0 <= value < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {value!r}")
-        self._sparsity = float(value)
+        self._sparsity = _checks.check_number("sparsity", value, "[0, 1)")
         self._count = self.in_features - round(self._sparsity * self.in_features)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
+from .._checks import check_device, check_tensor
 from . import ops
 from .maps import check_map, shared_map
 
@@ -192,8 +192,7 @@ def _check_code(code: Tensor | None, like: Tensor) -> None:
     if code is None:
         return
     check_map(code)
-    if code.device != like.device:
-        raise ValueError(f"code is on {code.device}, A is on {like.device}")
+    check_device("code", code, like.device, "A")
 
 
 def _check_absmax(absmax: Tensor, like: Tensor, blocksize: int) -> None:
@@ -204,8 +203,7 @@ def _check_absmax(absmax: Tensor, like: Tensor, blocksize: int) -> None:
             f"absmax must be float32 of shape ({blocks},) for {like.numel()} elements "
             f"in blocks of {blocksize}, got {absmax.dtype} of shape {tuple(absmax.shape)}"
         )
-    if absmax.device != like.device:
-        raise ValueError(f"absmax is on {absmax.device}, A is on {like.device}")
+    check_device("absmax", absmax, like.device, "A")
 
 
 def _check_writable(name: str, value: Tensor) -> None:
@@ -219,6 +217,5 @@ def _check_out(name: str, out: Tensor, like: Tensor, *dtypes: torch.dtype) -> No
         raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {out.dtype}")
     if out.shape != like.shape:
         raise ValueError(f"{name} has shape {tuple(out.shape)}, A has {tuple(like.shape)}")
-    if out.device != like.device:
-        raise ValueError(f"{name} is on {out.device}, A is on {like.device}")
+    check_device(name, out, like.device, "A")
     _check_writable(name, out)

@@ -23,6 +23,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from .. import _backend
+from .._checks import check_number
 from . import state_io
 from .manager import GlobalOptimManager
 from .options import SETTINGS, check_options, read_lr
@@ -127,8 +128,8 @@ class BlockwiseOptimizer(Optimizer):
             raise NotImplementedError(
                 f"{name} keeps its state on the parameters' device: is_paged must be False"
             )
-        if max_grad_norm is not None and not 0.0 < max_grad_norm < float("inf"):
-            raise ValueError(f"max_grad_norm must be positive and finite or None, got {max_grad_norm}")
+        if max_grad_norm is not None:
+            check_number("max_grad_norm", max_grad_norm, "(0, inf)")
 
     # -- parameter groups -------------------------------------------------------------------------------
 
