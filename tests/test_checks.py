@@ -23,7 +23,7 @@ MODEL = torch.nn.Sequential(torch.nn.Linear(16, 16))
         (lambda: BlockSparse(BlockMask.causal, decode="spars"), "got 'spars': did you mean 'sparse'?"),
         (
             lambda: BlockSparse(BlockMask.sliding_window, widow=3),
-            "it has seq_len, window, sink, block_size: did you mean 'window'?",
+            "causal, kv_len, block_size, device: did you mean 'window'?",
         ),
         (
             lambda: tw.optim.AdamW8bit(MODEL.parameters(), param_precision="Stochastic"),
@@ -38,7 +38,7 @@ MODEL = torch.nn.Sequential(torch.nn.Linear(16, 16))
             "got 'magnitud': did you mean 'magnitude'?",
         ),
         (lambda: tw.prune.mask(X[0], "colum", 0.5), "got 'colum': did you mean 'column'?"),
-        (lambda: tw.prune.prune(MODEL, "row", 0.5, allocation="edk"), "got 'edk': did you mean 'erk'?"),
+        (lambda: tw.prune.prune(MODEL, "row", 0.5, allocation="edk"), ": did you mean 'erk'?"),
         (lambda: tw.prune.shrink(MODEL, X, 0.5, "taylr"), "got 'taylr': did you mean 'taylor'?"),
         (
             lambda: tw.scan.causal_conv1d(X, torch.ones(8, 4), activation="silo"),

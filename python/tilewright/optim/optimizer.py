@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from . import state_io
 from .manager import GlobalOptimManager
 from .options import SETTINGS, check_options, read_lr
 from .state_io import Moment
+
+_Loss = TypeVar("_Loss")
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -176,8 +178,14 @@ class BlockwiseOptimizer(Optimizer):
 
     # -- a step -----------------------------------------------------------------------------------------
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
+
     @_disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], _Loss] | None = None) -> _Loss | None:
         """Updates all parameters that have a gradient.
 
         Args:
