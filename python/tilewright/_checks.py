@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -66,10 +66,10 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_module(name: str, value: Any) -> None:
-    """Refuses what is no module of torch."""
-    if not isinstance(value, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+def check_type(name: str, value: Any, expected: type, called: str) -> None:
+    """Refuses another type; `called` is the one expected as users write it, such as "torch.nn.Module"."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be a {called}, got {type(value).__name__}")
 
 
 def check_tensor(name: str, value: Any) -> None:

@@ -95,8 +95,7 @@ class ActivationSparseLinear(nn.Module):
         `calibration`, ``(..., in_features)``: inputs as the layer gets them, which ``"teal"`` takes its
         threshold from; ``"wina"`` needs none.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        _checks.check_type("linear", linear, nn.Linear, "torch.nn.Linear")
         if method == "teal" and calibration is None:
             raise ValueError(
                 "method 'teal' takes its threshold from calibration, inputs of the layer; got None"

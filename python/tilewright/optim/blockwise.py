@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_tensor
+from .._checks import check_device, check_tensor, check_type
 from . import ops
 from .maps import check_map, shared_map
 
@@ -155,8 +155,7 @@ def dequantize_blockwise(
     if A.dtype != torch.uint8:
         raise ValueError(f"A must hold uint8 codes, got {A.dtype}")
     if quant_state is not None:
-        if not isinstance(quant_state, QuantState):
-            raise TypeError(f"quant_state must be a QuantState, got {type(quant_state).__name__}")
+        check_type("quant_state", quant_state, QuantState, "QuantState")
         if absmax is not None or code is not None:
             raise ValueError("give either quant_state or absmax (and code), not both")
         if blocksize not in (256, quant_state.blocksize):

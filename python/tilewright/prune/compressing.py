@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_module, check_number
+from .._checks import check_number, check_type
 from .._models import call, check_inputs, evaluation
 from ..bench import timing
 from .compress_report import Compressed, CompressReport
@@ -158,7 +158,7 @@ def _counts(tokens: Any) -> list[int] | None:
 
 
 def _check(model: Any, example_inputs: Any, margin: Any, seconds: Any) -> None:
-    check_module("model", model)
+    check_type("model", model, nn.Module, "torch.nn.Module")
     if isinstance(model, nn.Linear):
         raise TypeError(
             "model must contain the layers to compress; put a single Linear into a torch.nn.Sequential"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_choice, check_module, check_number, check_tensor
+from .._checks import check_choice, check_number, check_tensor, check_type
 from . import allocation as sharing
 from . import distortion
 from .calibration import Calibration, Loss, gradients, input_norms, second_moments, shared_inputs
@@ -52,7 +52,7 @@ class Job:
         grid: Sequence[float],
         progress: bool | None,
     ) -> None:
-        check_module("model", model)
+        check_type("model", model, nn.Module, "torch.nn.Module")
         self.model, self.pattern, self.criterion = model, parse_pattern(pattern), criterion
         self.allocation, self.scope, self.p = allocation, scope, p
         self._check_choices(sparsity, calibration is not None, seed)
@@ -100,8 +100,7 @@ class Job:
 
     def check_schedule(self, schedule: Any, final: float) -> None:
         """Refuses what cannot be pruned by and by."""
-        if not isinstance(schedule, Cubic):
-            raise TypeError(f"schedule must be a tilewright.prune.Cubic, got {type(schedule).__name__}")
+        check_type("schedule", schedule, Cubic, "tilewright.prune.Cubic")
         if isinstance(self.pattern, NOfM):
             raise ValueError(f"pattern '{self.pattern}' has one sparsity: it cannot follow a schedule")
         if schedule.start > final:

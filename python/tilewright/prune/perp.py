@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from .. import optim
-from .._checks import check_choice, check_count, check_module, check_number
+from .._checks import check_choice, check_count, check_number, check_type
 from .calibration import Calibration, Loss, evaluation, progress_bar
 from .layers import Target, find_targets
 from .masked import mask_of
@@ -98,7 +98,7 @@ def repair(
         What was trained, and the loss before and after; ``print`` it.
     """
     model = getattr(model, "_orig_mod", model)
-    check_module("model", model)
+    check_type("model", model, nn.Module, "torch.nn.Module")
     how = settings_of(method, **settings)
     calibration = Calibration(model, data, loss_fn, progress)
     try:

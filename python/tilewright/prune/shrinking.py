@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .._checks import check_choice, check_count, check_module, check_number
+from .._checks import check_choice, check_count, check_number, check_type
 from .._models import call, check_inputs, evaluation
 from . import model_config
 from .channels import find_channels
@@ -106,7 +106,7 @@ def shrink(
 def _check(
     model: Any, example_inputs: Any, ratio: Any, criterion: Any, round_to: int | None, min_width: int
 ) -> None:
-    check_module("model", model)
+    check_type("model", model, nn.Module, "torch.nn.Module")
     check_inputs("example_inputs", example_inputs)
     ratios = ratio if isinstance(ratio, Mapping) else {"ratio": ratio}
     for name, value in ratios.items():
@@ -394,7 +394,7 @@ def load_shrunk(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module
     """
     from .resizing import resize
 
-    check_module("model", model)
+    check_type("model", model, nn.Module, "torch.nn.Module")
     for name, value in state_dict.items():
         if not isinstance(value, Tensor) and not name.endswith("_extra_state"):
             raise TypeError(f"state_dict[{name!r}] must be a tensor, got {type(value).__name__}")
