@@ -1,4 +1,4 @@
-# make demo | test | bench | gpu | nightly | wheel | lint | format | clean
+# make demo | test | bench | gpu | nightly | wheel | lint | format | stubs | clean
 # On a fresh machine `make demo` and `make test` are all it takes: python3 (3.10 or newer), a C++20 compiler, make.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -19,7 +19,7 @@ emulated = $(if $(findstring _emulated,$(modules)),1,0)
 # The environment's own cmake and ninja come first; without isolation pybind11 stays where it was last time.
 install = PATH="$(abspath $(bin)):$$PATH" TILEWRIGHT_EMULATED=$(emulated) $(pip) --no-build-isolation --editable
 
-.PHONY: demo test bench gpu nightly wheel lint format sanitize clean
+.PHONY: demo test bench gpu nightly wheel lint format stubs sanitize clean
 
 demo: $(VENV)/.package
 	$(bin)/tilewright demo
@@ -61,6 +61,7 @@ lint: $(VENV)/.lint
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
+	$(bin)/mypy tests/test_typed_user.py
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(bin)/clang-format --dry-run --Werror
 	$(bin)/python scripts/check_sources.py
 
@@ -68,6 +69,11 @@ format: $(VENV)/.lint
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(bin)/clang-format -i
+
+# What the extension offers, for mypy: after a binding has changed.
+stubs: $(VENV)/.lint
+	$(bin)/python -m pybind11_stubgen tilewright._C --output-dir python
+	$(bin)/ruff format python/tilewright/_C.pyi
 
 clean:
 	rm -rf build dist $(modules) $(VENV)/.package $(VENV)/.test

@@ -15,18 +15,22 @@
 ``tilewright.info()``
     What was built, what this machine offers, and whether they fit.
 
+``tilewright.testing``
+    CUDA kernels on a CPU for tests, and calls that TILEWRIGHT_DEBUG=1 kept, made again.
+
 On the command line: ``tilewright info``, ``tilewright demo``, ``tilewright bench``.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tilewright._info import info
 
 if TYPE_CHECKING:
-    from tilewright import attention, compat, nn, optim, prune, scan
+    from tilewright import attention, compat, nn, optim, prune, scan, testing
     from tilewright.swapping import SwapReport, swap, unswap
 
 __version__ = "0.1.0"
@@ -41,14 +45,21 @@ __all__ = [
     "prune",
     "scan",
     "swap",
+    "testing",
     "unswap",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Families load when first used, so that `tilewright info` can report on a broken torch or extension.
-    if name in ("attention", "compat", "nn", "optim", "prune", "scan"):
+    if name in ("attention", "compat", "nn", "optim", "prune", "scan", "testing"):
         return import_module(f"tilewright.{name}")
     if name in ("SwapReport", "swap", "unswap"):
         return getattr(import_module("tilewright.swapping"), name)
-    raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
+    raise AttributeError(
+        f"module 'tilewright' has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+    )
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,10 +1,11 @@
-"""What public functions say about a wrong argument: its name, what came, what is allowed."""
+"""What public functions say about a wrong argument: its name, what is allowed, what came, what was meant."""
 
 from __future__ import annotations
 
+import difflib
 import operator
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,14 +15,61 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
-def check_count(name: str, value: Any, highest: int | None = None) -> None:
-    """Refuses what is no integer of at least 1, and at most `highest`."""
-    allowed = "a positive int" if highest is None else f"an int from 1 to {highest}"
-    integral = isinstance(value, (int, torch.SymInt, Integral))
-    if isinstance(value, bool) or not integral:
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if value < 1 or (highest is not None and value > highest):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+def check_choice(name: str, value: Any, allowed: Sequence[str | None]) -> None:
+    """Refuses what is none of these words."""
+    if not (value is None or isinstance(value, str)) or value not in allowed:
+        words = [repr(word) for word in allowed]
+        listed = f"{', '.join(words[:-1])} or {words[-1]}"
+        meant = nearest(value, (word for word in allowed if word is not None))
+        raise ValueError(f"{name} must be {listed}, got {value!r}{meant}")
+
+
+def nearest(value: Any, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: which of the known ones was meant, if one is near."""
+    lowered = {word.lower(): word for word in known}
+    found = difflib.get_close_matches(str(value).lower(), lowered, n=1)
+    return f": did you mean {lowered[found[0]]!r}?" if found else ""
+
+
+def check_count(name: str, value: Any, highest: int | None = None, *, lowest: int = 1) -> None:
+    """Refuses what is no integer from `lowest` to `highest`."""
+    integral = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+    if not integral or value < lowest or (highest is not None and value > highest):
+        allowed = "a positive int" if lowest == 1 else f"an int of at least {lowest}"
+        if highest is not None:
+            allowed = f"an int from {lowest} to {highest}"
+        raise (ValueError if integral else TypeError)(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_number(name: str, value: Any, interval: str) -> float:
+    """The number as a float; refuses what does not lie in the interval, such as "[0, 1)"."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    if (
+        real
+        and low <= value <= high
+        and (value != low or "[" in interval)
+        and (value != high or "]" in interval)
+    ):
+        return float(value)
+    raise (ValueError if real else TypeError)(f"{name} must be a number in {interval}, got {value!r}")
+
+
+def check_seed(name: str, value: Any) -> None:
+    """Refuses what no kernel takes for a seed."""
+    check_count(name, value, 2**63 - 1, lowest=0)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is neither True nor False: 0 and "no" may well be mistakes."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_type(name: str, value: Any, expected: type, called: str) -> None:
+    """Refuses another type; `called` is the one expected as users write it, such as "torch.nn.Module"."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be a {called}, got {type(value).__name__}")
 
 
 def check_tensor(name: str, value: Any) -> None:

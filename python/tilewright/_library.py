@@ -7,12 +7,21 @@ from typing import Any
 
 import torch
 
+from . import _backend
+
 _library: Any = torch.library.Library("tilewright", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers ``torch.ops.tilewright.<name in the schema>`` for CPU and CUDA tensors."""
+    """Registers ``torch.ops.tilewright.<name in the schema>`` for CPU and CUDA tensors.
+
+    With TILEWRIGHT_DEBUG it is watched; what it may return that is not finite is for `_debug._EXEMPT`.
+    """
     name = schema.partition("(")[0]
+    if _backend.DEBUG:
+        from ._debug import watched
+
+        implementation = watched(schema, implementation)
     _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)

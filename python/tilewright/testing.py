@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from . import _backend
+from ._debug import replay
+
+__all__ = ["emulated", "replay"]
 
 
 @contextlib.contextmanager
@@ -38,14 +41,16 @@ def emulated(
     module = importlib.import_module("tilewright._C_emulated")
     if seed is not None:
         module.emulator_set_seed(seed)
+        _backend.emulator_seed = seed
     count = module.emulator_multiprocessors()
     module.emulator_set_multiprocessors(count if multiprocessors is None else multiprocessors)
     capability = module.emulator_compute_capability()
     module.emulator_set_compute_capability(capability if compute_capability is None else compute_capability)
-    before, _backend.C = _backend.C, module
+    before = vars(_backend)["C"]
+    vars(_backend)["C"] = module  # for mypy C is the product's own, whose signatures it knows
     try:
         yield module
     finally:
-        _backend.C = before
+        vars(_backend)["C"] = before
         module.emulator_set_multiprocessors(count)
         module.emulator_set_compute_capability(capability)

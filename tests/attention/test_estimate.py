@@ -275,10 +275,10 @@ def test_estimators_need_no_gradient() -> None:
         ({"k": torch.zeros(1, 2, 100, 8)}, ValueError, "k must have the batch size and head_dim"),
         ({"k": torch.zeros(1, 2, 100, 16).double()}, TypeError, "k must have the dtype of q"),
         ({"block_size": 24}, ValueError, "block_size"),
-        ({"threshold": 0}, ValueError, "threshold must be above 0"),
-        ({"threshold": 1.5}, ValueError, "threshold must be above 0"),
+        ({"threshold": 0}, ValueError, r"threshold must be a number in \(0, 1\]"),
+        ({"threshold": 1.5}, ValueError, "threshold must be a number"),
         ({"sink_blocks": -1}, ValueError, "sink_blocks must be an int"),
-        ({"local_blocks": 1.5}, ValueError, "local_blocks must be an int"),
+        ({"local_blocks": 1.5}, TypeError, "local_blocks must be an int"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

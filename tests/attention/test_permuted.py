@@ -162,7 +162,7 @@ def test_gradcheck() -> None:
         ({"segment_size": 0}, ValueError, "segment_size"),
         ({"block_size": (32, 32)}, ValueError, "block_size"),
         ({"block_size": 20}, ValueError, "block_size"),
-        ({"threshold": 0.0}, ValueError, "threshold must be above 0"),
+        ({"threshold": 0.0}, ValueError, "threshold must be a number"),
         ({"v": torch.zeros(2, 2, 100, 24)}, ValueError, "v must have shape"),
         ({"k": torch.zeros(2, 3, 200, 16)}, ValueError, "k has 3 heads"),
     ],

@@ -293,7 +293,7 @@ def test_bad_input(x, error: type[Exception], message: str) -> None:
 def test_bad_construction() -> None:
     linear, x = make_linear(), activations(3)
     for sparsity in (-0.1, 1.0, math.nan):
-        with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got"):
+        with pytest.raises(ValueError, match=r"sparsity must be a number in \[0, 1\), got"):
             ActivationSparseLinear.from_linear(linear, sparsity)
     with pytest.raises(TypeError, match="sparsity must be a number"):
         ActivationSparseLinear.from_linear(linear, "half")

@@ -137,13 +137,13 @@ def test_parameters_with_gaps_or_overlaps(make_parameter) -> None:
 def test_learning_rates(name: str, as_tensor: bool, bad: float) -> None:
     params = parameters([300, 5000], torch.float32, CPU)
     lr = torch.tensor(bad) if as_tensor else bad
-    with pytest.raises(ValueError, match="lr must be finite and not negative"):
+    with pytest.raises(ValueError, match=r"lr must be a number in \[0, inf\)"):
         OPTIMIZERS[name](params, lr=lr)
     optimizer = OPTIMIZERS[name](params)
     run(optimizer, 1)
     before = snapshot(optimizer)
     optimizer.param_groups[0]["lr"] = lr
-    with pytest.raises(ValueError, match="lr must be finite and not negative"):
+    with pytest.raises(ValueError, match=r"lr must be a number in \[0, inf\)"):
         optimizer.step()
     assert_same_bits(snapshot(optimizer), before)
 
@@ -177,21 +177,21 @@ def test_states_that_were_tampered_with() -> None:
         ("SGD8bit", {"args": object()}, ValueError, "args is not supported"),
         ("AdamW8bit", {"is_paged": True}, NotImplementedError, "is_paged must be False"),
         ("Lion8bit", {"is_paged": True}, NotImplementedError, "is_paged must be False"),
-        ("AdamW8bit", {"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must be in \[0, 1\), got 1.0"),
-        ("AdamW8bit", {"betas": (0.9, -0.1)}, ValueError, r"betas\[1\] must be in"),
+        ("AdamW8bit", {"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must be a number in \[0, 1\), got 1.0"),
+        ("AdamW8bit", {"betas": (0.9, -0.1)}, ValueError, r"betas\[1\] must be a number in"),
         ("AdamW8bit", {"betas": (0.9,)}, ValueError, "betas must be two numbers"),
         ("AdamW8bit", {"betas": (0.9, 0.99, 0.999)}, ValueError, "betas must be two numbers"),
-        ("Lion8bit", {"betas": (0.9, math.nan)}, ValueError, r"betas\[1\] must be in"),
-        ("AdamW8bit", {"eps": -1e-8}, ValueError, "eps must be finite and not negative"),
-        ("AdamW8bit", {"eps": math.inf}, ValueError, "eps must be finite and not negative"),
-        ("Adam8bit", {"weight_decay": -0.1}, ValueError, "weight_decay must be finite and not negative"),
+        ("Lion8bit", {"betas": (0.9, math.nan)}, ValueError, r"betas\[1\] must be a number in"),
+        ("AdamW8bit", {"eps": -1e-8}, ValueError, r"eps must be a number in \[0, inf\)"),
+        ("AdamW8bit", {"eps": math.inf}, ValueError, r"eps must be a number in \[0, inf\)"),
+        ("Adam8bit", {"weight_decay": -0.1}, ValueError, r"weight_decay must be a number in \[0, inf\)"),
         ("AdamW8bit", {"lr": "fast"}, TypeError, "lr must be a number"),
         ("AdamW8bit", {"lr": torch.ones(2)}, ValueError, "a tensor lr must hold one real number"),
-        ("AdamW8bit", {"min_8bit_size": -1}, ValueError, "min_8bit_size must be an integer of at least 0"),
+        ("AdamW8bit", {"min_8bit_size": -1}, ValueError, "min_8bit_size must be an int of at least 0"),
         ("AdamW8bit", {"maximize": 1}, TypeError, "maximize must be True or False"),
         ("SGD8bit", {"momentum": 0}, NotImplementedError, "momentum=0 keeps no state"),
-        ("SGD8bit", {"momentum": 1.5}, ValueError, "momentum must be in"),
-        ("SGD8bit", {"dampening": -1.0}, ValueError, "dampening must be in"),
+        ("SGD8bit", {"momentum": 1.5}, ValueError, "momentum must be a number in"),
+        ("SGD8bit", {"dampening": -1.0}, ValueError, "dampening must be a number in"),
         ("SGD8bit", {"nesterov": True, "dampening": 0.1}, ValueError, "nesterov needs dampening=0"),
     ],
 )
@@ -221,7 +221,7 @@ def test_a_string_of_betas_as_bitsandbytes_takes_it() -> None:
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"lr": math.nan}, "lr must be finite"),
+        ({"lr": math.nan}, "lr must be a number"),
         ({"betas": (2.0, 0.9)}, "betas"),
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 is not supported"),
         ({"amsgrad": True}, "amsgrad=True is not supported"),

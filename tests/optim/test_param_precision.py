@@ -173,13 +173,11 @@ def test_seeds_that_cannot_be() -> None:
     p = [torch.nn.Parameter(torch.ones(3))]
     with pytest.raises(ValueError, match="seed has no effect"):
         tw.optim.AdamW8bit(p, seed=1)
-    with pytest.raises(ValueError, match="seed must be in"):
+    with pytest.raises(ValueError, match="seed must be an int from 0 to"):
         tw.optim.AdamW8bit(p, param_precision="stochastic", seed=-1)
-    with pytest.raises(TypeError, match="seed must be an integer"):
+    with pytest.raises(TypeError, match="seed must be an int"):
         tw.optim.AdamW8bit(p, param_precision="stochastic", seed=1.5)
-    with pytest.raises(
-        ValueError, match="param_precision must be one of 'nearest', 'stochastic', got 'kahan'"
-    ):
+    with pytest.raises(ValueError, match="param_precision must be 'nearest' or 'stochastic', got 'kahan'"):
         tw.optim.AdamW8bit(p, param_precision="kahan")
     optimizer = tw.optim.AdamW8bit(p, param_precision="stochastic", seed=1)
     with pytest.raises(ValueError, match="share one seed"):

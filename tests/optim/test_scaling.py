@@ -98,7 +98,7 @@ def test_large_gradients_do_not_overflow_the_norm(backend) -> None:
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
 def test_limits_that_cannot_be(bad: float) -> None:
-    with pytest.raises(ValueError, match="max_grad_norm must be positive and finite"):
+    with pytest.raises(ValueError, match="max_grad_norm must be a number"):
         tw.optim.AdamW8bit([torch.nn.Parameter(torch.zeros(3))], max_grad_norm=bad)
 
 

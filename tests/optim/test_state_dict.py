@@ -354,7 +354,7 @@ CORRUPTIONS = {
         "has 2 parameter groups",
     ),
     "params": (lambda saved: saved["param_groups"][0]["params"].pop(), "has 1 parameters in the checkpoint"),
-    "lr": (lambda saved: saved["param_groups"][0].update(lr=-1.0), "lr must be finite"),
+    "lr": (lambda saved: saved["param_groups"][0].update(lr=-1.0), "lr must be a number"),
     "betas": (
         lambda saved: saved["param_groups"][0].update(betas=(0.9, 0.9, 0.9)),
         "betas must be two numbers",

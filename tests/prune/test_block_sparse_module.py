@@ -203,7 +203,7 @@ def test_wrong_arguments() -> None:
         BlockSparseLinear(96, 64, full.T, 16)
     with pytest.raises(ValueError, match="block must be one or two of 8, 16, 32, 64, 128, got 12"):
         BlockSparseLinear(96, 64, full, 12)
-    with pytest.raises(ValueError, match="activation must be one of none, relu"):
+    with pytest.raises(ValueError, match="activation must be 'none', 'relu'"):
         BlockSparseLinear(96, 64, full, 16, activation="tanh")
     with pytest.raises(TypeError, match="block_mask must be a bool tensor"):
         BlockSparseLinear(96, 64, full.float(), 16)

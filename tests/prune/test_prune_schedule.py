@@ -134,7 +134,7 @@ def test_going_on_from_a_checkpoint() -> None:
 def test_bad_input() -> None:
     for error, message, call in (
         (ValueError, "steps must be a positive int", lambda: Cubic(0)),
-        (ValueError, "start must be a sparsity", lambda: Cubic(3, start=1.0)),
+        (ValueError, "start must be a number", lambda: Cubic(3, start=1.0)),
         (ValueError, "begin must be an int", lambda: Cubic(3, begin=-1)),
         (ValueError, "every must be a positive int", lambda: Cubic(3, every=0)),
         (ValueError, "it cannot follow a schedule", lambda: Pruner(mlp(), "2:4", 0.5, schedule=Cubic(3))),

@@ -562,7 +562,7 @@ X, W = torch.zeros(2, 6, 9), torch.zeros(6, 4)
             TypeError,
             "final_states_out must have dtype float32, got float16",
         ),
-        ({"activation": "relu"}, ValueError, 'activation must be None, "silu" or "swish", got \'relu\''),
+        ({"activation": "relu"}, ValueError, "activation must be 'silu', 'swish' or None, got 'relu'"),
         ({"activation": True}, ValueError, "got True"),
     ],
 )

@@ -349,7 +349,7 @@ GOOD = make(2, 6, 3, 4, 4)
             ValueError,
             "entry 1 is 2, but conv_state has 2 slots",
         ),
-        ({"activation": "gelu"}, ValueError, 'activation must be None, "silu" or "swish", got \'gelu\''),
+        ({"activation": "gelu"}, ValueError, "activation must be 'silu', 'swish' or None, got 'gelu'"),
         (
             {"weight": GOOD["weight"].clone().requires_grad_()},
             NotImplementedError,

@@ -547,7 +547,7 @@ A = torch.zeros(2, 6, 3)
         ({"a": torch.zeros(()), "b": torch.zeros(())}, ValueError, "at least one axis"),
         ({"dim": 3}, ValueError, r"dim must be in \[-3, 2\] .*, got 3"),
         ({"dim": 1.0}, TypeError, "dim must be an int, got float"),
-        ({"reverse": 1}, TypeError, "reverse must be a bool, got int"),
+        ({"reverse": 1}, TypeError, "reverse must be True or False, got 1"),
         ({"h0": 0.0}, TypeError, "h0 must be a tensor"),
         ({"h0": torch.zeros(2, 4)}, ValueError, r"h0 must have shape .* = \(2, 3\), got \(2, 4\)"),
         ({"h0": torch.zeros(2, 3).double()}, TypeError, "h0 must have dtype .*, got float64"),

@@ -586,7 +586,7 @@ def wrong(**changes: Any) -> dict[str, Any]:
         ({"B": torch.zeros(1, 6, 3, 5)}, ValueError, "B has 3 groups, which do not divide the 4 heads of x"),
         ({"C": torch.zeros(1, 6, 2, 4)}, ValueError, r"C must have shape that of B = \(1, 6, 2, 5\)"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be a positive int, got 0"),
-        ({"chunk_size": 2.5}, ValueError, "chunk_size must be a positive int, got 2.5"),
+        ({"chunk_size": 2.5}, TypeError, "chunk_size must be a positive int, got 2.5"),
         ({"D": torch.zeros(3)}, ValueError, r"D must have shape \(heads,\) = \(4,\) or"),
         ({"z": torch.zeros(1, 6, 4, 2)}, ValueError, "z must have shape that of x"),
         ({"dt_bias": torch.zeros(1)}, ValueError, r"dt_bias must have shape \(heads,\)"),

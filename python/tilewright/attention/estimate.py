@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_count, check_device, check_dtype, check_tensor
+from .._checks import FLOATS, check_count, check_device, check_dtype, check_number, check_tensor
 from . import builders
 from .block_sparse import block_sparse_attention
 from .codes import FULL, Draft, Geometry
@@ -64,7 +64,7 @@ def mean_pool_top_p(
     (arXiv 2502.18137).
     """
     plan = _plan(q, k, block_size, causal, scale, sink_blocks, local_blocks)
-    check_share("threshold", threshold)
+    check_number("threshold", threshold, "(0, 1]")
     scores = pooled(q, plan.geometry.block_q) @ of_heads(pooled(k, plan.geometry.block_kv), q).mT
     return plan.by_mass(plan.softmax(scores * plan.scale), threshold)
 
@@ -143,7 +143,7 @@ def antidiagonal(
     Source: XAttention (arXiv 2503.16428).
     """
     plan = _plan(q, k, block_size, causal, scale, sink_blocks, local_blocks)
-    check_share("threshold", threshold)
+    check_number("threshold", threshold, "(0, 1]")
     check_count("stride", stride)
     geometry = plan.geometry
     if geometry.block_q % stride or geometry.block_kv % stride:
@@ -255,8 +255,7 @@ def _plan(
     """Checks what all estimators take."""
     check_q_k(q, k)
     for name, value in (("sink_blocks", sink_blocks), ("local_blocks", local_blocks)):
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{name} must be an int of 0 or more, got {value!r}")
+        check_count(name, value, lowest=0)
     geometry = Geometry(*check_block_size(block_size), q.shape[2], k.shape[2])
     visible, always = _fixed(geometry, bool(causal), sink_blocks, local_blocks, q.device)
     return _Plan(geometry, visible, always, 1 / math.sqrt(q.shape[3]) if scale is None else float(scale))
@@ -281,12 +280,6 @@ def check_q_k(q: Any, k: Any) -> None:
         )
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"k has {k.shape[1]} heads, which do not divide the {q.shape[1]} heads of q")
-
-
-def check_share(name: str, value: Any) -> None:
-    """Refuses what is no share above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and up to 1, got {value!r}")
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._checks import check_device, check_tensor
+from .._checks import check_count, check_device, check_tensor
 from . import builders
 from .codes import ABSENT, FULL, PARTIAL, Draft, Geometry, combine, evaluate, pack, unpack
 
@@ -562,11 +562,8 @@ def check_block_size(block_size: Any, name: str = "block_size") -> tuple[int, in
 
 
 def _check_size(name: str, value: Any, least: int) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+    check_count(name, value, lowest=least)
+    return int(value)
 
 
 def _check_length(name: str, length: int | None, blocks: int, block: int) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from .._checks import check_count, check_number
 from .block_sparse import block_sparse_attention
 from .codes import PARTIAL, Draft, Geometry
-from .estimate import check_q_k, check_share, of_heads, pooled
+from .estimate import check_q_k, of_heads, pooled
 from .mask import BlockMask, check_block_size, mask_of
 from .ops import code_dtype
 from .select_ops import position_tables, select_blocks
@@ -61,7 +61,7 @@ def permuted_block_sparse_attention(
     Source: PBS-Attn, "Sparser Block-Sparse Attention via Token Permutation" (arXiv 2510.21270).
     """
     check_q_k(q, k)
-    check_share("threshold", threshold)
+    check_number("threshold", threshold, "(0, 1]")
     check_count("segment_size", segment_size)
     block, _ = check_block_size(block_size)
     if type(block_size) is not int or segment_size % block:

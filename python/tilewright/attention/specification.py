@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_choice, nearest
 from .compose import rows
 from .mask import BlockMask, BlockSize
 
@@ -65,10 +66,8 @@ class BlockSparse:
                 "mask must be a builder such as BlockMask.sliding_window, a function of lengths or of q and "
                 f"k, or a BlockMask; got {type(mask).__name__}"
             )
-        if takes not in (None, "lengths", "tensors"):
-            raise ValueError(f"takes must be 'lengths', 'tensors' or None, got {takes!r}")
-        if decode not in (None, "sparse", "dense"):
-            raise ValueError(f"decode must be 'sparse', 'dense' or None, got {decode!r}")
+        check_choice("takes", takes, ("lengths", "tensors", None))
+        check_choice("decode", decode, ("sparse", "dense", None))
         parameters = [] if isinstance(mask, BlockMask) else _parameters(mask)
         names = [parameter.name for parameter in parameters]
         if options and isinstance(mask, BlockMask):
@@ -76,7 +75,8 @@ class BlockSparse:
         if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters):
             unknown = sorted(set(options) - set(names))
             if unknown:
-                raise TypeError(f"{_name(mask)} has no argument {unknown[0]!r}; it has {', '.join(names)}")
+                known = f"it has {', '.join(names)}{nearest(unknown[0], names)}"
+                raise TypeError(f"{_name(mask)} has no argument {unknown[0]!r}; {known}")
         self.mask, self.options = mask, options
         self.takes = takes or ("tensors" if tuple(names[:2]) in _TENSORS else "lengths")
         self.decode = decode or ("dense" if self.takes == "tensors" else "sparse")

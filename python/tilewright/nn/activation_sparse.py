@@ -66,8 +66,7 @@ class ActivationSparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if method not in _METHODS:
-            raise ValueError(f"method must be 'wina' or 'teal', got {method!r}")
+        _checks.check_choice("method", method, _METHODS)
         _checks.check_count("in_features", in_features)
         _checks.check_count("out_features", out_features)
         self.in_features, self.out_features, self.method = in_features, out_features, method
@@ -96,8 +95,7 @@ class ActivationSparseLinear(nn.Module):
         `calibration`, ``(..., in_features)``: inputs as the layer gets them, which ``"teal"`` takes its
         threshold from; ``"wina"`` needs none.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        _checks.check_type("linear", linear, nn.Linear, "torch.nn.Linear")
         if method == "teal" and calibration is None:
             raise ValueError(
                 "method 'teal' takes its threshold from calibration, inputs of the layer; got None"
@@ -143,11 +141,7 @@ class ActivationSparseLinear(nn.Module):
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"sparsity must be a number in [0, 1), got {value!r}")
-        if not 0 <= value < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {value!r}")
-        self._sparsity = float(value)
+        self._sparsity = _checks.check_number("sparsity", value, "[0, 1)")
         self._count = self.in_features - round(self._sparsity * self.in_features)
 
     @torch.no_grad()

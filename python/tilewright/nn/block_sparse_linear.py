@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
+from .._checks import check_choice, check_type
 from ..prune import block_pattern
 from ..prune.block_pattern import BLOCK_SIZES
 from ..prune.masked import mask_of
@@ -59,8 +60,7 @@ class BlockSparseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.block = _check_block(block)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        check_choice("activation", activation, ACTIVATIONS)
         self.activation = activation
         if not isinstance(block_mask, Tensor) or block_mask.dtype != torch.bool:
             raise TypeError("block_mask must be a bool tensor, True = the block is there")
@@ -138,8 +138,7 @@ class BlockSparseLinear(nn.Module):
             TypeError: `linear` is no torch.nn.Linear.
             ValueError: no block of 8 x 8 or more is absent, so that there is nothing to gain.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        check_type("linear", linear, nn.Linear, "torch.nn.Linear")
         mask = mask_of(linear)
         weight = linear.weight.detach()
         kept = weight != 0 if mask is None else mask

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_count, check_device, check_tensor
+from .._checks import check_count, check_device, check_tensor, check_type
 from ..prune.masked import mask_of, set_mask
 from ..prune.ops.semi_structured import linear
 from ..prune.patterns import NOfM
@@ -111,8 +111,7 @@ class SemiStructuredLinear(nn.Module):
             TypeError: it is no torch.nn.Linear.
             ValueError: its weight does not fit the pattern, or any pattern; says where and by how much.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        check_type("linear", linear, nn.Linear, "torch.nn.Linear")
         weight = linear.weight
         packed, meta = getattr(weight, "packed", None), getattr(weight, "meta", None)
         if packed is not None:

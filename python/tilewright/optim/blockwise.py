@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
+from .._checks import check_device, check_tensor, check_type
 from . import ops
 from .maps import check_map, shared_map
 
@@ -155,8 +155,7 @@ def dequantize_blockwise(
     if A.dtype != torch.uint8:
         raise ValueError(f"A must hold uint8 codes, got {A.dtype}")
     if quant_state is not None:
-        if not isinstance(quant_state, QuantState):
-            raise TypeError(f"quant_state must be a QuantState, got {type(quant_state).__name__}")
+        check_type("quant_state", quant_state, QuantState, "QuantState")
         if absmax is not None or code is not None:
             raise ValueError("give either quant_state or absmax (and code), not both")
         if blocksize not in (256, quant_state.blocksize):
@@ -192,8 +191,7 @@ def _check_code(code: Tensor | None, like: Tensor) -> None:
     if code is None:
         return
     check_map(code)
-    if code.device != like.device:
-        raise ValueError(f"code is on {code.device}, A is on {like.device}")
+    check_device("code", code, like.device, "A")
 
 
 def _check_absmax(absmax: Tensor, like: Tensor, blocksize: int) -> None:
@@ -204,8 +202,7 @@ def _check_absmax(absmax: Tensor, like: Tensor, blocksize: int) -> None:
             f"absmax must be float32 of shape ({blocks},) for {like.numel()} elements "
             f"in blocks of {blocksize}, got {absmax.dtype} of shape {tuple(absmax.shape)}"
         )
-    if absmax.device != like.device:
-        raise ValueError(f"absmax is on {absmax.device}, A is on {like.device}")
+    check_device("absmax", absmax, like.device, "A")
 
 
 def _check_writable(name: str, value: Tensor) -> None:
@@ -219,6 +216,5 @@ def _check_out(name: str, out: Tensor, like: Tensor, *dtypes: torch.dtype) -> No
         raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {out.dtype}")
     if out.shape != like.shape:
         raise ValueError(f"{name} has shape {tuple(out.shape)}, A has {tuple(like.shape)}")
-    if out.device != like.device:
-        raise ValueError(f"{name} is on {out.device}, A is on {like.device}")
+    check_device(name, out, like.device, "A")
     _check_writable(name, out)

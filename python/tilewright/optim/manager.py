@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._checks import nearest
 from .options import check_options, parse_betas
 
 OVERRIDABLE = ("optim_bits", "lr", "betas", "eps", "weight_decay", "min_8bit_size")
@@ -127,7 +128,7 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(
             f"cannot override {', '.join(map(repr, unknown))}: it would have no effect; "
-            f"the keys are {', '.join(OVERRIDABLE)}"
+            f"the keys are {', '.join(OVERRIDABLE)}{nearest(unknown[0], OVERRIDABLE)}"
         )
     check_options(config)
     return {key: parse_betas(value) if key == "betas" else value for key, value in config.items()}

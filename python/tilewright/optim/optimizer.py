@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from .. import _backend
+from .._checks import check_number
 from . import state_io
 from .manager import GlobalOptimManager
 from .options import SETTINGS, check_options, read_lr
 from .state_io import Moment
+
+_Loss = TypeVar("_Loss")
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -127,8 +130,8 @@ class BlockwiseOptimizer(Optimizer):
             raise NotImplementedError(
                 f"{name} keeps its state on the parameters' device: is_paged must be False"
             )
-        if max_grad_norm is not None and not 0.0 < max_grad_norm < float("inf"):
-            raise ValueError(f"max_grad_norm must be positive and finite or None, got {max_grad_norm}")
+        if max_grad_norm is not None:
+            check_number("max_grad_norm", max_grad_norm, "(0, inf)")
 
     # -- parameter groups -------------------------------------------------------------------------------
 
@@ -175,8 +178,14 @@ class BlockwiseOptimizer(Optimizer):
 
     # -- a step -----------------------------------------------------------------------------------------
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
+
     @_disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], _Loss] | None = None) -> _Loss | None:
         """Updates all parameters that have a gradient.
 
         Args:
@@ -391,7 +400,7 @@ class BlockwiseOptimizer(Optimizer):
         key = (device, _backend.C)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = _backend.C.OptimizerPlan(self._kind)
+            plan = self._plans[key] = _backend.optimizer_plan(self._kind)
         return plan
 
     def _workspace_on(self, device: torch.device, size: int, captured: bool) -> Tensor | None:

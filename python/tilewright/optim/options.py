@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from numbers import Real
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _backend
+from .._checks import check_choice, check_count, check_flag, check_number, check_seed
 
 PARAM_PRECISIONS = ("nearest", "stochastic")
 
@@ -65,7 +66,7 @@ def read_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
             return lr.detach().to(device, torch.float32).reshape(())
         lr = lr.item()
     if not 0.0 <= lr < math.inf:
-        raise ValueError(f"lr must be finite and not negative, got {lr}")
+        check_number("lr", lr, "[0, inf)")
     return float(lr)
 
 
@@ -78,57 +79,25 @@ def _check_lr(key: str, lr: Any) -> None:
         if lr.device.type != "cpu":
             return
         lr = float(lr)
-    _check_not_negative(key, lr)
-
-
-def _check_number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{key} must be a number, got {value!r}")
-    return float(value)
-
-
-def _check_not_negative(key: str, value: Any) -> None:
-    if not 0.0 <= _check_number(key, value) < math.inf:
-        raise ValueError(f"{key} must be finite and not negative, got {value}")
+    check_number(key, lr, "[0, inf)")
 
 
 def _check_betas(key: str, betas: Any) -> None:
     for index, beta in enumerate(parse_betas(betas)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{key}[{index}] must be in [0, 1), got {beta}")
+        check_number(f"{key}[{index}]", beta, "[0, 1)")
 
 
 def _check_momentum(key: str, value: Any) -> None:
-    if _check_number(key, value) == 0.0:
+    if value == 0 and not isinstance(value, bool):
         raise NotImplementedError(
             "momentum=0 keeps no state, so there is nothing to store in 8 bits: use torch.optim.SGD"
         )
-    if not 0.0 < value < 1.0:
-        raise ValueError(f"{key} must be in (0, 1), got {value}")
-
-
-def _check_dampening(key: str, value: Any) -> None:
-    if not 0.0 <= _check_number(key, value) <= 1.0:
-        raise ValueError(f"{key} must be in [0, 1], got {value}")
-
-
-def _check_flag(key: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{key} must be True or False, got {value!r}")
-
-
-def _check_precision(key: str, value: Any) -> None:
-    if value not in PARAM_PRECISIONS:
-        raise ValueError(f"{key} must be one of {', '.join(map(repr, PARAM_PRECISIONS))}, got {value!r}")
+    check_number(key, value, "(0, 1)")
 
 
 def _check_seed(key: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{key} must be an integer or None, got {value!r}")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"{key} must be in [0, 2**63), got {value}")
+    if value is not None:
+        check_seed(key, value)
 
 
 def _check_bits(key: str, value: Any) -> None:
@@ -136,24 +105,19 @@ def _check_bits(key: str, value: Any) -> None:
         raise ValueError(f"{key} must be 8 or 32, got {value!r}")
 
 
-def _check_size(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{key} must be an integer of at least 0, got {value!r}")
-
-
-_CHECKS = {
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
     "lr": _check_lr,
     "betas": _check_betas,
-    "eps": _check_not_negative,
-    "weight_decay": _check_not_negative,
+    "eps": partial(check_number, interval="[0, inf)"),
+    "weight_decay": partial(check_number, interval="[0, inf)"),
     "momentum": _check_momentum,
-    "dampening": _check_dampening,
-    "nesterov": _check_flag,
-    "maximize": _check_flag,
-    "param_precision": _check_precision,
+    "dampening": partial(check_number, interval="[0, 1]"),
+    "nesterov": check_flag,
+    "maximize": check_flag,
+    "param_precision": partial(check_choice, allowed=PARAM_PRECISIONS),
     "seed": _check_seed,
     "optim_bits": _check_bits,
-    "min_8bit_size": _check_size,
+    "min_8bit_size": partial(check_count, lowest=0),
 }
 
 # What an optimizer here may have as its own setting.

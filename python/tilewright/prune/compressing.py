@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_number, check_type
 from .._models import call, check_inputs, evaluation
 from ..bench import timing
 from .compress_report import Compressed, CompressReport
@@ -157,18 +158,14 @@ def _counts(tokens: Any) -> list[int] | None:
 
 
 def _check(model: Any, example_inputs: Any, margin: Any, seconds: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_type("model", model, nn.Module, "torch.nn.Module")
     if isinstance(model, nn.Linear):
         raise TypeError(
             "model must contain the layers to compress; put a single Linear into a torch.nn.Sequential"
         )
     check_inputs("example_inputs", example_inputs)
     for name, value in (("margin", margin), ("seconds", seconds)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number of at least 0, got {value!r}")
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        check_number(name, value, "[0, inf)")
 
 
 def _observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], dict[nn.Module, Seen]]:

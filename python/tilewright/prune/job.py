@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_tensor
+from .._checks import check_choice, check_number, check_tensor, check_type
 from . import allocation as sharing
 from . import distortion
 from .calibration import Calibration, Loss, gradients, input_norms, second_moments, shared_inputs
@@ -52,8 +52,7 @@ class Job:
         grid: Sequence[float],
         progress: bool | None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_type("model", model, nn.Module, "torch.nn.Module")
         self.model, self.pattern, self.criterion = model, parse_pattern(pattern), criterion
         self.allocation, self.scope, self.p = allocation, scope, p
         self._check_choices(sparsity, calibration is not None, seed)
@@ -67,12 +66,9 @@ class Job:
 
     def _check_choices(self, sparsity: float | None, calibrated: bool, seed: int | None) -> None:
         criterion, allocation, scope = self.criterion, self.allocation, self.scope
-        if criterion not in _ALL_CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(_ALL_CRITERIA)}, got {criterion!r}")
-        if allocation not in ("uniform", "erk", "distortion"):
-            raise ValueError(f"allocation must be 'uniform', 'erk' or 'distortion', got {allocation!r}")
-        if scope not in (None, "layer", "row", "global"):
-            raise ValueError(f"scope must be 'layer', 'row', 'global' or None, got {scope!r}")
+        check_choice("criterion", criterion, _ALL_CRITERIA)
+        check_choice("allocation", allocation, get_args(Allocation))
+        check_choice("scope", scope, (*get_args(Scope), None))
         for what, value in (("criterion", criterion), ("allocation", allocation)):
             if value in (*_CALIBRATED, "distortion") and not calibrated:
                 raise ValueError(f"{what} {value!r} needs calibration=")
@@ -81,10 +77,7 @@ class Job:
         if isinstance(self.pattern, NOfM):
             self._check_n_of_m(sparsity)
             return
-        if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
-            raise TypeError(f"sparsity must be a number, 0 <= sparsity < 1, got {sparsity!r}")
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"sparsity must be a number, 0 <= sparsity < 1, got {sparsity!r}")
+        check_number("sparsity", sparsity, "[0, 1)")
         if scope == "global" and allocation != "uniform":
             raise ValueError(
                 f"scope 'global' shares sparsity out itself: leave out allocation={allocation!r}"
@@ -107,8 +100,7 @@ class Job:
 
     def check_schedule(self, schedule: Any, final: float) -> None:
         """Refuses what cannot be pruned by and by."""
-        if not isinstance(schedule, Cubic):
-            raise TypeError(f"schedule must be a tilewright.prune.Cubic, got {type(schedule).__name__}")
+        check_type("schedule", schedule, Cubic, "tilewright.prune.Cubic")
         if isinstance(self.pattern, NOfM):
             raise ValueError(f"pattern '{self.pattern}' has one sparsity: it cannot follow a schedule")
         if schedule.start > final:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import nearest
+
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 # The last part of the name of a layer that says what a model's output means.
@@ -125,7 +127,8 @@ def _check_names(model: nn.Module, argument: str, names: Names) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             shown = ", ".join(known if len(known) <= 6 else [*known[:3], "...", *known[-3:]]) or "none"
-            raise ValueError(f"{argument}: {pattern!r} matches no linear layer; there are {shown}")
+            meant = nearest(pattern, known)
+            raise ValueError(f"{argument}: {pattern!r} matches no linear layer; there are {shown}{meant}")
 
 
 def _matches(name: str, module: nn.Module, names: Names) -> bool:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from .._checks import check_type
 from ..optim.optimizer import BlockwiseOptimizer
 from .patterns import Pattern, parse_pattern
 
@@ -60,8 +61,7 @@ def set_mask(
         ValueError: the module has no such parameter, the shapes differ, or the mask violates the pattern: by
             how many groups. Nothing has changed.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    check_type("module", module, nn.Module, "torch.nn.Module")
     parameter = module._parameters.get(name)
     if parameter is None:
         raise ValueError(f"{_label(module)} has no parameter {name!r}{_reason(module, name)}")

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from .._checks import (
+    FLOATS,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_number,
+    check_seed,
+    check_shape,
+    check_tensor,
+)  # fmt: skip
 from .mask_ops import prune_best, prune_n_of_m, prune_scores
 from .patterns import Block, NOfM, Pattern, matrix_shape, parse_pattern
 
@@ -184,8 +192,7 @@ class _Item:
 def _criterion(criterion: str, p: float, seed: int | None, has_norm: bool, has_gradient: bool) -> _Criterion:
     if criterion == "sparsegpt":
         raise ValueError("criterion: 'sparsegpt' changes the weight too: call tilewright.prune.sparsegpt")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    check_choice("criterion", criterion, CRITERIA)
     for argument, given, owner in (
         ("activation_norm", has_norm, "wanda"),
         ("gradient", has_gradient, "taylor"),
@@ -201,10 +208,7 @@ def _criterion(criterion: str, p: float, seed: int | None, has_norm: bool, has_g
         return _Criterion("random", "random", 1.0, _seed(seed))
     if criterion != "lp":
         return _Criterion("sum", "sum", 1.0, 0)
-    if isinstance(p, bool) or not isinstance(p, Real):
-        raise TypeError(f"p must be a number above 0, got {p!r}")
-    if not p > 0:
-        raise ValueError(f"p must be a number above 0, got {p!r}")
+    check_number("p", p, "(0, inf]")
     score = {1: "sum", 2: "squares", math.inf: "largest"}.get(float(p), "powers")
     return _Criterion(score, "sum", float(p), 0)
 
@@ -212,10 +216,7 @@ def _criterion(criterion: str, p: float, seed: int | None, has_norm: bool, has_g
 def _seed(seed: int | None) -> int:
     if seed is None:
         return int(torch.randint(1 << 62, ()).item())
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int from 0 to 2^63 - 1, got {seed!r}")
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be an int from 0 to 2^63 - 1, got {seed}")
+    check_seed("seed", seed)
     return seed
 
 
@@ -256,16 +257,11 @@ def check_sparsity(sparsity: float | None, pattern: Pattern) -> float:
         raise ValueError(
             f"sparsity is needed for pattern '{pattern}': the share to remove, 0 <= sparsity < 1"
         )
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
-        raise TypeError(f"sparsity must be a number, 0 <= sparsity < 1, got {sparsity!r}")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be a number, 0 <= sparsity < 1, got {sparsity!r}")
-    return float(sparsity)
+    return check_number("sparsity", sparsity, "[0, 1)")
 
 
 def _by_row(pattern: Block, scope: str | None, criterion: str, across: int, name: str) -> bool:
-    if scope not in (None, "layer", "row"):
-        raise ValueError(f"scope must be 'layer', 'row' or None, got {scope!r}")
+    check_choice("scope", scope, ("layer", "row", None))
     if scope == "row" and across == 1:
         raise ValueError(
             f"scope: with pattern '{pattern}' each row of {name} is one unit: nothing to compare in it"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_count, check_device, check_dtype, check_shape, check_tensor
+from .._checks import (
+    FLOATS,
+    check_count,
+    check_device,
+    check_dtype,
+    check_number,
+    check_shape,
+    check_tensor,
+)  # fmt: skip
 from .mask_ops import prune_best
 from .masks import check_sparsity
 from .obs_ops import prune_obs_panel
@@ -63,7 +70,7 @@ def sparsegpt(
     _check_finite(name, work)
     dtype = torch.promote_types(torch.promote_types(weight.dtype, hessian.dtype), torch.float32)
     work = work.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    factor = _factor(hessian.detach().to(dtype), work, _check_damping(damping))
+    factor = _factor(hessian.detach().to(dtype), work, check_number("damping", damping, "[0, inf)"))
     kept = torch.empty(work.shape, dtype=torch.bool, device=work.device)
     removed = _Removed(how, work, share)
     for first in range(0, work.shape[1], width):
@@ -138,14 +145,6 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     if len(bad):
         place = ", ".join(map(str, bad[0].tolist()))
         raise ValueError(f"{name}: holds {len(bad)} non-finite values, first at ({place})")
-
-
-def _check_damping(damping: float) -> float:
-    if isinstance(damping, bool) or not isinstance(damping, Real):
-        raise TypeError(f"damping must be a number of at least 0, got {damping!r}")
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping must be a number of at least 0, got {damping!r}")
-    return float(damping)
 
 
 def _factor(hessian: Tensor, weight: Tensor, damping: float) -> Tensor:

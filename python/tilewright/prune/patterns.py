@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._checks import check_count, nearest
+
 LARGEST_GROUP = 32
 _FORMS = "'n:m' (such as '2:4'), 'row', 'column', 'element' or a tilewright.prune.Block(rows, columns)"
 
@@ -43,10 +45,8 @@ class Block:
 
     def __post_init__(self) -> None:
         for name, value in (("rows", self.rows), ("columns", self.columns)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"Block: {name} must be a positive int or None, got {value!r}")
-            if value is not None and value < 1:
-                raise ValueError(f"Block: {name} must be a positive int or None, got {value}")
+            if value is not None:
+                check_count(f"Block: {name}, unless it is None,", value)
 
     def __str__(self) -> str:
         names = {(1, None): "row", (None, 1): "column", (1, 1): "element"}
@@ -151,5 +151,5 @@ def parse_pattern(pattern: Any) -> Pattern:
         return _NAMED[pattern]
     found = re.fullmatch(r"(\d+):(\d+)", pattern)
     if not found:
-        raise ValueError(f"pattern must be {_FORMS}, got {pattern!r}")
+        raise ValueError(f"pattern must be {_FORMS}, got {pattern!r}{nearest(pattern, _NAMED)}")
     return NOfM(int(found[1]), int(found[2]))

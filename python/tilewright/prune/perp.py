@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from .. import optim
-from .._checks import check_count
+from .._checks import check_choice, check_count, check_number, check_type
 from .calibration import Calibration, Loss, evaluation, progress_bar
 from .layers import Target, find_targets
 from .masked import mask_of
@@ -60,14 +60,12 @@ class Perp:
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
-            raise ValueError(f"rank must be an int of at least 0, got {self.rank!r}")
-        if not (0.0 < self.lr < math.inf):
-            raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
-        if self.max_trainable is not None and not 0.0 < self.max_trainable <= 1.0:
-            raise ValueError(f"max_trainable must be a share in (0, 1] or None, got {self.max_trainable}")
-        if not callable(self.optimizer) and self.optimizer not in ("AdamW8bit", "AdamW"):
-            raise ValueError(f"optimizer must be 'AdamW8bit', 'AdamW' or a function, got {self.optimizer!r}")
+        check_count("rank", self.rank, lowest=0)
+        check_number("lr", self.lr, "(0, inf)")
+        if self.max_trainable is not None:
+            check_number("max_trainable", self.max_trainable, "(0, 1]")
+        if not callable(self.optimizer):
+            check_choice("optimizer, if it is no function,", self.optimizer, ("AdamW8bit", "AdamW"))
 
 
 def repair(
@@ -100,8 +98,7 @@ def repair(
         What was trained, and the loss before and after; ``print`` it.
     """
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_type("model", model, nn.Module, "torch.nn.Module")
     how = settings_of(method, **settings)
     calibration = Calibration(model, data, loss_fn, progress)
     try:

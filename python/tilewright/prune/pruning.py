@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._checks import check_type
 from .calibration import Loss
 from .changes import Change, revert_all
 from .job import GRID, Allocation, Job, Scope
@@ -285,5 +286,5 @@ def _all_or_nothing(model: Any) -> Iterator[list[Callable[[], None]]]:
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if optimizer is not None:
+        check_type("optimizer", optimizer, Optimizer, "torch.optim.Optimizer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._checks import check_count
+from .._checks import check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,8 @@ class Cubic:
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         check_count("every", self.every)
-        if not 0.0 <= self.start < 1.0:
-            raise ValueError(f"start must be a sparsity from 0 to below 1, got {self.start}")
-        if isinstance(self.begin, bool) or not isinstance(self.begin, int) or self.begin < 0:
-            raise ValueError(f"begin must be an int of at least 0, got {self.begin!r}")
+        check_number("start", self.start, "[0, 1)")
+        check_count("begin", self.begin, lowest=0)
 
     def sparsity(self, pruning: int, final: float) -> float:
         """The sparsity after so many prunings, 0 to `steps`."""

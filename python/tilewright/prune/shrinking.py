@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .._checks import check_choice, check_count, check_number, check_type
 from .._models import call, check_inputs, evaluation
 from . import model_config
 from .channels import find_channels
@@ -105,23 +106,15 @@ def shrink(
 def _check(
     model: Any, example_inputs: Any, ratio: Any, criterion: Any, round_to: int | None, min_width: int
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_type("model", model, nn.Module, "torch.nn.Module")
     check_inputs("example_inputs", example_inputs)
     ratios = ratio if isinstance(ratio, Mapping) else {"ratio": ratio}
     for name, value in ratios.items():
         shown = "ratio" if name == "ratio" else f"ratio[{name!r}]"
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{shown} must be a number in [0, 1), got {value!r}")
-        if not 0 <= value < 1:
-            raise ValueError(f"{shown} must be in [0, 1): the share of units that leaves; got {value!r}")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
-    for name, count in (("round_to", 1 if round_to is None else round_to), ("min_width", min_width)):
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name} must be a positive int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be a positive int, got {count}")
+        check_number(shown, value, "[0, 1)")
+    check_choice("criterion", criterion, CRITERIA)
+    check_count("round_to", 1 if round_to is None else round_to)
+    check_count("min_width", min_width)
 
 
 def _groups(
@@ -401,8 +394,7 @@ def load_shrunk(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module
     """
     from .resizing import resize
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_type("model", model, nn.Module, "torch.nn.Module")
     for name, value in state_dict.items():
         if not isinstance(value, Tensor) and not name.endswith("_extra_state"):
             raise TypeError(f"state_dict[{name!r}] must be a tensor, got {type(value).__name__}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from .._checks import FLOATS, check_choice, check_device, check_dtype, check_shape, check_tensor
 from .ops import conv as ops
 
 MAX_WIDTH = 8
@@ -94,8 +94,7 @@ def causal_conv1d(
 
 def check_activation(activation: Any) -> bool:
     """Whether to apply silu."""
-    if activation not in (None, "silu", "swish"):
-        raise ValueError(f'activation must be None, "silu" or "swish", got {activation!r}')
+    check_choice("activation", activation, ("silu", "swish", None))
     return activation is not None
 
 

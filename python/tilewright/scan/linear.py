@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_cu_seqlens, check_device, check_dtype, check_shape, check_tensor
+from .._checks import check_cu_seqlens, check_device, check_dtype, check_flag, check_shape, check_tensor
 from .ops.linear import LinearScan
 from .ops.linear import forward as _forward
 
@@ -65,8 +65,7 @@ def linear_scan(
     a, b = _common(a, b)
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"dim must be an int, got {type(dim).__name__}")
-    if not isinstance(reverse, bool):
-        raise TypeError(f"reverse must be a bool, got {type(reverse).__name__}")
+    check_flag("reverse", reverse)
     if not -b.ndim <= dim < b.ndim:
         raise ValueError(f"dim must be in [{-b.ndim}, {b.ndim - 1}] for a and b of {b.ndim} axes, got {dim}")
     dim %= b.ndim

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .._checks import (
     FLOATS,
     INTEGERS,
+    check_count,
     check_cu_seqlens,
     check_device,
     check_dtype,
@@ -96,8 +97,7 @@ def ssd_chunk_scan(
     Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060).
     """
     _check_sizes(x, dt, A, B, C)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int | torch.SymInt) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive int, got {chunk_size!r}")
+    check_count("chunk_size", chunk_size)
     _check_options(x, D, z, dt_bias)
     lowest, highest = limits(dt_limit)
     if cu_seqlens is not None:

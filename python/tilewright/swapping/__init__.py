@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .. import _backend
+from .._checks import check_type
 from .._models import check_inputs
 from ..attention import BlockSparse
 from ..nn import Mamba, Mamba2
@@ -107,8 +108,7 @@ def unswap(model: nn.Module) -> int:
         TypeError: `model` is no module, or the class of a layer was derived from the swapped one and calls
             ``super()``. The model is as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_type("model", model, nn.Module, "torch.nn.Module")
     swapped = [module for module in model.modules() if is_swapped(module)]
     restore(swapped)
     return len(swapped) + attention_layers.remove(model)
@@ -122,8 +122,7 @@ def methods_for(cls: type) -> Methods:
 
 
 def _check_arguments(model: Any, attention: Any, include: Any, verify: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_type("model", model, nn.Module, "torch.nn.Module")
     if not (attention is None or isinstance(attention, BlockSparse)):
         raise TypeError(
             "attention must be a tilewright.attention.BlockSparse, such as "

@@ -18,15 +18,17 @@ from ..._checks import check_boundaries
 from ..._library import define
 
 
-def _run(tensors: tuple[Tensor | None, ...], cu_seqlens: Tensor | None, dim: int, *flags: bool) -> None:
+def _run(
+    tensors: tuple[Tensor | None, ...], cu_seqlens: Tensor | None, dim: int, backward: bool, descending: bool
+) -> None:
     seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous()
     workspace = None
     a = tensors[0]
     assert a is not None
     if a.is_cuda or _backend.is_emulated():
-        size = _backend.C.linear_scan_workspace(tensors, seqlens, dim, *flags)
+        size = _backend.C.linear_scan_workspace(tensors, seqlens, dim, backward, descending)
         workspace = torch.empty(size, dtype=torch.uint8, device=a.device) if size else None
-    _backend.C.linear_scan(tensors, seqlens, dim, *flags, workspace, _backend.num_threads())
+    _backend.C.linear_scan(tensors, seqlens, dim, backward, descending, workspace, _backend.num_threads())
 
 
 def _forward(

@@ -32,7 +32,7 @@ def _step(
     elements = 5 * dt_proj_weight.shape[0] + x_proj_weight.shape[0]
     workspace = hidden_states.new_empty((batch, elements))
     out = hidden_states.new_empty((batch, out_proj_weight.shape[0]))
-    _backend.C.mamba_step(
+    _backend.C.mamba_step(  # type: ignore[call-arg]  # mypy takes `rest` for all that is missing
         hidden_states, conv_state, ssm_state, in_proj_weight, in_proj_bias, conv1d_weight, conv1d_bias,
         x_proj_weight, dt_proj_weight, *rest, workspace, out, _backend.num_threads(),
     )  # fmt: skip

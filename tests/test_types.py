@@ -1,0 +1,42 @@
+"""The package carries its types: the marker, and a stub of the extension that is up to date."""
+
+from __future__ import annotations
+
+import ast
+import types
+from importlib.resources import files
+
+from tilewright import _C
+
+STUB = files("tilewright").joinpath("_C.pyi")
+
+
+def parameters(function: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in function.args.args]
+
+
+def documented(function: object) -> list[str]:
+    """The parameters in the signature that pybind11 begins a docstring with."""
+    (signature,) = ast.parse(f"def {(function.__doc__ or '').splitlines()[0]}: ...").body
+    assert isinstance(signature, ast.FunctionDef)
+    return parameters(signature)
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    assert files("tilewright").joinpath("py.typed").is_file()
+
+
+def test_the_stub_is_up_to_date() -> None:
+    """If not: `make stubs`."""
+    body = ast.parse(STUB.read_text()).body
+    stub = {node.name: parameters(node) for node in body if isinstance(node, ast.FunctionDef)}
+    found = {
+        name: documented(value)
+        for name, value in vars(_C).items()
+        if isinstance(value, types.BuiltinFunctionType)
+    }
+    assert stub == found
+    (plan,) = (node for node in body if isinstance(node, ast.ClassDef))
+    for method in plan.body:
+        assert isinstance(method, ast.FunctionDef)
+        assert parameters(method) == documented(getattr(_C.OptimizerPlan, method.name))
