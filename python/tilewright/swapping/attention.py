@@ -78,7 +78,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether this layer has a `BlockSparse`."""
-    choice = vars(module).get(_ATTRIBUTE)
+    choice = choice_of(module)
     return choice is not None and choice.spec is not None
 
 
@@ -161,6 +161,20 @@ def remove(model: nn.Module) -> int:
         if config is not None and config._attn_implementation == NAME:
             config._attn_implementation_internal = choice.former
     return count
+
+
+def choice_of(module: nn.Module) -> Choice | None:
+    """What this layer does, if its model is swapped."""
+    return vars(module).get(_ATTRIBUTE)
+
+
+def take_back(model: nn.Module, choices: Iterable[tuple[nn.Module | None, Choice | None]]) -> None:
+    """Lets these layers go on as before, if these are still their choices; the last one clears the model."""
+    for module, choice in choices:
+        if module is not None and choice is not None and choice_of(module) is choice:
+            vars(module)[_ATTRIBUTE] = Choice(None, choice.former)
+    if not any(map(is_swapped, model.modules())):
+        remove(model)
 
 
 def compare_by_elements(modules: Iterable[nn.Module], on: bool) -> None:
