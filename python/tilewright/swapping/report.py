@@ -124,7 +124,10 @@ class SwapReport:
         """The report as plain values."""
         return {
             "dry_run": self.dry_run,
-            "swapped": [asdict(entry) for entry in self.swapped],
+            "swapped": [
+                {**asdict(entry), "measured": [asdict(times) for times in entry.measured]}
+                for entry in self.swapped
+            ],
             "skipped": [asdict(entry) for entry in self.skipped],
             "dense": list(self.dense),
         }
