@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .compose import rows
 from .mask import BlockMask, BlockSize
+from .permuted import choose, permuted_block_sparse_attention
 
 _KEPT = 16  # masks
 _SPAN = 64  # queries whose rows are kept at a time while decoding
@@ -38,18 +39,22 @@ class BlockSparse:
               position. If it takes one number, it is called with the keys, and the last rows are used.
             - an estimator: a function of ``(q, k)``, (batch, heads, q_len, head_dim) and (batch, kv_heads,
               kv_len, head_dim), that returns a `BlockMask`. Its first arguments are named so.
+            - `permuted_block_sparse_attention`, which chooses and attends in one: for causal layers without
+              sliding window and softcap. Its order of the keys is one for all queries, so that it serves
+              prompts and training; decode steps see all that the model does. Of padded rows it gets what is
+              no padding; padding between tokens is refused.
             - a `BlockMask`, for those lengths alone.
         takes: "lengths" or "tensors": what the function is called with, if its arguments' names do not tell.
         decode: of the up to 16 queries of a decode step with a cache: "sparse", they see what the mask shows
             them, or "dense", all that the model lets them see. Default "dense" for estimators, which need
-            more queries than that to judge by, else "sparse".
+            more queries than that to judge by, else "sparse". Permuted attention has "dense" alone.
         options: passed on to the builder or estimator.
 
     Masks of lengths are kept, the latest 16 of them, for all layers together.
 
     Raises:
         TypeError: an argument of a wrong type, or an option that the builder does not have.
-        ValueError: `takes` or `decode` is another word.
+        ValueError: `takes` or `decode` is another word, or an option of permuted attention out of range.
     """
 
     def __init__(
@@ -78,6 +83,8 @@ class BlockSparse:
             if unknown:
                 raise TypeError(f"{_name(mask)} has no argument {unknown[0]!r}; it has {', '.join(names)}")
         self.mask, self.options = mask, options
+        if getattr(mask, "func", mask) is permuted_block_sparse_attention:
+            takes, decode = self._check_permuted(takes, decode), "dense"
         self.takes = takes or ("tensors" if tuple(names[:2]) in _TENSORS else "lengths")
         self.decode = decode or ("dense" if self.takes == "tensors" else "sparse")
         self._names = names
@@ -95,6 +102,21 @@ class BlockSparse:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_masks": OrderedDict()}
+
+    def _check_permuted(self, takes: str | None, decode: str | None) -> str:
+        """The kind "attention"; refuses what permuted attention cannot be given."""
+        for name, value in (("takes", takes), ("decode", decode if decode != "dense" else None)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} must be left out with permuted_block_sparse_attention, got {value!r}: it takes "
+                    "q, k and v, and decode steps are dense, because its order is made for a whole prompt"
+                )
+        for name in ("causal", "scale", "return_lse"):
+            if name in self.options:
+                raise TypeError(f"{name} is the model's to say: leave it out of BlockSparse(...)")
+        nothing = torch.zeros(1, 1, 1, 8, device="cpu")
+        self.mask(nothing, nothing, nothing, **self.options)  # type: ignore[operator]
+        return "attention"
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What `make` returns, of the last time if the key is known."""
@@ -149,6 +171,18 @@ class BlockSparse:
         with torch.no_grad():
             mask = self.mask(q.detach(), k.detach(), **options)  # type: ignore[operator]
         return self._checked(mask, q.shape[2], k.shape[2]).to(q.device)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Causal attention by keys in another order."""
+        return self.mask(q, k, v, scale=scale, **self.options)  # type: ignore[operator, no-any-return]
+
+    def permuted(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What `attention` goes by: the order of the keys, these keys, and the pairs that are seen."""
+        given = inspect.signature(self.mask).bind(q, k, k, **self.options)  # type: ignore[arg-type]
+        given.apply_defaults()
+        block, segment, threshold = (given.arguments[n] for n in ("block_size", "segment_size", "threshold"))
+        order, keys, mask = choose(q, k, block, segment, threshold, True, scale)
+        return order, keys, rows(mask, 0)
 
     def _checked(self, mask: Any, q_len: int, kv_len: int) -> BlockMask:
         if not isinstance(mask, BlockMask):

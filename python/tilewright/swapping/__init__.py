@@ -99,7 +99,7 @@ def swap(
     chosen = _chooser(model, include)
     report = SwapReport(dry_run=dry_run)
     changes = _plan(model, scan, chosen, report)
-    attending = [] if attention is None else _plan_attention(model, chosen, report)
+    attending = [] if attention is None else _plan_attention(model, attention, chosen, report)
     if linear:
         changes += _plan_linear(model, chosen, report, verify)
     if dry_run or not (changes or attending):
@@ -221,14 +221,16 @@ def _plan(model: nn.Module, scan: bool, chosen: Chooser, report: SwapReport) -> 
     return changes
 
 
-def _plan_attention(model: nn.Module, chosen: Chooser, report: SwapReport) -> list[nn.Module]:
+def _plan_attention(
+    model: nn.Module, attention: BlockSparse, chosen: Chooser, report: SwapReport
+) -> list[nn.Module]:
     """The attention layers to swap; the report is told of them and of the others."""
     owners = {path: module for path, module in model.named_modules() if hasattr(module, "_supports_sdpa")}
     attending = []
     for path, module in attention_layers.layers(model):
         names = [name for name in owners if not name or path == name or path.startswith(f"{name}.")]
         owner = owners[max(names, key=len)] if names else None
-        why = attention_layers.obstacle(module, owner)
+        why = attention_layers.obstacle(module, owner, attention)
         if why is None:
             why = None if chosen(path, module) else "not included"
         why = why or replaced_forward(module) or _device_obstacle(module)

@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +82,15 @@ def is_swapped(module: nn.Module) -> bool:
     return choice is not None and choice.spec is not None
 
 
-def obstacle(module: Any, owner: Any) -> str | None:
+def obstacle(module: Any, owner: Any, spec: BlockSparse) -> str | None:
     """What about this layer, or the model it is of, block-sparse attention does not cover."""
     config = _config(module)
     if is_swapped(module):
         return "swapped already"
     if _may_cross(module):
         return "it may attend to another sequence than its own"
+    if spec.takes == "attention" and not getattr(module, "is_causal", True):
+        return "it is not causal, and permuted_block_sparse_attention is for causal layers"
     if getattr(module, "sinks", None) is not None:
         return "it has learned sinks"
     if owner is not None and not (owner._supports_sdpa or owner._supports_flex_attn):
@@ -221,6 +223,8 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     spec = cast("BlockSparse", choice.spec)
     if isinstance(mask, Tensor):
+        if spec.takes == "attention":
+            _refuse_permuted("a mask of elements")
         block_mask = _of_elements(mask, spec, q, k)
         if choice.by_elements:
             return _by_elements(q, k, v, rows(block_mask, 0), scale, softcap)
@@ -236,6 +240,8 @@ def _attention(
     decoding = q.shape[2] <= _FEW and q.shape[2] < k.shape[2]
     if decoding and spec.decode == "dense":
         return _by_elements(q, k, v, mask.elements().to(q.device), scale, softcap)
+    if spec.takes == "attention":
+        return _permuted(choice, spec, q, k, v, mask, scale, softcap)
     if spec.takes == "tensors":
         return _estimated(choice, spec, q, k, v, mask, scale, softcap)
     if decoding or choice.by_elements:
@@ -260,6 +266,57 @@ def _estimated(
         return _by_elements(q, k, v, rows(estimate, 0) & mask.elements(), scale, softcap)
     block_mask = mask.estimated(estimate)
     return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap, causal=mask.causal)  # type: ignore[return-value]
+
+
+def _permuted(
+    choice: Choice,
+    spec: BlockSparse,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Row by row where there is padding: the order of the keys is then made of the tokens alone."""
+    mask.total()
+    obstacles = {
+        "a layer that is not causal": not mask.causal and k.shape[2] > 1,
+        "softcap": softcap != 0,
+        "a sliding window": mask.window is not None and mask.window < k.shape[2],
+        "packed sequences": mask.documents is not None,
+        "a mask function of the model's own": mask.has_others,
+    }
+    for name, found in obstacles.items():
+        if found:
+            _refuse_permuted(name)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not choice.by_elements:
+            return spec.attention(q, k, v, scale)
+        order, keys, seen = spec.permuted(q, k, scale)
+        return _by_elements(q, keys, v.take_along_dim(order[..., None], 2), seen, scale, 0.0)
+
+    ranges = mask.token_ranges()
+    if ranges is None:
+        return attend(q, k, v)
+    first, outs = k.shape[2] - q.shape[2], []
+    for row, (start, end) in enumerate(ranges):
+        begin, stop = max(start - first, 0), max(end - first, 0)
+        one = slice(row, row + 1)
+        if begin == stop:
+            outs.append(q.new_zeros(1, *q.shape[1:3], v.shape[3]))
+            continue
+        out = attend(q[one, :, begin:stop], k[one, :, start:end], v[one, :, start:end])
+        outs.append(F.pad(out, (0, 0, begin, q.shape[2] - stop)))
+    return torch.cat(outs)
+
+
+def _refuse_permuted(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name} is not supported with permuted_block_sparse_attention: take a builder, or an estimator such "
+        "as tilewright.attention.estimate.mean_pool_top_p"
+    )
 
 
 def _without_mask(module: Any, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> Any:
