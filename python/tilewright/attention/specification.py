@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from .permuted import choose, permuted_block_sparse_attention
 _KEPT = 16  # masks
 _SPAN = 64  # queries whose rows are kept at a time while decoding
 _TENSORS = (("q", "k"), ("query", "key"))
+_numbers = itertools.count()
+_by_number: WeakValueDictionary[int, BlockSparse] = WeakValueDictionary()
 
 
 class BlockSparse:
@@ -90,6 +94,16 @@ class BlockSparse:
         self._names = names
         self._pairs = _takes_two(parameters, options)
         self._masks: OrderedDict[Any, Any] = OrderedDict()
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_numbers)  # compiled graphs know it by this
+        _by_number[self.number] = self
+
+    @classmethod
+    def of_number(cls, number: int) -> BlockSparse:
+        """The specification that has this number in this process."""
+        return _by_number[number]
 
     @classmethod
     def full(cls, block_size: BlockSize = 128) -> BlockSparse:
@@ -102,6 +116,10 @@ class BlockSparse:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_masks": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._take_number()
 
     def _check_permuted(self, takes: str | None, decode: str | None) -> str:
         """The kind "attention"; refuses what permuted attention cannot be given."""

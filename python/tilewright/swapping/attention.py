@@ -185,7 +185,6 @@ def compare_by_elements(modules: Iterable[nn.Module], on: bool) -> None:
         vars(module)[_ATTRIBUTE].by_elements = on
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: Any,
     query: Tensor,
@@ -196,9 +195,48 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """transformers' attention function: (batch, heads, length, dim) in, (batch, length, heads, dim) out."""
-    choice = vars(module).get(_ATTRIBUTE)
+    if torch.compiler.is_compiling() and _is_static(module, key, attention_mask, kwargs):
+        _check(module, dropout, kwargs)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = _is_causal(module, query, kwargs)
+        length = len(range(query.shape[2]))  # a number, also where lengths are symbols: a graph for each
+        blocks = _static_blocks(getattr(module, _ATTRIBUTE).spec.number, length, causal, query.device)
+        out = block_sparse_attention(query, key, value, blocks, scale=scale, softcap=softcap or 0.0)
+        return out.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+    return _attend(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
+
+
+def _is_static(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the mask of blocks is known from the lengths, so that a compiled graph can hold it."""
+    choice, window = getattr(module, _ATTRIBUTE, None), kwargs.get("sliding_window")
+    if choice is None or choice.spec is None or choice.by_elements or choice.spec.takes != "lengths":
+        return False
+    return mask is None and (window is None or window >= key.shape[2])
+
+
+@torch.compiler.assume_constant_result
+def _static_blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
+    """The mask of a specification for a compiled graph, made once, while the graph is."""
+    spec = BlockSparse.of_number(number)
+    mask = spec.of_lengths(length, length, device)
+    return mask & BlockMask.causal(length, block_size=mask.block_size, device=device) if causal else mask
+
+
+@torch.compiler.disable(reason="masks and attention other than by lengths alone are made outside of graphs")  # type: ignore[untyped-decorator]
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Any]:
+    choice = choice_of(module)
     if choice is None or choice.spec is None:
         options = {"dropout": dropout, "scaling": scaling, **kwargs}
         options |= {} if softcap is None else {"softcap": softcap}
@@ -210,11 +248,32 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _model_mask(**arguments: Any) -> Any:
+def _model_mask(
+    *, q_length: int, kv_length: int, q_offset: int | Tensor = 0, mask_function: Any, attention_mask: Any = None,
+    **arguments: Any,
+) -> Any:  # fmt: skip
+    from transformers.masking_utils import causal_mask_function
+
+    if torch.compiler.is_compiling() and attention_mask is None and mask_function is causal_mask_function:
+        if isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
+            return None  # as for SDPA: causal if the layer is
+    return _made_mask(
+        q_length=q_length, kv_length=kv_length, q_offset=q_offset, mask_function=mask_function,
+        attention_mask=attention_mask, **arguments,
+    )  # fmt: skip
+
+
+@torch.compiler.disable(reason="masks other than causal ones are made outside of graphs")  # type: ignore[untyped-decorator]
+def _made_mask(**arguments: Any) -> Any:
     from .model_mask import ModelMask
 
     return ModelMask(**arguments)
+
+
+def _is_causal(module: Any, q: Tensor, kwargs: dict[str, Any]) -> bool:
+    """What SDPA takes a layer for that comes without a mask."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal) and q.shape[2] > 1
 
 
 def _attention(
@@ -331,8 +390,7 @@ def _without_mask(module: Any, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> 
             f"sliding_window={window} came without a mask that says so, and {kv_len} keys: "
             "make the model's masks by its config, as transformers 5 does"
         )
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal) and q_len > 1
+    causal = _is_causal(module, q, kwargs)
     function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
     return ModelMask(q.shape[0], q_len, kv_len, mask_function=function, device=q.device)
 
