@@ -200,8 +200,8 @@ def attend(
     if torch.compiler.is_compiling() and _is_static(module, key, attention_mask, kwargs):
         _check(module, dropout, kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        causal = _is_causal(module, query, kwargs)
         length = len(range(query.shape[2]))  # a number, also where lengths are symbols: a graph for each
+        causal = _is_causal(module, length, kwargs)
         blocks = _static_blocks(getattr(module, _ATTRIBUTE).spec.number, length, causal, query.device)
         out = block_sparse_attention(query, key, value, blocks, scale=scale, softcap=softcap or 0.0)
         return out.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
@@ -219,6 +219,11 @@ def _is_static(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> b
 @torch.compiler.assume_constant_result
 def _static_blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
     """The mask of a specification for a compiled graph, made once, while the graph is."""
+    return _blocks(number, length, causal, device)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
     spec = BlockSparse.of_number(number)
     mask = spec.of_lengths(length, length, device)
     return mask & BlockMask.causal(length, block_size=mask.block_size, device=device) if causal else mask
@@ -270,10 +275,10 @@ def _made_mask(**arguments: Any) -> Any:
     return ModelMask(**arguments)
 
 
-def _is_causal(module: Any, q: Tensor, kwargs: dict[str, Any]) -> bool:
+def _is_causal(module: Any, q_len: int, kwargs: dict[str, Any]) -> bool:
     """What SDPA takes a layer for that comes without a mask."""
     causal = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if causal is None else causal) and q.shape[2] > 1
+    return bool(getattr(module, "is_causal", True) if causal is None else causal) and q_len > 1
 
 
 def _attention(
@@ -390,7 +395,7 @@ def _without_mask(module: Any, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> 
             f"sliding_window={window} came without a mask that says so, and {kv_len} keys: "
             "make the model's masks by its config, as transformers 5 does"
         )
-    causal = _is_causal(module, q, kwargs)
+    causal = _is_causal(module, q_len, kwargs)
     function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
     return ModelMask(q.shape[0], q_len, kv_len, mask_function=function, device=q.device)
 
