@@ -1,4 +1,4 @@
-"""Running a model on inputs of its user: how they are passed, and which tensors come back."""
+"""Models of users: how inputs are passed to them, which tensors come back, whose code a layer runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+ORIGINAL = "_tilewright_original"  # in a class that `tilewright.swap` gave a layer: the one it had
+
+
+def original_class(module: nn.Module) -> Any:
+    """The module's class or, if it is swapped, the one that it had."""
+    return vars(type(module)).get(ORIGINAL, type(module))
 
 
 def check_inputs(name: str, inputs: Any) -> None:

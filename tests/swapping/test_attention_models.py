@@ -16,7 +16,7 @@ from tiny_attention import DECODERS, ENCODERS, assert_rule, inputs_of, logits, p
 from torch import Tensor
 
 import tilewright as tw
-from tilewright.attention import BlockMask, BlockSparse
+from tilewright.attention import BlockMask, BlockSparse, permuted_block_sparse_attention
 from tilewright.attention.compose import from_elements
 
 pytest.importorskip("transformers", minversion="5.0")
@@ -412,6 +412,84 @@ def test_estimators(family: str) -> None:
         torch.testing.assert_close(parts, in_parts(stock, ids, [60, 1, 9]), rtol=1e-4, atol=1e-4)
 
 
+PERMUTED = functools.partial(BlockSparse, permuted_block_sparse_attention, block_size=16, segment_size=32)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_permuted_attention_with_all_blocks_is_the_stock_model(family: str) -> None:
+    model = tiny(family)
+    stock, ids = copy.deepcopy(model), tokens(3)
+    tw.swap(model, attention=PERMUTED(threshold=1.0), verify=ids)
+    for mask in (torch.ones_like(ids), padding(ids, left=9), padding(ids, left=20, right=25)):
+        shown = mask.bool()
+        found, expected = (logits(m, ids, attention_mask=mask)[shown] for m in (model, stock))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(in_parts(model, ids, [50, 1, 18, 1]), logits(stock, ids), rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": padding(ids, left=9)}
+    assert torch.equal(model.generate(ids, **options), stock.generate(ids, **options))
+    for net in (model, stock):
+        net(ids, labels=ids, attention_mask=padding(ids, left=9)).loss.backward()
+    for (name, a), b in zip(model.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_permuted_attention_leaves_blocks_out() -> None:
+    """A row's padding does not change what its tokens get; decode steps see everything."""
+    model, ids = tiny("llama"), tokens(2, 200)
+    stock = copy.deepcopy(model)
+    tw.swap(model, attention=PERMUTED(threshold=0.2), verify=ids)
+    sparse = logits(model, ids)
+    assert not torch.allclose(sparse, logits(stock, ids), atol=1e-3)
+    padded = torch.nn.functional.pad(ids, (7, 5), value=3)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (7, 5))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = logits(model, padded, attention_mask=mask, position_ids=positions)[:, 7:-5]
+    torch.testing.assert_close(found, sparse, rtol=1e-4, atol=1e-4)
+    tw.unswap(model)
+    tw.swap(model, attention=BlockSparse(permuted_block_sparse_attention, block_size=128))
+    torch.testing.assert_close(
+        in_parts(model, ids[:, :70], [60, 1, 9]), logits(stock, ids[:, :70]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_permuted_attention_is_not_for() -> None:
+    ids = tokens()
+    for family, message in (("mistral", "a sliding window"), ("gemma2", "softcap")):
+        model = tiny(family)
+        tw.swap(model, attention=PERMUTED())
+        with pytest.raises(NotImplementedError, match=f"{message} is not supported with permuted_block"):
+            model(ids)
+    model = tiny("llama")
+    tw.swap(model, attention=PERMUTED())
+    with pytest.raises(NotImplementedError, match=r"hides tokens between others in row 0.*pad at the ends"):
+        model(ids, attention_mask=padding(ids, holes=9))
+    with pytest.raises(NotImplementedError, match="a mask of elements is not supported with permuted"):
+        model(ids, attention_mask=torch.ones(1, 1, 70, 70, dtype=torch.bool))
+    packed = torch.cat([torch.arange(30), torch.arange(40)])[None].expand(2, -1)
+    with pytest.raises(NotImplementedError, match="packed sequences is not supported"):
+        model(ids, position_ids=packed, use_cache=False)
+    report = tw.swap(tiny("bert"), attention=PERMUTED())
+    assert {entry.why for entry in report.skipped} == {
+        "it is not causal, and permuted_block_sparse_attention is for causal layers"
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"decode": "sparse"}, ValueError, "decode must be left out"),
+        ({"takes": "tensors"}, ValueError, "takes must be left out"),
+        ({"causal": False}, TypeError, "causal is the model's to say"),
+        ({"threshold": 2.0}, ValueError, "threshold"),
+        ({"segment_size": 100}, ValueError, "segment_size must be a multiple of block_size = 16, got 100"),
+        ({"treshold": 0.5}, TypeError, "has no argument 'treshold'"),
+    ],
+)
+def test_bad_options_of_permuted_attention(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PERMUTED(**options)
+
+
 def test_a_mask_of_one_length() -> None:
     model = tiny("vit")
     stock = copy.deepcopy(model)
@@ -467,4 +545,38 @@ def test_compiled_around_the_kernels() -> None:
     expected = logits(model, ids, attention_mask=mask)
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(logits(compiled, ids, attention_mask=mask), expected, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_compiled_as_one_graph(family: str) -> None:
+    """Where lengths alone make the mask; another length gets another graph."""
+    model = tiny(family)
+    tw.swap(model, attention=WINDOW())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for ids in (tokens(), tokens(2, 41)):
+        expected = model(ids)
+        expected.logits.square().mean().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        found = compiled(ids)
+        found.logits.square().mean().backward()
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4, msg=name)
+        model.zero_grad(set_to_none=True)
+    tw.unswap(model)
+    dense = logits(model, tokens())
+    torch.testing.assert_close(logits(compiled, tokens()), dense, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_masks_of_other_kinds_break_the_graph() -> None:
+    model, ids = tiny("llama"), tokens()
+    tw.swap(model, attention=WINDOW())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="masks other than causal ones are made outside"):
+        logits(compiled, ids, attention_mask=padding(ids, left=9))
     torch._dynamo.reset()

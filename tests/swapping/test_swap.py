@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import json
+import pickle
 import subprocess
 import sys
 import types
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +21,9 @@ from torch import nn
 import tilewright as tw
 from tilewright import _C, swapping
 from tilewright import nn as tw_nn
+from tilewright.attention import BlockMask
 from tilewright.nn.mamba2 import RMSNormGated
+from tilewright.swapping import Skipped, Swapped, SwapReport
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -43,7 +51,7 @@ def test_report() -> None:
     )
     lines = str(report).splitlines()
     assert lines[0] == "2 layers swapped, 0 layers left as they were."
-    assert lines[4].split() == ["model.layers.0.mamba", "JambaMambaMixer", "selective_scan", entry.kernel]
+    assert lines[4].split() == ["model.layers.{0,2}.mamba", "JambaMambaMixer", "selective_scan", entry.kernel]
 
 
 def test_again_finds_nothing_new() -> None:
@@ -71,6 +79,8 @@ def test_dry_run_changes_nothing() -> None:
         ("*.1.mixer", ["backbone.layers.1.mixer"]),
         (["*.1.mixer", "*.0.*"], ["backbone.layers.0.mixer", "backbone.layers.1.mixer"]),
         (lambda path, module: path.endswith("0.mixer"), ["backbone.layers.0.mixer"]),
+        ("!*.0.mixer", ["backbone.layers.1.mixer"]),
+        (["*.mixer", "!*.1.*"], ["backbone.layers.0.mixer"]),
         ([], []),
     ],
 )
@@ -87,7 +97,9 @@ def test_scan_off_and_strangers() -> None:
     assert [entry.why for entry in report.skipped] == ["scan is False"] * 2
     for scan in (False, True):
         report = tw.swap(nn.Sequential(nn.Linear(2, 2)), scan=scan)
-        assert "no layer that tilewright knows" in str(report)
+        text = str(report)
+        assert "1 linear layer left dense" in text
+        assert "Nothing here is for tilewright's kernels. What it swaps:\n- Mamba layers" in text
 
 
 def test_our_own_modules() -> None:
@@ -97,7 +109,83 @@ def test_our_own_modules() -> None:
         ("1", "Mamba", "it is tilewright's own"),
         ("2", "Mamba2", "it is tilewright's own"),
     ]
-    assert "no layer that tilewright knows" not in str(report)
+    assert "Nothing here" not in str(report)
+
+
+def test_with_takes_back_at_the_end() -> None:
+    model = tiny("mamba")
+    with tw.swap(model) as report:
+        assert len(report.swapped) == 2
+        assert swapped(model) == [True, True]
+    assert swapped(model) == [False, False]
+    with pytest.raises(KeyError), tw.swap(model):
+        raise KeyError
+    assert swapped(model) == [False, False]
+    with tw.swap(model, dry_run=True):
+        assert swapped(model) == [False, False]
+
+
+def test_the_inner_one_takes_back_what_it_did() -> None:
+    model = tiny("mamba")
+    with tw.swap(model, include="*.0.mixer"):
+        with tw.swap(model) as inner:
+            assert [entry.path for entry in inner.swapped] == ["backbone.layers.1.mixer"]
+            assert swapped(model) == [True, True]
+        assert swapped(model) == [True, False]
+        with tw.swap(model, include="*.0.mixer"):
+            pass
+        assert swapped(model) == [True, False]
+    assert swapped(model) == [False, False]
+
+
+def test_undo() -> None:
+    model = tiny("mamba")
+    outer, inner = tw.swap(model, include="*.0.mixer"), tw.swap(model)
+    twin, record = copy.deepcopy(model), pickle.loads(pickle.dumps(inner))
+    outer.undo()
+    assert swapped(model) == [False, True]
+    record.undo()
+    outer.undo()
+    assert swapped(model) == [False, True]
+    assert str(record) == str(inner)
+    inner.undo()
+    assert swapped(model) == [False, False]
+    assert swapped(twin) == [True, True]
+    with tw.swap(model):
+        assert tw.unswap(model) == 2
+    report = tw.swap(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    report.undo()
+
+
+def test_layers_alike_share_a_row() -> None:
+    entries = [Swapped(f"m.{i}.e.{j}.w", "L", "op", "k") for i in range(3) for j in (0, 1, 2, 5)]
+    entries += [
+        Swapped("m.7.w", "L", "op", "k"),
+        Swapped("m.9.w", "L", "op", "other"),
+        Swapped("", "L", "o", "k"),
+    ]
+    entries += [Swapped(f"x.{i}.{j}", "L", "op", "k") for i, j in ((0, 1), (1, 0), (1, 1))]
+    report = SwapReport(entries, [Skipped(f"l.{i}", "L", "why <not>") for i in range(40)])
+    assert [line.split()[0] for line in str(report).splitlines()[4:-4]] == [
+        "m.{0..2}.e.{0..2,5}.w", "m.7.w", "m.9.w", "L", "x.0.1", "x.1.{0,1}",
+    ]  # fmt: skip
+    assert str(report).splitlines()[-1].split()[0] == "l.{0..39}"
+    html = report._repr_html_()
+    assert html.count("<tr>") == 2 + 6 + 1
+    assert "why &lt;not&gt;" in html
+
+
+def test_report_as_data(tmp_path: Path) -> None:
+    report = tw.swap(tiny("mamba"), include="*.0.mixer")
+    path = tmp_path / "report.json"
+    assert json.loads(report.to_json(path)) == json.loads(path.read_text()) == report.to_dict()
+    assert report.to_dict()["skipped"] == [
+        {"path": "backbone.layers.1.mixer", "layer": "MambaMixer", "why": "not included"}
+    ]
 
 
 def test_one_layer_alone() -> None:
@@ -185,11 +273,11 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
     model = tiny("mamba")
     exchange, calls = swapping.exchange, []
 
-    def second_fails(module: nn.Module, methods: Any) -> None:
+    def second_fails(module: nn.Module, methods: Any, note: object) -> None:
         calls.append(module)
         if len(calls) == 2:
             raise TypeError("cannot be")
-        exchange(module, methods)
+        exchange(module, methods, note)
 
     monkeypatch.setattr(swapping, "exchange", second_fails)
     with pytest.raises(TypeError, match="cannot be"):
@@ -203,7 +291,24 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
         (lambda: tw.swap("model"), TypeError, "model must be a torch.nn.Module, got str"),
         (lambda: tw.unswap(3), TypeError, "model must be a torch.nn.Module, got int"),
         (lambda: tw.swap(nn.Linear(1, 1), attention=object()), TypeError, "attention must be a tilewright"),
+        (
+            lambda: tw.swap(nn.Linear(1, 1), attention=BlockMask.causal(8)),
+            TypeError,
+            r"such as BlockSparse\(mask\), got BlockMask",
+        ),
+        (
+            lambda: tw.swap(nn.Linear(1, 1), attention=BlockMask.sliding_window),
+            TypeError,
+            r"such as BlockSparse\(BlockMask.sliding_window, ...\), got function",
+        ),
+        (lambda: tw.swap(nn.Linear), TypeError, "model must be a torch.nn.Module, got the class Linear"),
+        (lambda: tw.swap(nn.Linear(1, 1), scan="no"), TypeError, "scan must be True or False, got 'no'"),
         (lambda: tw.swap(nn.Linear(1, 1), include=3), TypeError, "include must be a pattern"),
+        (
+            lambda: tw.swap(tiny("mamba"), include="backbone.layer.1.*"),
+            ValueError,
+            "include: 'backbone.layer.1.*' matches no layer of the model; near are 'backbone.layers.1",
+        ),
         (lambda: tw.swap(tiny("mamba"), verify=3), TypeError, "verify must be a tensor, a tuple or a dict"),
         (lambda: tw.swap(nn.Linear(1, 1), verify=3), TypeError, "verify must be a tensor, .*, got int"),
         (lambda: tw.swap(tiny("mamba"), verify=3, dry_run=True), TypeError, "verify must be a tensor"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -14,10 +16,13 @@ from torch import Tensor
 from .._checks import check_choice, nearest
 from .compose import rows
 from .mask import BlockMask, BlockSize
+from .permuted import choose, permuted_block_sparse_attention
 
 _KEPT = 16  # masks
 _SPAN = 64  # queries whose rows are kept at a time while decoding
 _TENSORS = (("q", "k"), ("query", "key"))
+_numbers = itertools.count()
+_by_number: WeakValueDictionary[int, BlockSparse] = WeakValueDictionary()
 
 
 class BlockSparse:
@@ -39,18 +44,22 @@ class BlockSparse:
               position. If it takes one number, it is called with the keys, and the last rows are used.
             - an estimator: a function of ``(q, k)``, (batch, heads, q_len, head_dim) and (batch, kv_heads,
               kv_len, head_dim), that returns a `BlockMask`. Its first arguments are named so.
+            - `permuted_block_sparse_attention`, which chooses and attends in one: for causal layers without
+              sliding window and softcap. Its order of the keys is one for all queries, so that it serves
+              prompts and training; decode steps see all that the model does. Of padded rows it gets what is
+              no padding; padding between tokens is refused.
             - a `BlockMask`, for those lengths alone.
         takes: "lengths" or "tensors": what the function is called with, if its arguments' names do not tell.
         decode: of the up to 16 queries of a decode step with a cache: "sparse", they see what the mask shows
             them, or "dense", all that the model lets them see. Default "dense" for estimators, which need
-            more queries than that to judge by, else "sparse".
+            more queries than that to judge by, else "sparse". Permuted attention has "dense" alone.
         options: passed on to the builder or estimator.
 
     Masks of lengths are kept, the latest 16 of them, for all layers together.
 
     Raises:
         TypeError: an argument of a wrong type, or an option that the builder does not have.
-        ValueError: `takes` or `decode` is another word.
+        ValueError: `takes` or `decode` is another word, or an option of permuted attention out of range.
     """
 
     def __init__(
@@ -78,11 +87,23 @@ class BlockSparse:
                 known = f"it has {', '.join(names)}{nearest(unknown[0], names)}"
                 raise TypeError(f"{_name(mask)} has no argument {unknown[0]!r}; {known}")
         self.mask, self.options = mask, options
+        if getattr(mask, "func", mask) is permuted_block_sparse_attention:
+            takes, decode = self._check_permuted(takes, decode), "dense"
         self.takes = takes or ("tensors" if tuple(names[:2]) in _TENSORS else "lengths")
         self.decode = decode or ("dense" if self.takes == "tensors" else "sparse")
         self._names = names
         self._pairs = _takes_two(parameters, options)
         self._masks: OrderedDict[Any, Any] = OrderedDict()
+        self._take_number()
+
+    def _take_number(self) -> None:
+        self.number = next(_numbers)  # compiled graphs know it by this
+        _by_number[self.number] = self
+
+    @classmethod
+    def of_number(cls, number: int) -> BlockSparse:
+        """The specification that has this number in this process."""
+        return _by_number[number]
 
     @classmethod
     def full(cls, block_size: BlockSize = 128) -> BlockSparse:
@@ -95,6 +116,25 @@ class BlockSparse:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_masks": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._take_number()
+
+    def _check_permuted(self, takes: str | None, decode: str | None) -> str:
+        """The kind "attention"; refuses what permuted attention cannot be given."""
+        for name, value in (("takes", takes), ("decode", decode if decode != "dense" else None)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} must be left out with permuted_block_sparse_attention, got {value!r}: it takes "
+                    "q, k and v, and decode steps are dense, because its order is made for a whole prompt"
+                )
+        for name in ("causal", "scale", "return_lse"):
+            if name in self.options:
+                raise TypeError(f"{name} is the model's to say: leave it out of BlockSparse(...)")
+        nothing = torch.zeros(1, 1, 1, 8, device="cpu")
+        self.mask(nothing, nothing, nothing, **self.options)  # type: ignore[operator]
+        return "attention"
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What `make` returns, of the last time if the key is known."""
@@ -149,6 +189,18 @@ class BlockSparse:
         with torch.no_grad():
             mask = self.mask(q.detach(), k.detach(), **options)  # type: ignore[operator]
         return self._checked(mask, q.shape[2], k.shape[2]).to(q.device)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Causal attention by keys in another order."""
+        return self.mask(q, k, v, scale=scale, **self.options)  # type: ignore[operator, no-any-return]
+
+    def permuted(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What `attention` goes by: the order of the keys, these keys, and the pairs that are seen."""
+        given = inspect.signature(self.mask).bind(q, k, k, **self.options)  # type: ignore[arg-type]
+        given.apply_defaults()
+        block, segment, threshold = (given.arguments[n] for n in ("block_size", "segment_size", "threshold"))
+        order, keys, mask = choose(q, k, block, segment, threshold, True, scale)
+        return order, keys, rows(mask, 0)
 
     def _checked(self, mask: Any, q_len: int, kv_len: int) -> BlockMask:
         if not isinstance(mask, BlockMask):

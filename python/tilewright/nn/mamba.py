@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import scan
 from .._checks import check_count, check_tensor
+from .._models import original_class
 from ..scan.conv import MAX_WIDTH
 from ..scan.selective import MAX_STATES
 from .inference import conv_step, keep_last, states_of
@@ -210,7 +211,7 @@ def can_fuse(*linears: Any) -> bool:
 def is_plain(linear: Any) -> bool:
     """Whether calling this layer only multiplies by its weight: no adapters, hooks, offloading."""
     return (
-        type(linear) is nn.Linear
+        original_class(linear) is nn.Linear
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
         and "forward" not in linear.__dict__
@@ -241,7 +242,7 @@ def step_of(layer: Any, hidden_states: Tensor, conv_state: Tensor, ssm_state: Te
 
 def without_bias(dt_proj: Any, dt: Tensor) -> Tensor:
     """The step size's projection; its bias comes inside the scan."""
-    if type(dt_proj) is nn.Linear:
+    if original_class(dt_proj) is nn.Linear:
         return F.linear(dt, dt_proj.weight)
     # A quantized or adapted layer has to be called.
     return dt_proj(dt) - dt_proj.bias  # type: ignore[no-any-return]

@@ -33,7 +33,7 @@ from .surgery import Journal
 
 _SAMPLE = 1e-3  # seconds a sample lasts at least: shorter calls are timed several at once
 _ROUNDS = 3  # of racing at most, while the samples of some form are far apart
-_READ_ELSEWHERE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+READ_ELSEWHERE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def compress(
@@ -86,13 +86,13 @@ def compress(
     counts = _counts(tokens)
     _check(model, example_inputs, margin, seconds)
     patterns = (check_patterns("include", include), check_patterns("exclude", exclude))
-    before, seen = _observe(model, example_inputs)
+    before, seen = observe(model, example_inputs)
     report = CompressReport(margin=margin)
     works = _works(model, seen, counts, patterns, report)
     journal = Journal()
     try:
-        with torch.no_grad(), _bar(progress, works) as advance:
-            _decide_all(works, margin, crossover, seconds, advance)
+        with torch.no_grad(), progress_bar(progress, works) as advance:
+            decide_all(works, margin, crossover, seconds, advance)
         for work in works:
             _install(model, work, journal)
         after = outputs_of(model, example_inputs)
@@ -168,7 +168,7 @@ def _check(model: Any, example_inputs: Any, margin: Any, seconds: Any) -> None:
         check_number(name, value, "[0, inf)")
 
 
-def _observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], dict[nn.Module, Seen]]:
+def observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], dict[nn.Module, Seen]]:
     """The outputs, and what each linear layer meets on the way to them."""
     seen: dict[nn.Module, Seen] = {}
 
@@ -249,7 +249,7 @@ def _obstacle(work: Work, patterns: tuple[list[str] | None, list[str] | None]) -
     if type(linear) is not nn.Linear:
         return f"it is a {type(linear).__name__}, not a plain torch.nn.Linear"
     for parent, _ in work.places:
-        if isinstance(parent, _READ_ELSEWHERE):
+        if isinstance(parent, READ_ELSEWHERE):
             return f"torch.nn.{type(parent).__name__} reads its weight itself"
     if "forward" in vars(linear):
         return "its forward was replaced on the instance"
@@ -268,7 +268,7 @@ def _obstacle(work: Work, patterns: tuple[list[str] | None, list[str] | None]) -
 Advance = Callable[[str], None]
 
 
-def _decide_all(works: list[Work], margin: float, crossover: bool, seconds: float, advance: Advance) -> None:
+def decide_all(works: list[Work], margin: float, crossover: bool, seconds: float, advance: Advance) -> None:
     """Times and chooses; layers alike share the times of the first."""
     known: dict[Any, Work] = {}
     for work in works:
@@ -404,7 +404,8 @@ def _made(work: Work) -> nn.Module | None:
         return None
     if len(names) == 1:
         return build[names[0]]().train(work.linear.training)
-    forms = [_frozen(work.linear) if name == DENSE else build[name]() for name in names]
+    build[DENSE] = lambda: frozen(work.linear.weight, work.linear.bias)
+    forms = [build[name]() for name in names]
     steps = []
     for count, following in zip(work.tokens, work.tokens[1:], strict=False):
         if work.chosen[count] != work.chosen[following]:
@@ -414,12 +415,12 @@ def _made(work: Work) -> nn.Module | None:
     return made.train(work.linear.training)
 
 
-def _frozen(linear: nn.Linear) -> nn.Linear:
-    """The same layer over the same memory, as parameters of its own."""
-    made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    made.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-    if linear.bias is not None:
-        made.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+def frozen(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A dense layer over this memory, with parameters of its own that do not train."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return made
 
 
@@ -473,7 +474,7 @@ def _described(work: Work) -> Compressed:
         density=work.findings.density,
         pattern=work.findings.pattern,
         kernel=kernel,
-        why=_why(work),
+        why=reason_of(work),
         tokens=work.tokens if work.chosen else [],
         times=work.times,
         chosen=work.chosen,
@@ -484,7 +485,8 @@ def _described(work: Work) -> Compressed:
     )
 
 
-def _why(work: Work) -> str:
+def reason_of(work: Work) -> str:
+    """In words why the layer runs as it does."""
     if work.obstacle:
         return work.obstacle
     sparse = [name for name in work.times if name != DENSE]
@@ -512,7 +514,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 @contextmanager
-def _bar(progress: bool | None, works: list[Work]) -> Iterator[Advance]:
+def progress_bar(progress: bool | None, works: list[Work]) -> Iterator[Advance]:
     """A bar on standard error with the layer that is being timed."""
     total = sum(not work.obstacle for work in works)
     if not total or not (sys.stderr.isatty() if progress is None else progress):

@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,17 +78,19 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether this layer has a `BlockSparse`."""
-    choice = vars(module).get(_ATTRIBUTE)
+    choice = choice_of(module)
     return choice is not None and choice.spec is not None
 
 
-def obstacle(module: Any, owner: Any) -> str | None:
+def obstacle(module: Any, owner: Any, spec: BlockSparse) -> str | None:
     """What about this layer, or the model it is of, block-sparse attention does not cover."""
     config = _config(module)
     if is_swapped(module):
         return "swapped already"
     if _may_cross(module):
         return "it may attend to another sequence than its own"
+    if spec.takes == "attention" and not getattr(module, "is_causal", True):
+        return "it is not causal, and permuted_block_sparse_attention is for causal layers"
     if getattr(module, "sinks", None) is not None:
         return "it has learned sinks"
     if owner is not None and not (owner._supports_sdpa or owner._supports_flex_attn):
@@ -163,13 +165,26 @@ def remove(model: nn.Module) -> int:
     return count
 
 
+def choice_of(module: nn.Module) -> Choice | None:
+    """What this layer does, if its model is swapped."""
+    return vars(module).get(_ATTRIBUTE)
+
+
+def take_back(model: nn.Module, choices: Iterable[tuple[nn.Module | None, Choice | None]]) -> None:
+    """Lets these layers go on as before, if these are still their choices; the last one clears the model."""
+    for module, choice in choices:
+        if module is not None and choice is not None and choice_of(module) is choice:
+            vars(module)[_ATTRIBUTE] = Choice(None, choice.former)
+    if not any(map(is_swapped, model.modules())):
+        remove(model)
+
+
 def compare_by_elements(modules: Iterable[nn.Module], on: bool) -> None:
     """Whether these layers compute the same by SDPA with a mask of elements, to verify the kernels by."""
     for module in modules:
         vars(module)[_ATTRIBUTE].by_elements = on
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     module: Any,
     query: Tensor,
@@ -180,9 +195,53 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Any]:
     """transformers' attention function: (batch, heads, length, dim) in, (batch, length, heads, dim) out."""
-    choice = vars(module).get(_ATTRIBUTE)
+    if torch.compiler.is_compiling() and _is_static(module, key, attention_mask, kwargs):
+        _check(module, dropout, kwargs)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        length = len(range(query.shape[2]))  # a number, also where lengths are symbols: a graph for each
+        causal = _is_causal(module, length, kwargs)
+        blocks = _static_blocks(getattr(module, _ATTRIBUTE).spec.number, length, causal, query.device)
+        out = block_sparse_attention(query, key, value, blocks, scale=scale, softcap=softcap or 0.0)
+        return out.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+    return _attend(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
+
+
+def _is_static(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the mask of blocks is known from the lengths, so that a compiled graph can hold it."""
+    choice, window = getattr(module, _ATTRIBUTE, None), kwargs.get("sliding_window")
+    if choice is None or choice.spec is None or choice.by_elements or choice.spec.takes != "lengths":
+        return False
+    return mask is None and (window is None or window >= key.shape[2])
+
+
+@torch.compiler.assume_constant_result
+def _static_blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
+    """The mask of a specification for a compiled graph, made once, while the graph is."""
+    return _blocks(number, length, causal, device)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
+    spec = BlockSparse.of_number(number)
+    mask = spec.of_lengths(length, length, device)
+    return mask & BlockMask.causal(length, block_size=mask.block_size, device=device) if causal else mask
+
+
+@torch.compiler.disable(reason="masks and attention other than by lengths alone are made outside of graphs")  # type: ignore[untyped-decorator]
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Any]:
+    choice = choice_of(module)
     if choice is None or choice.spec is None:
         options = {"dropout": dropout, "scaling": scaling, **kwargs}
         options |= {} if softcap is None else {"softcap": softcap}
@@ -194,11 +253,32 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _model_mask(**arguments: Any) -> Any:
+def _model_mask(
+    *, q_length: int, kv_length: int, q_offset: int | Tensor = 0, mask_function: Any, attention_mask: Any = None,
+    **arguments: Any,
+) -> Any:  # fmt: skip
+    from transformers.masking_utils import causal_mask_function
+
+    if torch.compiler.is_compiling() and attention_mask is None and mask_function is causal_mask_function:
+        if isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
+            return None  # as for SDPA: causal if the layer is
+    return _made_mask(
+        q_length=q_length, kv_length=kv_length, q_offset=q_offset, mask_function=mask_function,
+        attention_mask=attention_mask, **arguments,
+    )  # fmt: skip
+
+
+@torch.compiler.disable(reason="masks other than causal ones are made outside of graphs")  # type: ignore[untyped-decorator]
+def _made_mask(**arguments: Any) -> Any:
     from .model_mask import ModelMask
 
     return ModelMask(**arguments)
+
+
+def _is_causal(module: Any, q_len: int, kwargs: dict[str, Any]) -> bool:
+    """What SDPA takes a layer for that comes without a mask."""
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal) and q_len > 1
 
 
 def _attention(
@@ -207,6 +287,8 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     spec = cast("BlockSparse", choice.spec)
     if isinstance(mask, Tensor):
+        if spec.takes == "attention":
+            _refuse_permuted("a mask of elements")
         block_mask = _of_elements(mask, spec, q, k)
         if choice.by_elements:
             return _by_elements(q, k, v, rows(block_mask, 0), scale, softcap)
@@ -222,6 +304,8 @@ def _attention(
     decoding = q.shape[2] <= _FEW and q.shape[2] < k.shape[2]
     if decoding and spec.decode == "dense":
         return _by_elements(q, k, v, mask.elements().to(q.device), scale, softcap)
+    if spec.takes == "attention":
+        return _permuted(choice, spec, q, k, v, mask, scale, softcap)
     if spec.takes == "tensors":
         return _estimated(choice, spec, q, k, v, mask, scale, softcap)
     if decoding or choice.by_elements:
@@ -248,6 +332,57 @@ def _estimated(
     return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap, causal=mask.causal)  # type: ignore[return-value]
 
 
+def _permuted(
+    choice: Choice,
+    spec: BlockSparse,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Row by row where there is padding: the order of the keys is then made of the tokens alone."""
+    mask.total()
+    obstacles = {
+        "a layer that is not causal": not mask.causal and k.shape[2] > 1,
+        "softcap": softcap != 0,
+        "a sliding window": mask.window is not None and mask.window < k.shape[2],
+        "packed sequences": mask.documents is not None,
+        "a mask function of the model's own": mask.has_others,
+    }
+    for name, found in obstacles.items():
+        if found:
+            _refuse_permuted(name)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not choice.by_elements:
+            return spec.attention(q, k, v, scale)
+        order, keys, seen = spec.permuted(q, k, scale)
+        return _by_elements(q, keys, v.take_along_dim(order[..., None], 2), seen, scale, 0.0)
+
+    ranges = mask.token_ranges()
+    if ranges is None:
+        return attend(q, k, v)
+    first, outs = k.shape[2] - q.shape[2], []
+    for row, (start, end) in enumerate(ranges):
+        begin, stop = max(start - first, 0), max(end - first, 0)
+        one = slice(row, row + 1)
+        if begin == stop:
+            outs.append(q.new_zeros(1, *q.shape[1:3], v.shape[3]))
+            continue
+        out = attend(q[one, :, begin:stop], k[one, :, start:end], v[one, :, start:end])
+        outs.append(F.pad(out, (0, 0, begin, q.shape[2] - stop)))
+    return torch.cat(outs)
+
+
+def _refuse_permuted(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name} is not supported with permuted_block_sparse_attention: take a builder, or an estimator such "
+        "as tilewright.attention.estimate.mean_pool_top_p"
+    )
+
+
 def _without_mask(module: Any, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> Any:
     """What no mask means to SDPA: causal if the layer is and there are several queries, else everything."""
     from transformers import masking_utils
@@ -260,8 +395,7 @@ def _without_mask(module: Any, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> 
             f"sliding_window={window} came without a mask that says so, and {kv_len} keys: "
             "make the model's masks by its config, as transformers 5 does"
         )
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal) and q_len > 1
+    causal = _is_causal(module, q_len, kwargs)
     function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
     return ModelMask(q.shape[0], q_len, kv_len, mask_function=function, device=q.device)
 

@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .._models import ORIGINAL
+
 Methods = Mapping[str, Callable[..., Any]]
 
 
@@ -31,27 +33,31 @@ class Layer:
     obstacle: Callable[[nn.Module], str | None]
 
 
-_ORIGINAL = "_tilewright_original"
+NOTE = "_tilewright_note"  # in vars(module): what its new methods keep there, gone with them
 _subclasses: dict[type[nn.Module], type[nn.Module]] = {}
 _rebased: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()
 
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether the module has methods of ours."""
-    return hasattr(type(module), _ORIGINAL)
+    return hasattr(type(module), ORIGINAL)
 
 
-def exchange(module: nn.Module, methods: Methods) -> None:
-    """Gives this module the methods; raises TypeError where Python cannot exchange its class."""
+def exchange(module: nn.Module, methods: Methods, note: object = None) -> None:
+    """Gives this module the methods, and a note; raises TypeError where Python cannot exchange its class."""
     cls = type(module)
-    own = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] != "torch")
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    own = next((base for base in bases if base.__module__.partition(".")[0] != "torch"), cls)
     _set_class(module, _on_another_base(cls, own, _subclass(own, methods)))
+    if note is not None:
+        vars(module)[NOTE] = note
 
 
 def restore(modules: Iterable[nn.Module]) -> None:
     """Gives the modules their own methods back: all of them or, after an error, none."""
     for module, cls in [(module, _without_ours(type(module))) for module in modules]:
         _set_class(module, cls)
+        vars(module).pop(NOTE, None)
 
 
 def replaced_forward(module: nn.Module) -> str | None:
@@ -75,8 +81,8 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _without_ours(cls: type[nn.Module]) -> type[nn.Module]:
-    ours = next(base for base in cls.__mro__ if _ORIGINAL in vars(base))
-    return _on_another_base(cls, ours, vars(ours)[_ORIGINAL])
+    ours = next(base for base in cls.__mro__ if ORIGINAL in vars(base))
+    return _on_another_base(cls, ours, vars(ours)[ORIGINAL])
 
 
 def _on_another_base(cls: type[nn.Module], old: type[nn.Module], new: type[nn.Module]) -> type[nn.Module]:
@@ -106,7 +112,7 @@ def _subclass(original: type[nn.Module], methods: Methods) -> type[nn.Module]:
     if original not in _subclasses:
         namespace = {
             **methods,
-            _ORIGINAL: original,
+            ORIGINAL: original,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
@@ -117,7 +123,7 @@ def _subclass(original: type[nn.Module], methods: Methods) -> type[nn.Module]:
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-    original = vars(type(self)).get(_ORIGINAL)
+    original = vars(type(self)).get(ORIGINAL)
     if original is None:  # a class above ours, which is not ours to rebuild
         return object.__reduce_ex__(self, protocol)  # type: ignore[return-value]
     state_of = getattr(self, "__getstate__", None)

@@ -159,6 +159,32 @@ class ModelMask(FlexBlockMask):
                 mask = hide_keys(mask, visible)
         return mask
 
+    @property
+    def has_others(self) -> bool:
+        """Whether the model hides something by a function that is none of the known ones."""
+        return bool(self._others)
+
+    def token_ranges(self) -> list[tuple[int, int]] | None:
+        """For each row the keys from its first token to its last; None if there is no padding."""
+        if self.padding is None:
+            return None
+
+        def make() -> list[tuple[int, int]] | None:
+            assert self.padding is not None
+            visible = self.padding[:, self.kv_offset : self.kv_offset + self.kv_len].bool()
+            counts, starts = visible.sum(1).tolist(), visible.int().argmax(1).tolist()
+            ends = [start + count for start, count in zip(starts, counts, strict=True)]
+            for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                if not bool(visible[row, start:end].all()):
+                    raise NotImplementedError(
+                        f"attention_mask hides tokens between others in row {row}, which is not supported "
+                        "with permuted_block_sparse_attention: pad at the ends"
+                    )
+            full = all(count == self.kv_len for count in counts)
+            return None if full else list(zip(starts, ends, strict=True))
+
+        return self.made("token ranges", make)  # type: ignore[no-any-return]
+
     def _windowed(self, mask: BlockMask, causal: bool) -> BlockMask:
         q_len, kv_len, size, device = self.q_len, self.kv_len, mask.block_size, mask.device
         if self.window is not None and self.window < kv_len:
