@@ -274,3 +274,38 @@ def test_exemptions_name_ops_and_places_that_are_there() -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         replay(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        (1, "device error\ntilewright::op: an earlier kernel failed, not this op"),
+        (2, "device error\ntilewright::op: `python {}` makes the call again"),
+    ],
+)
+def test_errors_that_show_while_waiting_go_to_the_op_that_caused_them(
+    failing: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands for a GPU: a kernel's error comes from the wait after the op that launched it."""
+    waits = 0
+
+    def wait(arguments: Any) -> None:
+        nonlocal waits
+        waits += 1
+        if waits == failing:
+            raise RuntimeError("device error")
+
+    monkeypatch.setattr(_debug, "_wait", wait)
+    monkeypatch.setenv("TILEWRIGHT_DEBUG_DIR", str(tmp_path))
+    ran = []
+
+    def implementation(x: torch.Tensor) -> None:
+        ran.append(x)
+
+    op = _debug._watched("op", implementation, ["x"], set())
+    with pytest.raises(RuntimeError) as raised:
+        op(torch.ones(3))
+    assert len(ran) == failing - 1
+    scripts = list(tmp_path.glob("*/replay.py"))
+    assert len(scripts) == failing - 1
+    assert str(raised.value) == said.format(*scripts)

@@ -6,6 +6,9 @@ import ast
 import types
 from importlib.resources import files
 
+import pytest
+
+import tilewright as tw
 from tilewright import _C
 
 STUB = files("tilewright").joinpath("_C.pyi")
@@ -40,3 +43,14 @@ def test_the_stub_is_up_to_date() -> None:
     for method in plan.body:
         assert isinstance(method, ast.FunctionDef)
         assert parameters(method) == documented(getattr(_C.OptimizerPlan, method.name))
+
+
+def test_dir_shows_what_is_public() -> None:
+    assert dir(tw) == sorted(tw.__all__)
+    assert all(hasattr(tw, name) for name in dir(tw))
+
+
+def test_a_misspelt_name_is_known_to_pythons_own_suggestions() -> None:
+    with pytest.raises(AttributeError, match="module 'tilewright' has no attribute 'atention'") as raised:
+        tw.atention  # noqa: B018
+    assert (raised.value.name, raised.value.obj) == ("atention", tw)
