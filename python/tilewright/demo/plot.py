@@ -34,6 +34,11 @@ def plot_prune(record: dict[str, Any], path: Path) -> str:
     return _saved(_draw_prune, record, path)
 
 
+def plot_story(record: dict[str, Any], path: Path) -> str:
+    """Draws what is there of `demo`'s story; returns the line to print."""
+    return _saved(_draw_story, record, path)
+
+
 def smoothed(values: list[float], reach: int = 20) -> list[float]:
     """Mean over `reach` neighbours on either side: no lag, so that it meets the validation points."""
     return [
@@ -123,6 +128,52 @@ def _draw_prune(figure: Any, record: dict[str, Any]) -> None:
         _draw_quality(figure.add_subplot(grid[number, 0]), name, result)
         _draw_speeds(figure.add_subplot(grid[number, 1]), result)
     figure.suptitle("Pruned, repaired, compressed", fontsize=11, color=_INK)
+
+
+# Stage and measure, with their title, scale and labels of before and after.
+_GAINS = {
+    ("swap Mamba", "step_ms"): ("swap Mamba layers\ntraining step, ms", 1.0, ("stock", "swapped")),
+    ("AdamW8bit", "state_bytes"): ("8-bit AdamW\noptimizer state, MB", 1e-6, ("32-bit", "8-bit")),
+    ("window", "step_ms"): ("windowed attention\ntraining step, ms", 1.0, ("dense", "window")),
+    ("compress", "bytes"): ("pruned, compressed\nmodel, MB", 1e-6, ("dense", "sparse")),
+    ("compress", "read_ms"): ("pruned, compressed\nreading, ms", 1.0, ("dense", "sparse")),
+    ("compress", "token_ms"): ("pruned, compressed\nms per byte", 1.0, ("dense", "sparse")),
+}
+
+
+def _draw_story(figure: Any, record: dict[str, Any]) -> None:
+    """Above: what each step gained; below: what it cost."""
+    stages = record["stages"]
+    gains = {key: shown for key, shown in _GAINS.items() if key[0] in stages}
+    grid = figure.add_gridspec(2, len(gains), height_ratios=[1.25, 1])
+    for column, ((stage, measure), (title, scale, labels)) in enumerate(gains.items()):
+        before, after = (value * scale for value in stages[stage][measure])
+        axis = figure.add_subplot(grid[0, column])
+        _draw_bars(axis, [before, after], list(labels), title)
+    _draw_losses(figure.add_subplot(grid[1, :]), stages)
+    figure.suptitle("story", fontsize=13, color=_INK)
+
+
+def _draw_losses(axis: Any, stages: dict[str, Any]) -> None:
+    """The validation loss before and after each step that can change it."""
+    labels = []
+    for place, (name, result) in enumerate((n, r) for n, r in stages.items() if "validation" in r):
+        labels.append(name)
+        for offset, value, style in zip((-0.2, 0.2), result["validation"], _STYLES, strict=True):
+            axis.plot(place + offset, value, "o", color=style["color"], markersize=8)
+            axis.annotate(
+                f"{value:.2f}",
+                (place + offset, value),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
+        axis.plot((place - 0.2, place + 0.2), result["validation"], color=_INK, linewidth=1, zorder=0)
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_ylabel("validation loss,\nnats per byte")
+    axis.margins(y=0.25)
+    _tidy(axis)
 
 
 def _draw_quality(axis: Any, name: str, result: dict[str, Any]) -> None:
@@ -218,14 +269,16 @@ def _draw_difference(axis: Any, results: dict[str, Any]) -> None:
 def _draw_bars(axis: Any, values: list[float], labels: list[str], title: str) -> None:
     for position, (value, style) in enumerate(zip(values, _STYLES, strict=True)):
         axis.bar(position, value, width=0.7, color=style["color"])
-        axis.annotate(
-            f"{value:.3g}", (position, value), (0, 4), textcoords="offset points", ha="center", fontsize=9
-        )
+        _label(axis, f"{value:.3g}", position, value)
     axis.set_xticks([0, 1], labels)
     axis.set_title(title, fontsize=9.5, color=_INK)
     axis.set_yticks([])
     axis.margins(y=0.08)
     axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _label(axis: Any, text: str, x: float, y: float) -> None:
+    axis.annotate(text, (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=9)
 
 
 def _tidy(axis: Any) -> None:
