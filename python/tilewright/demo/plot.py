@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _INK, _GRID = "#333333", "#e6e6e6"
+_PLAIN = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2}
 _STYLES = (
     {"color": "#30638e", "linewidth": 4.0, "alpha": 0.55},
     {"color": "#d1495b", "linewidth": 1.5, "alpha": 1.0},
@@ -130,49 +131,72 @@ def _draw_prune(figure: Any, record: dict[str, Any]) -> None:
     figure.suptitle("Pruned, repaired, compressed", fontsize=11, color=_INK)
 
 
-# Stage and measure, with their title, scale and labels of before and after.
+# A step of the story and what it gains: in words, scale, and what is called what before and after.
 _GAINS = {
-    ("swap Mamba", "step_ms"): ("swap Mamba layers\ntraining step, ms", 1.0, ("stock", "swapped")),
-    ("AdamW8bit", "state_bytes"): ("8-bit AdamW\noptimizer state, MB", 1e-6, ("32-bit", "8-bit")),
-    ("window", "step_ms"): ("windowed attention\ntraining step, ms", 1.0, ("dense", "window")),
-    ("compress", "bytes"): ("pruned, compressed\nmodel, MB", 1e-6, ("dense", "sparse")),
-    ("compress", "read_ms"): ("pruned, compressed\nreading, ms", 1.0, ("dense", "sparse")),
-    ("compress", "token_ms"): ("pruned, compressed\nms per byte", 1.0, ("dense", "sparse")),
+    ("swap Mamba", "step_ms"): ("Mamba layers swapped:\nms per training step", 1.0, ("stock", "swapped")),
+    ("AdamW8bit", "state_bytes"): ("AdamW8bit:\nMB of optimizer state", 1e-6, ("32-bit", "8-bit")),
+    ("window", "step_ms"): ("windowed attention:\nms per training step", 1.0, ("dense", "window")),
+    ("compress", "bytes"): ("pruned, compressed:\nMB of weights", 1e-6, ("dense", "sparse")),
+    ("compress", "read_ms"): ("the same:\nms to read a text", 1.0, ("dense", "sparse")),
+    ("compress", "token_ms"): ("the same:\nms to write a byte", 1.0, ("dense", "sparse")),
 }
 
 
 def _draw_story(figure: Any, record: dict[str, Any]) -> None:
-    """Above: what each step gained; below: what it cost."""
+    """Above: what each step gains; below: what it costs."""
     stages = record["stages"]
     gains = {key: shown for key, shown in _GAINS.items() if key[0] in stages}
-    grid = figure.add_gridspec(2, len(gains), height_ratios=[1.25, 1])
+    losses = {name: found["validation"] for name, found in stages.items() if "validation" in found}
+    losses.pop("start to end", None)
+    grid = figure.add_gridspec(2 if losses else 1, len(gains), height_ratios=[1.3, 1][: 2 if losses else 1])
     for column, ((stage, measure), (title, scale, labels)) in enumerate(gains.items()):
         before, after = (value * scale for value in stages[stage][measure])
         axis = figure.add_subplot(grid[0, column])
         _draw_bars(axis, [before, after], list(labels), title)
-    _draw_losses(figure.add_subplot(grid[1, :]), stages)
-    figure.suptitle("story", fontsize=13, color=_INK)
+        axis.text(1, max(before, after) / 2, _factor(before, after), fontsize=15, color=_INK,
+                  ha="center", va="center", fontweight="bold", bbox=_PLAIN)  # fmt: skip
+    if losses:
+        _draw_losses(figure.add_subplot(grid[1, :]), losses)
+    figure.suptitle(_finding(stages), fontsize=13, color=_INK)
 
 
-def _draw_losses(axis: Any, stages: dict[str, Any]) -> None:
+def _factor(before: float, after: float) -> str:
+    """How many times less it is now."""
+    ratio = before / after
+    return f"\u00f7 {ratio:.2g}" if ratio >= 1 else f"\u00d7 {1 / ratio:.2g}"
+
+
+def _finding(stages: dict[str, Any]) -> str:
+    """The story in one line, as far as it goes."""
+    parts = []
+    if "swap Mamba" in stages:
+        before, after = stages["swap Mamba"]["step_ms"]
+        parts.append(f"trained {before / after:.2g}x as fast")
+    if "AdamW8bit" in stages:
+        before, after = stages["AdamW8bit"]["state_bytes"]
+        parts.append(f"{after / before:.0%} of the optimizer state")
+    if "start to end" in stages:
+        whole = stages["start to end"]
+        (stock, final), (before, after) = whole["bytes"], whole["validation"]
+        parts.append(f"{final / stock:.0%} of the bytes")
+        parts.append(f"validation loss {after - before:+.2f}")
+    return "One stock Mamba-attention model: " + ", ".join(parts)
+
+
+def _draw_losses(axis: Any, losses: dict[str, list[float]]) -> None:
     """The validation loss before and after each step that can change it."""
-    labels = []
-    for place, (name, result) in enumerate((n, r) for n, r in stages.items() if "validation" in r):
-        labels.append(name)
-        for offset, value, style in zip((-0.2, 0.2), result["validation"], _STYLES, strict=True):
-            axis.plot(place + offset, value, "o", color=style["color"], markersize=8)
-            axis.annotate(
-                f"{value:.2f}",
-                (place + offset, value),
-                (0, 7),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
+    for place, pair in enumerate(losses.values()):
+        axis.plot((place - 0.2, place + 0.2), pair, color=_INK, linewidth=1, zorder=1)
+        for x, value, style, label in zip((-0.2, 0.2), pair, _STYLES, ("before", "after"), strict=True):
+            axis.plot(
+                place + x, value, "o", color=style["color"], markersize=8, label=label if not place else None
             )
-        axis.plot((place - 0.2, place + 0.2), result["validation"], color=_INK, linewidth=1, zorder=0)
-    axis.set_xticks(range(len(labels)), labels)
+            _label(axis, f"{value:.2f}", place + x, value)
+    axis.set_xticks(range(len(losses)), losses)
+    axis.set_xlim(-0.6, len(losses) - 0.4)
     axis.set_ylabel("validation loss,\nnats per byte")
     axis.margins(y=0.25)
+    axis.legend(frameon=False, fontsize=9, loc="upper left")
     _tidy(axis)
 
 

@@ -182,7 +182,7 @@ def stages(
     long = random_batches(train, 1, size.long, seed)
 
     yield SWAP, swap_mamba(model, short, size, console)
-    model, result = train_8bit(swapped_copy(model), short, steps, judged, console)
+    model, result = train_8bit(swapped_copy(model), short, steps, size, judged, console)
     yield OPTIMIZER, result
     model, result = put_window(model, long, size, judged_long, console)
     yield WINDOW, result
@@ -255,11 +255,16 @@ def swap_mamba(model: nn.Module, batches: Batches, size: Size, console: Console)
         for of in (copy.deepcopy(model), swapped_copy(model))
     ]
     train_turn_by_turn(pair, batches, size.common, SWAP, console, _PATIENCE)
-    return _compared(pair) | {"losses": [training.losses for training in pair]}
+    return _compared(pair, size.batch * size.length) | {"losses": [training.losses for training in pair]}
 
 
 def train_8bit(
-    model: nn.Module, batches: Batches, steps: int, judged: list[tuple[Tensor, Tensor]], console: Console
+    model: nn.Module,
+    batches: Batches,
+    steps: int,
+    size: Size,
+    judged: list[tuple[Tensor, Tensor]],
+    console: Console,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Trains a model with torch's AdamW, a copy of it with ours; returns the copy."""
     from tilewright.optim import AdamW8bit
@@ -277,7 +282,7 @@ def train_8bit(
         "optimizer_ms": [settled(training.optimizer_ms) for training in pair],
         "losses": [[round(loss, 4) for loss in training.losses] for training in pair],
     }
-    return twin, _compared(pair) | result
+    return twin, _compared(pair, size.batch * size.length) | result
 
 
 def put_window(
@@ -300,12 +305,13 @@ def put_window(
         BlockMask.causal(size.long, block_size=size.block),
         window.of_lengths(size.long, size.long, torch.device("cpu")),
     )
-    return pair[1].model, _compared(pair) | {"density": [round(mask.density, 4) for mask in masks]}
+    return pair[1].model, _compared(pair, size.long) | {"density": [round(mask.density, 4) for mask in masks]}
 
 
-def _compared(pair: Sequence[Training]) -> dict[str, Any]:
-    """What a step took, and the validation loss where there is one."""
-    found: dict[str, Any] = {"step_ms": [settled(training.step_ms) for training in pair]}
+def _compared(pair: Sequence[Training], row_bytes: int) -> dict[str, Any]:
+    """What a step over so many bytes took, and the validation loss where there is one."""
+    step_ms = [settled(training.step_ms) for training in pair]
+    found = {"step_ms": step_ms, "bytes_per_s": [round(row_bytes * 1e3 / ms, 1) for ms in step_ms]}
     if pair[0].validation:
         found["validation"] = [round(training.final(), 4) for training in pair]
     return found
@@ -384,6 +390,7 @@ def _bytes(model: nn.Module) -> int:
 # What is compared, and how: title, unit, and whether less is quicker (times), smaller or better (losses).
 _MEASURES: dict[str, tuple[str, str, float, str]] = {
     "step_ms": ("ms per step", "{:.4g}", 1.0, "time"),
+    "bytes_per_s": ("bytes per second", "{:.0f}", 1.0, "rate"),
     "optimizer_ms": ("   of which the optimizer", "{:.3g}", 1.0, "time"),
     "state_bytes": ("optimizer state, MB", "{:.2f}", 1e-6, "size"),
     "bytes": ("model, MB", "{:.2f}", 1e-6, "size"),
@@ -415,7 +422,7 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
         title = title_of(name, record)
         if name == SWAP:
             a, b = (losses[-1] for losses in result["losses"])
-            loss = (title, f"loss, step {len(result['losses'][0])}", f"{a:.6f}", f"{b:.6f}", f"{b - a:+.0e}")
+            loss = (title, f"loss, step {len(result['losses'][0])}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.0e}")
         for key, (what, pattern, scale, kind) in _MEASURES.items():
             if key not in result:
                 continue
@@ -457,9 +464,9 @@ def _sized(key: str, what: str, name: str, record: dict[str, Any]) -> str:
 def _change(kind: str, before: float, after: float) -> str:
     if kind == "loss":
         return f"{after - before:+.3f}"
-    if kind == "size":
+    if kind in ("size", "rate"):
         return f"{after / before:.2f}x"
-    return f"{before / after:.3g}x as fast"
+    return f"{before / after:.3g}x speed"
 
 
 def verdicts(record: dict[str, Any]) -> list[str]:
