@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from tilewright import cli
-from tilewright.demo import plot, story
+from tilewright.demo import plot, story, story_report
 
 needs_transformers = pytest.mark.usefixtures("transformers5")
 
@@ -20,24 +20,24 @@ needs_transformers = pytest.mark.usefixtures("transformers5")
 def record(step_ms: float = 2.0, loss: float = 3.0, compressed: float = 1.2) -> dict[str, Any]:
     """A result in which transformers took 100 ms for a step and had losses of 4 and 3."""
     stages = {
-        story.SWAP: {"step_ms": [100.0, step_ms], "losses": [[4.0, 3.0], [4.0, loss]]},
-        story.OPTIMIZER: {
+        story_report.SWAP: {"step_ms": [100.0, step_ms], "losses": [[4.0, 3.0], [4.0, loss]]},
+        story_report.OPTIMIZER: {
             "step_ms": [50.0, 50.0],
             "optimizer_ms": [2.0, 1.0],
             "state_bytes": [8e6, 2e6],
             "validation": [1.0, 1.001],
         },
-        story.WINDOW: {"step_ms": [900.0, 600.0], "density": [0.5, 0.125], "validation": [1.0, 1.1]},
-        story.PRUNE: {"validation": [1.1, 3.0]},
-        story.REPAIR: {"validation": [3.0, 1.2]},
-        story.COMPRESS: {
+        story_report.WINDOW: {"step_ms": [900.0, 600.0], "density": [0.5, 0.125], "validation": [1.0, 1.1]},
+        story_report.PRUNE: {"validation": [1.1, 3.0]},
+        story_report.REPAIR: {"validation": [3.0, 1.2]},
+        story_report.COMPRESS: {
             "bytes": [16e6, 8e6],
             "read_ms": [300.0, 150.0],
             "token_ms": [2.0, 1.0],
             "validation": [1.2, compressed],
             "kernels": {"dense": 3, "blocks of 16x16": 5},
         },
-        story.WHOLE: {
+        story_report.WHOLE: {
             "bytes": [16e6, 8e6],
             "read_ms": [900.0, 150.0],
             "token_ms": [4.0, 1.0],
@@ -58,16 +58,16 @@ def test_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     found = json.loads((tmp_path / "story.json").read_text())
     stages = found["stages"]
     assert list(stages) == list(record()["stages"])
-    assert story.loss_difference(found) < 1e-4
-    assert max(stages[story.OPTIMIZER]["validation"]) < 5.0, "it learned something"
-    before, after = stages[story.OPTIMIZER]["state_bytes"]
+    assert story_report.loss_difference(found) < 1e-4
+    assert max(stages[story_report.OPTIMIZER]["validation"]) < 5.0, "it learned something"
+    before, after = stages[story_report.OPTIMIZER]["state_bytes"]
     assert after < 0.5 * before
-    before, after = stages[story.WINDOW]["density"]
+    before, after = stages[story_report.WINDOW]["density"]
     assert after < 0.6 * before
-    dense, pruned = stages[story.PRUNE]["validation"]
+    dense, pruned = stages[story_report.PRUNE]["validation"]
     assert pruned > dense
-    assert stages[story.REPAIR]["validation"][1] < pruned
-    assert sum(stages[story.COMPRESS]["kernels"].values()) == 8, "two MLPs, a Mamba's two projections"
+    assert stages[story_report.REPAIR]["validation"][1] < pruned
+    assert sum(stages[story_report.COMPRESS]["kernels"].values()) == 8, "two MLPs, a Mamba's two projections"
     said = capsys.readouterr().out
     assert "ms to generate a byte" in said
     assert "How the small model goes on" in said
@@ -84,7 +84,7 @@ def test_an_interrupted_story_leaves_what_there_is(
 
     monkeypatch.setattr(story, "train_8bit", interrupted)
     assert cli.main(["demo", "story", "--quick", "--out", str(tmp_path)]) == 130
-    assert list(json.loads((tmp_path / "story.json").read_text())["stages"]) == [story.SWAP]
+    assert list(json.loads((tmp_path / "story.json").read_text())["stages"]) == [story_report.SWAP]
     printed = capsys.readouterr()
     assert "swap Mamba" in printed.out
     assert "interrupted" in printed.err
@@ -116,7 +116,7 @@ def test_without_transformers_it_says_what_to_install(
 
 
 def test_the_table_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    story.print_table(record(), Console(width=80))
+    story_report.print_table(record(), Console(width=80))
     said = capsys.readouterr().out
     assert "…" not in said
     lines = [line.split() for line in said.splitlines()]
@@ -125,17 +125,17 @@ def test_the_table_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_slower_and_wrong_are_said_plainly() -> None:
-    good = " ".join(story.verdicts(record()))
+    good = " ".join(story_report.verdicts(record()))
     assert "differ by at most 0e+00" in good
     assert "Of 8 pruned layers 5 run in a sparse form" in good
     assert "The price: +0.100 nats per byte" in good
     assert "SLOWER" not in good
     assert "WRONG" not in good
-    bad = story.verdicts(record(step_ms=200.0))
+    bad = story_report.verdicts(record(step_ms=200.0))
     assert "SLOWER than before: ms per step (swap Mamba)" in bad[-1]
     for wrong in (record(loss=3.5), record(loss=float("nan")), record(compressed=1.3)):
-        assert not story.is_sound(wrong)
-        assert "WRONG" in story.verdicts(wrong)[-1]
+        assert not story_report.is_sound(wrong)
+        assert "WRONG" in story_report.verdicts(wrong)[-1]
 
 
 @pytest.mark.parametrize("stages", [1, 4, 7])

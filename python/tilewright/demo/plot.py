@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 _INK, _GRID = "#333333", "#e6e6e6"
-_PLAIN = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2}
 _STYLES = (
     {"color": "#30638e", "linewidth": 4.0, "alpha": 0.55},
     {"color": "#d1495b", "linewidth": 1.5, "alpha": 1.0},
@@ -131,14 +130,19 @@ def _draw_prune(figure: Any, record: dict[str, Any]) -> None:
     figure.suptitle("Pruned, repaired, compressed", fontsize=11, color=_INK)
 
 
-# A step of the story and what it gains: in words, scale, and what is called what before and after.
+# A step of the story and what it gains: in words, scale, what it is before and after, what less of it is.
 _GAINS = {
-    ("swap Mamba", "step_ms"): ("Mamba layers swapped:\nms per training step", 1.0, ("stock", "swapped")),
-    ("AdamW8bit", "state_bytes"): ("AdamW8bit:\nMB of optimizer state", 1e-6, ("32-bit", "8-bit")),
-    ("window", "step_ms"): ("windowed attention:\nms per training step", 1.0, ("dense", "window")),
-    ("compress", "bytes"): ("pruned, compressed:\nMB of weights", 1e-6, ("dense", "sparse")),
-    ("compress", "read_ms"): ("the same:\nms to read a text", 1.0, ("dense", "sparse")),
-    ("compress", "token_ms"): ("the same:\nms to write a byte", 1.0, ("dense", "sparse")),
+    ("swap Mamba", "step_ms"): (
+        "Mamba layers swapped:\ntraining step, ms",
+        1.0,
+        ("stock", "swapped"),
+        "faster",
+    ),
+    ("AdamW8bit", "state_bytes"): ("AdamW8bit:\noptimizer state, MB", 1e-6, ("32-bit", "8-bit"), "smaller"),
+    ("window", "step_ms"): ("windowed attention:\ntraining step, ms", 1.0, ("dense", "window"), "faster"),
+    ("compress", "bytes"): ("pruned, compressed:\nmodel, MB", 1e-6, ("dense", "sparse"), "smaller"),
+    ("compress", "read_ms"): ("pruned, compressed:\nreading, ms", 1.0, ("dense", "sparse"), "faster"),
+    ("compress", "token_ms"): ("pruned, compressed:\nwriting a byte, ms", 1.0, ("dense", "sparse"), "faster"),
 }
 
 
@@ -148,22 +152,23 @@ def _draw_story(figure: Any, record: dict[str, Any]) -> None:
     gains = {key: shown for key, shown in _GAINS.items() if key[0] in stages}
     losses = {name: found["validation"] for name, found in stages.items() if "validation" in found}
     losses.pop("start to end", None)
-    grid = figure.add_gridspec(2 if losses else 1, len(gains), height_ratios=[1.3, 1][: 2 if losses else 1])
-    for column, ((stage, measure), (title, scale, labels)) in enumerate(gains.items()):
+    above, *below = figure.subfigures(2, 1, height_ratios=[1.5, 1]) if losses else [figure]
+    for axis, ((stage, measure), (title, scale, labels, word)) in zip(
+        above.subplots(1, len(gains), squeeze=False)[0], gains.items(), strict=True
+    ):
         before, after = (value * scale for value in stages[stage][measure])
-        axis = figure.add_subplot(grid[0, column])
         _draw_bars(axis, [before, after], list(labels), title)
-        axis.text(1, max(before, after) / 2, _factor(before, after), fontsize=15, color=_INK,
-                  ha="center", va="center", fontweight="bold", bbox=_PLAIN)  # fmt: skip
+        axis.set_xlabel(_factor(before, after, word), fontsize=13, fontweight="bold", color=_INK, labelpad=5)
     if losses:
-        _draw_losses(figure.add_subplot(grid[1, :]), losses)
+        _draw_losses(below[0].subplots(), losses)
     figure.suptitle(_finding(stages), fontsize=13, color=_INK)
 
 
-def _factor(before: float, after: float) -> str:
+def _factor(before: float, after: float, word: str) -> str:
     """How many times less it is now."""
-    ratio = before / after
-    return f"\u00f7 {ratio:.2g}" if ratio >= 1 else f"\u00d7 {1 / ratio:.2g}"
+    if after > 1.03 * before:
+        return f"{after / before:.2g}x {'SLOWER' if word == 'faster' else 'LARGER'}"
+    return f"{before / after:.2g}x {word}" if before > 1.03 * after else "the same"
 
 
 def _finding(stages: dict[str, Any]) -> str:
@@ -171,32 +176,34 @@ def _finding(stages: dict[str, Any]) -> str:
     parts = []
     if "swap Mamba" in stages:
         before, after = stages["swap Mamba"]["step_ms"]
-        parts.append(f"trained {before / after:.2g}x as fast")
+        parts.append(f"Trained {before / after:.2g}x as fast")
     if "AdamW8bit" in stages:
         before, after = stages["AdamW8bit"]["state_bytes"]
         parts.append(f"{after / before:.0%} of the optimizer state")
     if "start to end" in stages:
         whole = stages["start to end"]
         (stock, final), (before, after) = whole["bytes"], whole["validation"]
-        parts.append(f"{final / stock:.0%} of the bytes")
-        parts.append(f"validation loss {after - before:+.2f}")
-    return "One stock Mamba-attention model: " + ", ".join(parts)
+        parts += [f"{final / stock:.0%} of the model's bytes", f"validation loss {after - before:+.2f}"]
+    return ", ".join(parts)
 
 
 def _draw_losses(axis: Any, losses: dict[str, list[float]]) -> None:
     """The validation loss before and after each step that can change it."""
     for place, pair in enumerate(losses.values()):
         axis.plot((place - 0.2, place + 0.2), pair, color=_INK, linewidth=1, zorder=1)
-        for x, value, style, label in zip((-0.2, 0.2), pair, _STYLES, ("before", "after"), strict=True):
-            axis.plot(
-                place + x, value, "o", color=style["color"], markersize=8, label=label if not place else None
-            )
-            _label(axis, f"{value:.2f}", place + x, value)
+        for x, value, style in zip((-0.2, 0.2), pair, _STYLES, strict=True):
+            axis.plot(place + x, value, "o", color=style["color"], markersize=8)
+            axis.annotate(
+                f"{value:.2f}", (place + x, value), (40 * x, -3), textcoords="offset points",
+                ha="left" if x > 0 else "right", fontsize=9.5,
+            )  # fmt: skip
     axis.set_xticks(range(len(losses)), losses)
     axis.set_xlim(-0.6, len(losses) - 0.4)
-    axis.set_ylabel("validation loss,\nnats per byte")
-    axis.margins(y=0.25)
-    axis.legend(frameon=False, fontsize=9, loc="upper left")
+    axis.set_ylabel("nats per byte")
+    axis.set_title("what it costs: validation loss before and after each step", fontsize=9.5, color=_INK)
+    lowest, highest = min(map(min, losses.values())), max(map(max, losses.values()))
+    room = max(0.2 * (highest - lowest), 0.2)  # so that a difference of some thousandths looks like one
+    axis.set_ylim(lowest - room, highest + room)
     _tidy(axis)
 
 
@@ -293,16 +300,15 @@ def _draw_difference(axis: Any, results: dict[str, Any]) -> None:
 def _draw_bars(axis: Any, values: list[float], labels: list[str], title: str) -> None:
     for position, (value, style) in enumerate(zip(values, _STYLES, strict=True)):
         axis.bar(position, value, width=0.7, color=style["color"])
-        _label(axis, f"{value:.3g}", position, value)
+        axis.annotate(
+            f"{value:.0f}" if value >= 100 else f"{value:.3g}", (position, value), (0, 4),
+            textcoords="offset points", ha="center", fontsize=9,
+        )  # fmt: skip
     axis.set_xticks([0, 1], labels)
     axis.set_title(title, fontsize=9.5, color=_INK)
     axis.set_yticks([])
     axis.margins(y=0.08)
     axis.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _label(axis: Any, text: str, x: float, y: float) -> None:
-    axis.annotate(text, (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=9)
 
 
 def _tidy(axis: Any) -> None:

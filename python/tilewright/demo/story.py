@@ -32,25 +32,21 @@ from .host import (
     without_warnings,
 )
 from .plot import plot_story
-from .show import check_writable, comparison, print_files, print_text, progress_bars, write_record
+from .show import check_writable, print_files, progress_bars, write_record
+from .story_report import COMPRESS, OPTIMIZER, PRUNE, REPAIR, SWAP, WHOLE, WINDOW, is_sound, print_table
 from .text import load_text, random_batches, windows
 from .training import Training, cosine, mean_loss, settled
 
 SCHEMA = 1
-SWAP, OPTIMIZER, WINDOW = "swap Mamba", "AdamW8bit", "window"
-PRUNE, REPAIR, COMPRESS, WHOLE = "prune", "repair", "compress", "start to end"
 Batches = Iterator[tuple[Tensor, Tensor]]
 _SETTINGS: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 _WARM_UP = 20
 _SPARSITY = 0.75
 _PRUNED = ("*.feed_forward.*", "*.in_proj", "*.out_proj")
 _CALIBRATION = 8
-# Rounding alone makes the losses of so few steps differ by some 1e-6; compression by less.
-_SAME_LOSS = 1e-3
 # Seconds after which transformers' own Mamba stops early: on a busy machine a step of it can take a minute.
 _PATIENCE = 30
 _ROUNDS, _TEMPERATURE = 3, 0.7
-_SLOWER = 0.97
 
 
 @dataclass(frozen=True)
@@ -135,15 +131,19 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
                 took = time.perf_counter() - started - record["seconds"]
                 record["stages"][name] = {**result, "seconds": round(took, 1)}
                 record["seconds"] = round(time.perf_counter() - started, 1)
-                results = write_record(record, out)
+                write_record(record, out)
         except KeyboardInterrupt:
             if record["stages"]:
-                print_table(record, console)
-                print_files(results, plot_story(record, out / "story.png"), console)
+                finish(record, out, console)
             raise
-    print_table(record, console)
-    print_files(results, plot_story(record, out / "story.png"), console)
+    finish(record, out, console)
     return int(not is_sound(record))
+
+
+def finish(record: dict[str, Any], out: Path, console: Console) -> None:
+    """The table, the plot, and where they are."""
+    print_table(record, console)
+    print_files(write_record(record, out), plot_story(record, out / "story.png"), console)
 
 
 def announce(record: dict[str, Any], console: Console) -> None:
@@ -294,9 +294,10 @@ def put_window(
 
     window = BlockSparse(BlockMask.sliding_window, window=size.window, sink=size.sink, block_size=size.block)
     settings = {**_SETTINGS, "lr": _SETTINGS["lr"] / 4}
+    example = {"input_ids": next(batches)[0][:, : 3 * size.window], "use_cache": False}
     pair = [
         Training(of, AdamW8bit(of.parameters(), **settings), cosine(size.long_steps, 2))
-        for of in (model, swapped_copy(model, attention=window))
+        for of in (model, swapped_copy(model, attention=window, verify=example))
     ]
     train_turn_by_turn(pair, batches, size.long_steps, WINDOW, console)
     for training in pair:
@@ -385,134 +386,3 @@ def _parameters(model: nn.Module) -> int:
 
 def _bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-
-
-# What is compared, and how: title, unit, and whether less is quicker (times), smaller or better (losses).
-_MEASURES: dict[str, tuple[str, str, float, str]] = {
-    "step_ms": ("ms per step", "{:.4g}", 1.0, "time"),
-    "bytes_per_s": ("bytes per second", "{:.0f}", 1.0, "rate"),
-    "optimizer_ms": ("   of which the optimizer", "{:.3g}", 1.0, "time"),
-    "state_bytes": ("optimizer state, MB", "{:.2f}", 1e-6, "size"),
-    "bytes": ("model, MB", "{:.2f}", 1e-6, "size"),
-    "density": ("share of blocks computed", "{:.3f}", 1.0, "size"),
-    "read_ms": ("ms to read", "{:.4g}", 1.0, "time"),
-    "token_ms": ("ms to generate a byte", "{:.3g}", 1.0, "time"),
-    "validation": ("validation loss", "{:.3f}", 1.0, "loss"),
-}
-
-
-def print_table(record: dict[str, Any], console: Console) -> None:
-    """Prints the comparison, says in words what it shows, and then what the model wrote."""
-    console.print(comparison(("step", "", "before", "after", "change"), summary_rows(record), words=2))
-    for line in verdicts(record):
-        console.print(line, highlight=False)
-    if WHOLE in record["stages"]:
-        for title, key in (
-            ("Text it was not trained on:", "prompt"),
-            ("How the small model goes on:", "sample"),
-        ):
-            print_text(title, record["stages"][WHOLE][key], console)
-    console.print()
-
-
-def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """The table's lines: step, what, before, after; the ratio, and for losses the difference."""
-    rows = []
-    for name, result in record["stages"].items():
-        title = title_of(name, record)
-        if name == SWAP:
-            a, b = (losses[-1] for losses in result["losses"])
-            loss = (title, f"loss, step {len(result['losses'][0])}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.0e}")
-        for key, (what, pattern, scale, kind) in _MEASURES.items():
-            if key not in result:
-                continue
-            a, b = (value * scale for value in result[key])
-            rows.append(
-                (
-                    title,
-                    _sized(key, what, name, record),
-                    pattern.format(a),
-                    pattern.format(b),
-                    _change(kind, a, b),
-                )
-            )
-            title = ""
-        if name == SWAP:
-            rows.append(("", *loss[1:]))
-    return rows
-
-
-def title_of(name: str, record: dict[str, Any]) -> str:
-    """A step's name with its setting."""
-    size = record["settings"]
-    return {
-        WINDOW: f"window {size['window']}",
-        PRUNE: f"prune {size['sparsity']:.0%}",
-    }.get(name, name)
-
-
-def _sized(key: str, what: str, name: str, record: dict[str, Any]) -> str:
-    """What was measured, with how many bytes it was measured on."""
-    size = record["settings"]
-    if key == "read_ms":
-        return f"{what} {size['long']} bytes"
-    if key == "step_ms":
-        return f"{what} of {size['long'] if name == WINDOW else size['batch'] * size['length']} bytes"
-    return what
-
-
-def _change(kind: str, before: float, after: float) -> str:
-    if kind == "loss":
-        return f"{after - before:+.3f}"
-    if kind in ("size", "rate"):
-        return f"{after / before:.2f}x"
-    return f"{before / after:.3g}x speed"
-
-
-def verdicts(record: dict[str, Any]) -> list[str]:
-    """The comparison in sentences, the unfavourable ones too."""
-    found, lines = record["stages"], []
-    if SWAP in found:
-        losses = found[SWAP]["losses"]
-        lines.append(
-            f"Swapping the Mamba layers changes nothing but the time: over {len(losses[0])} steps the losses "
-            f"differ by at most {loss_difference(record):.0e}."
-        )
-    if COMPRESS in found:
-        kernels = found[COMPRESS]["kernels"]
-        sparse = sum(count for kernel, count in kernels.items() if kernel != "dense")
-        lines.append(
-            f"Of {sum(kernels.values())} pruned layers {sparse} run in a sparse form; "
-            "zeros in the others save nothing."
-        )
-    if WHOLE in found:
-        before, after = found[WHOLE]["validation"]
-        lines.append(f"The price: {after - before:+.3f} nats per byte against the dense model.")
-    slower = [
-        f"{_MEASURES[key][0].strip()} ({title_of(name, record)})"
-        for name, result in found.items()
-        for key, values in result.items()
-        if _MEASURES.get(key, ("", "", 1.0, ""))[3] == "time" and values[0] / values[1] < _SLOWER
-    ]
-    if slower:
-        lines.append(f"What does not pay here, it is SLOWER than before: {', '.join(slower)}.")
-    if not is_sound(record):
-        lines.append("WRONG: a loss is no number, or swapping or compressing changed what is computed.")
-    return lines
-
-
-def loss_difference(record: dict[str, Any]) -> float:
-    """The largest between transformers' Mamba and the swapped one; NaN if a loss is."""
-    pairs = zip(*record["stages"][SWAP]["losses"], strict=True)
-    return float(torch.tensor([abs(a - b) for a, b in pairs], dtype=torch.float64).max())
-
-
-def is_sound(record: dict[str, Any]) -> bool:
-    """Whether what must not change a loss did not, and all losses are numbers."""
-    found = record["stages"]
-    losses = [loss for result in found.values() for loss in result.get("validation", [])]
-    same = SWAP not in found or loss_difference(record) <= _SAME_LOSS
-    if COMPRESS in found:
-        before, after = found[COMPRESS]["validation"]
-        same = same and abs(after - before) <= _SAME_LOSS
-    return same and all(math.isfinite(loss) for loss in losses)
