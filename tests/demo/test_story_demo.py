@@ -20,7 +20,11 @@ needs_transformers = pytest.mark.usefixtures("transformers5")
 def record(step_ms: float = 2.0, loss: float = 3.0, compressed: float = 1.2) -> dict[str, Any]:
     """A result in which transformers took 100 ms for a step and had losses of 4 and 3."""
     stages = {
-        story_report.SWAP: {"step_ms": [100.0, step_ms], "losses": [[4.0, 3.0], [4.0, loss]]},
+        story_report.SWAP: {
+            "step_ms": [100.0, step_ms],
+            "losses": [[4.0, 3.0], [4.0, loss]],
+            "training_loss": [3.0, loss],
+        },
         story_report.OPTIMIZER: {
             "step_ms": [50.0, 50.0],
             "optimizer_ms": [2.0, 1.0],

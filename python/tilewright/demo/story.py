@@ -147,14 +147,23 @@ def finish(record: dict[str, Any], out: Path, console: Console) -> None:
 
 
 def announce(record: dict[str, Any], console: Console) -> None:
-    """Says what is going to be done."""
+    """Says what is going to be done, and in how few lines."""
     size = record["settings"]
     console.print(
         f"transformers' JambaForCausalLM (Mamba and attention layers in turn) for bytes, "
         f"{record['parameters'] / 1e6:.2f}M parameters, on Python's documentation, "
-        f"{torch.get_num_threads()} threads.\nEach step beside the one before it, turn by turn: "
-        f"rows of {size['length']} bytes for the first two, of {size['long']} then.",
+        f"{torch.get_num_threads()} threads. Each step beside the one before it, turn by turn:\n"
+        "  tw.swap(model)\n"
+        "  tw.optim.AdamW8bit(model.parameters(), ...)\n"
+        "  tw.swap(model, attention=BlockSparse(BlockMask.sliding_window, "
+        f"window={size['window']}, sink={size['sink']}, ...))\n"
+        f"  tw.prune.prune(model, Block({size['sparse_block']}, {size['sparse_block']}), {size['sparsity']}, "
+        '"wanda", batches, ...)\n'
+        "  tw.prune.repair(model, batches, ...)\n"
+        "  tw.prune.compress(model, text, ...)",
         highlight=False,
+        soft_wrap=True,
+        markup=False,
     )
 
 
@@ -255,7 +264,9 @@ def swap_mamba(model: nn.Module, batches: Batches, size: Size, console: Console)
         for of in (copy.deepcopy(model), swapped_copy(model))
     ]
     train_turn_by_turn(pair, batches, size.common, SWAP, console, _PATIENCE)
-    return _compared(pair, size.batch * size.length) | {"losses": [training.losses for training in pair]}
+    losses = [training.losses for training in pair]
+    result = {"losses": losses, "training_loss": [found[-1] for found in losses]}
+    return _compared(pair, size.batch * size.length) | result
 
 
 def train_8bit(

@@ -16,7 +16,7 @@ PRUNE, REPAIR, COMPRESS, WHOLE = "prune", "repair", "compress", "start to end"
 _SAME_LOSS = 1e-3
 _SLOWER = 0.97
 
-# What is compared, and how: title, unit, and whether less is quicker (times), smaller or better (losses).
+# What is compared: its title, how it is printed, in which unit, and what kind of change is of interest.
 _MEASURES: dict[str, tuple[str, str, float, str]] = {
     "state_bytes": ("optimizer state, MB", "{:.2f}", 1e-6, "size"),
     "step_ms": ("ms per step", "{:.4g}", 1.0, "time"),
@@ -26,6 +26,7 @@ _MEASURES: dict[str, tuple[str, str, float, str]] = {
     "density": ("share of blocks computed", "{:.3f}", 1.0, "size"),
     "read_ms": ("ms to read", "{:.4g}", 1.0, "time"),
     "token_ms": ("ms to generate a byte", "{:.3g}", 1.0, "time"),
+    "training_loss": ("loss after the last step", "{:.4f}", 1.0, "loss"),
     "validation": ("validation loss", "{:.3f}", 1.0, "loss"),
 }
 
@@ -48,26 +49,12 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str, str]]
     """The table's lines: step, what, before, after; the ratio, and for losses the difference."""
     rows = []
     for name, result in record["stages"].items():
-        title = title_of(name, record)
-        if name == SWAP:
-            a, b = (losses[-1] for losses in result["losses"])
-            loss = (title, f"loss, step {len(result['losses'][0])}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.0e}")
-        for key, (what, pattern, scale, kind) in _MEASURES.items():
-            if key not in result:
-                continue
+        shown = [(key, *_MEASURES[key]) for key in _MEASURES if key in result]
+        for number, (key, what, pattern, scale, kind) in enumerate(shown):
+            title = "" if number else title_of(name, record)
             a, b = (value * scale for value in result[key])
-            rows.append(
-                (
-                    title,
-                    _sized(key, what, name, record),
-                    pattern.format(a),
-                    pattern.format(b),
-                    _change(kind, a, b),
-                )
-            )
-            title = ""
-        if name == SWAP:
-            rows.append(("", *loss[1:]))
+            values = pattern.format(a), pattern.format(b), _change(kind, a, b)
+            rows.append((title, _sized(key, what, name, record), *values))
     return rows
 
 
@@ -124,7 +111,7 @@ def verdicts(record: dict[str, Any]) -> list[str]:
         if _MEASURES.get(key, ("", "", 1.0, ""))[3] == "time" and values[0] / values[1] < _SLOWER
     ]
     if slower:
-        lines.append(f"What does not pay here, it is SLOWER than before: {', '.join(slower)}.")
+        lines.append(f"Does not pay here, SLOWER than before: {', '.join(slower)}.")
     if not is_sound(record):
         lines.append("WRONG: a loss is no number, or swapping or compressing changed what is computed.")
     return lines
