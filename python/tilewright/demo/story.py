@@ -85,9 +85,9 @@ class Size:
 
 
 _FULL = Size(
-    hidden=256, intermediate=1024, layers=4, batch=2, length=256, common=5, steps=400,
+    hidden=256, intermediate=1024, layers=4, batch=2, length=256, common=5, steps=450,
     long=4096, long_steps=12, window=512, sink=64, block=64, held_out=5 * 4096,
-    sparse_block=16, repair_steps=120, generated=320, seconds=1.0,
+    sparse_block=16, repair_steps=200, generated=320, seconds=1.0,
 )  # fmt: skip
 _QUICK = Size(
     hidden=64, intermediate=128, layers=2, batch=2, length=32, common=2, steps=20,
@@ -100,7 +100,7 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
     """Tells the story; prints a table, writes `story.json` and `.png` into `out`.
 
     Args:
-        steps: training steps on short rows; None: 400, or 20 if `quick`.
+        steps: training steps on short rows; None: 450, or 20 if `quick`.
         seeds: of the initial weights and the batches; the first is used.
         out: folder for the results, made if missing.
         quick: a few seconds, which show that it runs.
