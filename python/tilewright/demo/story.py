@@ -351,13 +351,11 @@ def repair(model: nn.Module, batches: list[Tensor], size: Size) -> None:
 
 
 def compress(model: nn.Module, text: Tensor, size: Size) -> dict[str, int]:
-    """Each pruned layer takes the form that is fastest for one byte and for many; returns the forms."""
+    """Each pruned layer takes the form that is fastest for so long a text; returns the forms."""
     from tilewright import prune
 
-    report = prune.compress(
-        model, {"input_ids": text, "use_cache": False}, tokens=[1, text.shape[1]],
-        seconds=size.seconds / 5,
-    )  # fmt: skip
+    inputs = {"input_ids": text, "use_cache": False}
+    report = prune.compress(model.eval(), inputs, seconds=size.seconds / 5)
     return dict(Counter(layer.kernel for layer in report.layers))
 
 
