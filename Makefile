@@ -46,7 +46,7 @@ nightly: $(VENV)/.test $(VENV)/.bench lint wheel
 	HYPOTHESIS_PROFILE=nightly $(bin)/python -m pytest -m "nightly or not nightly"
 	$(MAKE) sanitize
 	$(bin)/python -m pytest bench
-	$(bin)/tilewright demo --quick
+	set -e; for demo in story optim scan attention prune; do $(bin)/tilewright demo $$demo --quick; done
 	set -e; for example in $(wildcard examples/*.py); do $(bin)/python $$example; done
 
 # libgomp must be the one that torch loads, so it is not put into the wheel.

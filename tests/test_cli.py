@@ -68,7 +68,7 @@ def test_every_family_that_is_there_is_a_target(command: str, capsys: pytest.Cap
     said = capsys.readouterr().out
     for family in _families.present(command):
         assert f"{family} " in said
-    assert {"all", "optim"} <= set(said.split())
+    assert {{"bench": "all", "demo": "story"}[command], "optim"} <= set(said.split())
 
 
 def test_bench_without_a_name_lists_the_cases_of_all_families(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,18 +81,26 @@ def test_bench_without_a_name_lists_the_cases_of_all_families(capsys: pytest.Cap
     assert len(set(apart)) == len(apart)
 
 
-def test_demo_without_a_name_runs_all_and_reports_the_worst(monkeypatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "family"), [([], "story"), (["scan"], "scan")])
+def test_demo_without_a_name_is_the_story(
+    name: list[str], family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls = []
 
     class Demo:
         def run(self, *arguments: object) -> int:
             calls.append(arguments)
-            return len(calls) - 1
+            return 1
 
-    monkeypatch.setattr(_families, "present", lambda package: ["optim", "scan"])
-    monkeypatch.setattr(_families, "load", lambda package, family: Demo())
-    assert main(["demo", "--quick", "--seed", "3", "--out", str(tmp_path)]) == 1
-    assert calls == [(None, range(3, 4), tmp_path, True)] * 2
+    monkeypatch.setattr(_families, "load", lambda package, family: calls.append((package, family)) or Demo())
+    assert main(["demo", *name, "--quick", "--seed", "3", "--out", str(tmp_path)]) == 1
+    assert calls == [("demo", family), (None, range(3, 4), tmp_path, True)]
+
+
+def test_only_optim_repeats_for_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--seeds", "2"])
+    assert "unrecognized arguments: --seeds 2" in capsys.readouterr().err
 
 
 def test_compare_refuses_other_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from tilewright import _families
 
-_ALL = "all"
+_ALL, _STORY = "all", "story"
+_DEFAULT_TARGETS = {"demo": _STORY, "bench": _ALL}
 _EPILOG = """\
 examples:
   tilewright info --check          what is installed, built and working here
-  tilewright demo                  train real models on real text, with and without tilewright
+  tilewright demo                  swap, train, prune and compress one model: what each step gains
   tilewright bench --quick         time the ops beside the libraries that are installed
 """
 
@@ -48,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_default_target(arguments: list[str]) -> list[str]:
-    """`tilewright demo --quick` means `tilewright demo all --quick`."""
-    if arguments[:1] in (["demo"], ["bench"]) and (len(arguments) == 1 or _is_option(arguments[1])):
-        return [arguments[0], _ALL, *arguments[1:]]
+    """`tilewright demo --quick` means `tilewright demo story --quick`, and bench is that of all families."""
+    default = _DEFAULT_TARGETS.get("".join(arguments[:1]))
+    if default and (len(arguments) == 1 or _is_option(arguments[1])):
+        return [arguments[0], default, *arguments[1:]]
     return arguments
 
 
@@ -85,10 +87,12 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser(
         "demo",
-        help="train a real model on real text, with and without tilewright",
-        epilog="Without a name: all of them. Options: tilewright demo NAME --help",
+        help="a real model on real text, with and without tilewright",
+        epilog="Without a name: the story. Options: tilewright demo NAME --help",
     )
-    for parser in _add_targets(demo.add_subparsers(dest="target", required=True), "demo"):
+    story = "one model of Mamba and attention layers: swapped, trained, pruned, repaired, compressed"
+    words = {_STORY: story, **_words("demo")}
+    for name, parser in _add_targets(demo.add_subparsers(dest="target", required=True), words).items():
         parser.add_argument(
             "--steps", type=_positive, help="training steps (default: the demo's own; fewer with --quick)"
         )
@@ -96,35 +100,31 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
             "--seed", type=int, default=0, help="seed of the weights and the batches (default 0)"
         )
         parser.add_argument(
-            "--seeds",
-            type=_positive,
-            default=1,
-            metavar="K",
-            help="repeat for K seeds and report the spread of the loss (optim; scan needs one seed)",
-        )
-        parser.add_argument(
             "--quick", action="store_true", help="a few seconds: shows that it runs, not how well it trains"
         )
         parser.add_argument(
             "--out", type=Path, default=Path("tilewright-demo"), help="folder for the plot and the results"
         )
-        parser.set_defaults(run=_run_demo)
+        parser.set_defaults(run=_run_demo, seeds=1)
+        if name == "optim":
+            parser.add_argument(
+                "--seeds",
+                type=_positive,
+                metavar="K",
+                help="repeat for K seeds and report the spread of the loss (default 1)",
+            )
+
+
+def _words(package: str) -> dict[str, str]:
+    """What the families of a package are, by name."""
+    return {family: _families.FAMILIES[family] for family in _families.present(package)}
 
 
 def _add_targets(
-    targets: argparse._SubParsersAction[argparse.ArgumentParser], package: str
-) -> list[argparse.ArgumentParser]:
-    """A parser for each family that the package knows, and one for all of them."""
-    families = _families.present(package)
-    words = {
-        _ALL: f"one after the other: {', '.join(families)}",
-        **{f: _families.FAMILIES[f] for f in families},
-    }
-    parsers = []
-    for name, text in words.items():
-        parsers.append(targets.add_parser(name, help=text, description=text))
-        parsers[-1].set_defaults(families=families if name == _ALL else [name])
-    return parsers
+    targets: argparse._SubParsersAction[argparse.ArgumentParser], words: dict[str, str]
+) -> dict[str, argparse.ArgumentParser]:
+    """A parser for each name, which stands for itself."""
+    return {name: targets.add_parser(name, help=text, description=text) for name, text in words.items()}
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -134,7 +134,11 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="Without a name: all families. Options: tilewright bench NAME --help",
     )
     targets = bench.add_subparsers(dest="target", required=True)
-    for parser in _add_targets(targets, "bench"):
+    words = _words("bench")
+    families = list(words)
+    words = {_ALL: f"one after the other: {', '.join(families)}", **words}
+    for name, parser in _add_targets(targets, words).items():
+        parser.set_defaults(families=families if name == _ALL else [name])
         parser.add_argument(
             "--device", choices=("cpu", "cuda"), help="default: cuda where it works, else cpu"
         )
@@ -192,9 +196,9 @@ def _run_checks(quiet: bool) -> list[dict[str, object]]:
 
 
 def _run_demo(options: argparse.Namespace) -> int:
+    demo = _families.load("demo", options.target)
     seeds = range(options.seed, options.seed + options.seeds)
-    demos = [_families.load("demo", family) for family in options.families]
-    return max([int(demo.run(options.steps, seeds, options.out, options.quick)) for demo in demos])
+    return int(demo.run(options.steps, seeds, options.out, options.quick))
 
 
 def _run_bench(options: argparse.Namespace) -> int:

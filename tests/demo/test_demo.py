@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tilewright.demo import optim, plot, text
-from tilewright.demo.language_model import ByteLanguageModel, mean_loss
+from tilewright.demo import host, optim, plot, show, text, training
+from tilewright.demo.language_model import ByteLanguageModel
+from tilewright.demo.training import mean_loss
 
 
 def test_the_text_is_there_and_split() -> None:
@@ -49,20 +49,10 @@ def test_the_model_cannot_see_what_comes() -> None:
 def test_an_untrained_model_knows_nothing() -> None:
     torch.manual_seed(0)
     _, held_out = text.load_text()
-    loss = mean_loss(ByteLanguageModel(), text.windows(held_out[:2000], 64, 16))
+    loss = mean_loss(ByteLanguageModel(), text.windows(held_out[:2000], 64, 16), ByteLanguageModel.loss)
     assert loss == pytest.approx(torch.log(torch.tensor(256.0)).item(), abs=0.5)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other crawl where the tests share their cores with something else."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_the_whole_demonstration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,3 +86,33 @@ def test_slower_is_said_plainly() -> None:
 def test_smoothing_has_no_lag() -> None:
     ramp = [float(value) for value in range(100)]
     assert plot.smoothed(ramp)[30:70] == pytest.approx(ramp[30:70])
+
+
+def test_text_is_safe_to_print() -> None:
+    assert host.decoded([65, 27, 10, 0xC3, 0xA9, 0xFF]) == "A\ufffd\né\ufffd"
+
+
+def test_the_rate_rises_then_falls_to_a_tenth() -> None:
+    rate = training.cosine(steps=100, warm_up=4)
+    assert [rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert rate(52) == pytest.approx(0.55)
+    assert rate(100) == pytest.approx(0.1)
+
+
+def test_times_leave_out_what_warms_up_where_more_is_left() -> None:
+    assert training.settled([90.0, 1.0, 2.0, 3.0]) == 2.0
+    assert training.settled([90.0]) == 90.0
+
+
+def test_a_validation_leaves_the_model_in_its_mode() -> None:
+    model = ByteLanguageModel(width=32, depth=1, heads=2, length=16)
+    batches = text.windows(torch.arange(200, dtype=torch.uint8), 16, 5)
+    for mode in (True, False):
+        mean_loss(model.train(mode), batches, ByteLanguageModel.loss)
+        assert model.training is mode
+
+
+def test_results_that_cannot_be_written_are_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"--out .*file/results: results cannot be written there: Not a dir"):
+        show.check_writable(tmp_path / "file" / "results")

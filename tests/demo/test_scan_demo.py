@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,6 @@ from tilewright import cli, swapping
 from tilewright.demo import plot, scan, text
 
 needs_transformers = pytest.mark.usefixtures("transformers5")
-
-
-@pytest.fixture
-def transformers5() -> None:
-    pytest.importorskip("transformers", minversion="5.0")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other crawl where the tests share their cores with something else."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -66,7 +51,7 @@ def record(step_ms: float = 2.0, token_ms: float = 0.5, loss: float = 3.0) -> di
 @needs_transformers
 @pytest.mark.usefixtures("short_text")
 def test_the_whole_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert scan.run(steps=8, seeds=range(2), out=tmp_path, quick=True) == 0
+    assert scan.run(steps=8, seeds=[0], out=tmp_path, quick=True) == 0
     found = json.loads((tmp_path / "scan.json").read_text())
     theirs, ours = found["training"][scan.THEIRS], found["training"][scan.OURS]
     assert (len(theirs["losses"]), len(ours["losses"])) == (3, 8)
@@ -76,7 +61,6 @@ def test_the_whole_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found["generation"]["same_tokens"] > 0
     assert found["versions"]["transformers"]
     said = capsys.readouterr().out
-    assert "Only seed 0 is used" in said
     assert "tokens per second, training" in said
     pytest.importorskip("matplotlib")
     assert (tmp_path / "scan.png").stat().st_size > 20_000
@@ -97,8 +81,8 @@ def test_no_patience_still_compares_a_gradient(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(scan, "_PATIENCE", 0)
     train, held_out = text.load_text()
     size = scan.Size(steps=3, common=3, batch=1, length=16, validations=1, generated=1)
-    trainings = {name: scan.Training(model, 3) for name, model in scan.make_models(0).items()}
-    assert scan.train_both(trainings, train, held_out[:500], size, 0, Console(quiet=True)) == 2
+    trainings = {name: scan.make_training(model, 3) for name, model in scan.make_models(0).items()}
+    assert scan.train_both(trainings, 3, train, held_out[:500], size, 0, Console(quiet=True)) == 2
     assert [len(training.losses) for training in trainings.values()] == [2, 3]
 
 
@@ -141,10 +125,6 @@ def test_slower_and_wrong_are_said_plainly() -> None:
 
 def test_a_loss_that_is_no_number_is_no_agreement() -> None:
     assert not scan.loss_difference(record(loss=float("nan"))) <= 1.0
-
-
-def test_text_is_safe_to_print() -> None:
-    assert scan._decoded([65, 27, 10, 0xC3, 0xA9, 0xFF]) == "A\ufffd\né\ufffd"
 
 
 def test_the_picture_of_a_result(tmp_path: Path) -> None:

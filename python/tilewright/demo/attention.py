@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import resource
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -25,9 +20,11 @@ from tilewright.attention import BlockMask, BlockSparse
 from tilewright.bench import environment
 
 from .estimators import measure
-from .host import NO_SPECIAL_BYTES, transformers_for, without_warnings
+from .host import NO_SPECIAL_BYTES, swapped_copy, transformers_for, without_warnings
 from .plot import plot_attention
+from .show import check_writable, comparison, print_files, progress_bars, ratio_row, speed, write_record
 from .text import load_text, random_batches, windows
+from .training import Training, next_byte_loss, settled
 
 THEIRS, OURS = "dense SDPA", "sliding window"
 SCHEMA = 1
@@ -68,61 +65,23 @@ _FULL = Size(length=4096, steps=70, validation=6, window=512, sink=64, block=64)
 _QUICK = Size(length=256, steps=6, validation=1, window=32, sink=16, block=16)
 
 
-@dataclass
-class Training:
-    """One model being trained, and what was seen on the way."""
+def make_training(model: nn.Module, steps: int) -> Training:
+    """AdamW; the rate goes up in a few steps, then down to a tenth."""
 
-    model: nn.Module
-    steps: int
-    losses: list[float] = field(default_factory=list)
-    validation: float = math.nan
-    forward_ms: list[float] = field(default_factory=list)
-    backward_ms: list[float] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / _WARM_UP) * max(0.1, 1 - step / steps)
 
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **_SETTINGS)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+    return Training(model, torch.optim.AdamW(model.parameters(), **_SETTINGS), rate)
 
-    def _rate(self, step: int) -> float:
-        """Share of the learning rate: up in a few steps, then down to a tenth."""
-        return min(1.0, (step + 1) / _WARM_UP) * max(0.1, 1 - step / self.steps)
 
-    def step(self, inputs: Tensor, targets: Tensor) -> None:
-        """Forward, backward and update, timed."""
-        start = time.perf_counter()
-        self.optimizer.zero_grad()
-        loss = _loss(self.model, inputs, targets)
-        middle = time.perf_counter()
-        loss.backward()  # type: ignore[no-untyped-call]
-        late = time.perf_counter()
-        self.optimizer.step()
-        end = time.perf_counter()
-        self.forward_ms.append((middle - start) * 1e3)
-        self.backward_ms.append((late - middle) * 1e3)
-        self.step_ms.append((end - start) * 1e3)
-        self.schedule.step()
-        self.losses.append(loss.item())
-
-    def validate(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        """Notes the mean loss over all bytes of `batches`."""
-        self.model.eval()
-        with torch.no_grad():
-            self.validation = statistics.fmean(_loss(self.model, *batch).item() for batch in batches)
-        self.model.train()
-
-    def parameters(self) -> int:
-        """How many the model has."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    def result(self) -> dict[str, Any]:
-        """The numbers of the table, and the curve. The first step, which warms up, is left out of times."""
-        times = {"forward_ms": self.forward_ms, "backward_ms": self.backward_ms, "step_ms": self.step_ms}
-        return {
-            **{name: round(statistics.median(values[1:] or values), 2) for name, values in times.items()},
-            "losses": self.losses,
-            "validation": round(self.validation, 4),
-        }
+def result(training: Training, kept: int) -> dict[str, Any]:
+    """The numbers of the table, and the curve."""
+    return {
+        **{name: settled(getattr(training, name)) for name in ("forward_ms", "backward_ms", "step_ms")},
+        "losses": training.losses,
+        "validation": round(training.final(), 4),
+        "bytes_kept": kept,
+    }
 
 
 def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False) -> int:
@@ -138,23 +97,23 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
         0, or 1 if a training diverged.
 
     Raises:
+        OSError: `out` cannot be written to.
         ImportError: transformers is not installed.
         ValueError: the layers of the transformers that is installed cannot be swapped.
         RuntimeError: the swapped layers do not compute what SDPA does under the same mask.
     """
+    check_writable(out)
     size, seed = _QUICK if quick else _FULL, seeds[0]
     console, started = Console(), time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
     with without_warnings("attention"):
         train, held_out = load_text()
         models = make_models(seed, size, train[: size.length][None].long())
-        trainings = {name: Training(model, steps or size.steps) for name, model in models.items()}
+        steps = steps or size.steps
+        trainings = {name: make_training(model, steps) for name, model in models.items()}
         announce(trainings[OURS], len(train), size, console)
-        if len(seeds) > 1:
-            console.print(f"Only seed {seed} is used.")
         batches = random_batches(train, 1, size.length, seed)
         kept = {name: bytes_kept(model, *next(batches)) for name, model in models.items()}
-        train_both(trainings, batches, console)
+        train_both(trainings, batches, steps, console)
         for training in trainings.values():
             training.validate(windows(held_out, size.length, 1)[: size.validation])
         estimators = measure(trainings[THEIRS].model, windows(held_out, size.length, 1)[0][0], size.block)
@@ -164,19 +123,15 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
         "steps": len(trainings[OURS].losses), "seed": seed, "parameters": trainings[OURS].parameters(),
         "settings": {**_MODEL, **_SETTINGS, **vars(size), "batch": 1},
         "masks": {name: described(mask) for name, mask in size.masks().items()},
-        "training": {name: {**t.result(), "bytes_kept": kept[name]} for name, t in trainings.items()},
+        "training": {name: result(t, kept[name]) for name, t in trainings.items()},
         "estimators": estimators,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
-    (out / "attention.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    results = write_record(record, out)
     print_table(record, console)
-    console.print(
-        f"results  {out / 'attention.json'}\n{plot_attention(record, size.masks(), out / 'attention.png')}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return int(not all(math.isfinite(training.validation) for training in trainings.values()))
+    print_files(results, plot_attention(record, size.masks(), out / "attention.png"), console)
+    return int(not all(math.isfinite(training.final()) for training in trainings.values()))
 
 
 def announce(training: Training, text_bytes: int, size: Size, console: Console) -> None:
@@ -194,19 +149,12 @@ def announce(training: Training, text_bytes: int, size: Size, console: Console) 
 
 def make_models(seed: int, size: Size, example: Tensor) -> dict[str, nn.Module]:
     """transformers' model with random weights, and a copy of it that was swapped and verified."""
-    from tilewright.swapping import swap
-
     transformers = transformers_for("attention")
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(**_MODEL, **NO_SPECIAL_BYTES, max_position_embeddings=size.length)
     stock = transformers.LlamaForCausalLM(config).train()
-    swapped = copy.deepcopy(stock)
-    report = swap(swapped, attention=size.spec(), verify={"input_ids": example, "use_cache": False})
-    if report.skipped or not report.swapped:
-        raise ValueError(
-            f"the layers of transformers {transformers.__version__} cannot be swapped:\n{report}"
-        )
-    return {THEIRS: stock, OURS: swapped}
+    example_inputs = {"input_ids": example, "use_cache": False}
+    return {THEIRS: stock, OURS: swapped_copy(stock, attention=size.spec(), verify=example_inputs)}
 
 
 def bytes_kept(model: nn.Module, inputs: Tensor, targets: Tensor) -> int:
@@ -221,15 +169,13 @@ def bytes_kept(model: nn.Module, inputs: Tensor, targets: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = _loss(model, inputs, targets)  # noqa: F841  it holds what was kept
+        loss = next_byte_loss(model, inputs, targets)  # noqa: F841  it holds what was kept
     return sum(found.values())
 
 
-def train_both(trainings: dict[str, Training], batches: Any, console: Console) -> None:
+def train_both(trainings: dict[str, Training], batches: Any, steps: int, console: Console) -> None:
     """A step each over the same batch, so that whatever else the machine does falls on both alike."""
-    bar = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    steps = trainings[OURS].steps
-    with Progress(*bar, TextColumn("{task.description}"), console=console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("", total=steps)
         for step in range(1, steps + 1):
             batch = next(batches)
@@ -249,12 +195,7 @@ def described(mask: BlockMask) -> dict[str, Any]:
 
 def print_table(record: dict[str, Any], console: Console) -> None:
     """Prints the comparison, and says in words what it shows."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for index, heading in enumerate(("", THEIRS, OURS, "change")):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for row in summary_rows(record):
-        table.add_row(*row)
-    console.print(table)
+    console.print(comparison(("", THEIRS, OURS, "change"), summary_rows(record)))
     console.print(estimator_table(record))
     for line in verdicts(record):
         console.print(line, highlight=False)
@@ -268,11 +209,11 @@ def summary_rows(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     a, b = theirs["losses"][-1], ours["losses"][-1]
     x, y = theirs["validation"], ours["validation"]
     return [
-        _row("density, share of blocks", "{:.4f}", *density),
-        _row("ms per training step", "{:.0f}", theirs["step_ms"], ours["step_ms"]),
-        _row("   forward", "{:.0f}", theirs["forward_ms"], ours["forward_ms"]),
-        _row("   backward", "{:.0f}", theirs["backward_ms"], ours["backward_ms"]),
-        _row("MB kept for backward", "{:.0f}", theirs["bytes_kept"] / 1e6, ours["bytes_kept"] / 1e6),
+        ratio_row("density, share of blocks", "{:.4f}", *density),
+        ratio_row("ms per training step", "{:.0f}", theirs["step_ms"], ours["step_ms"]),
+        ratio_row("   forward", "{:.0f}", theirs["forward_ms"], ours["forward_ms"]),
+        ratio_row("   backward", "{:.0f}", theirs["backward_ms"], ours["backward_ms"]),
+        ratio_row("MB kept for backward", "{:.0f}", theirs["bytes_kept"] / 1e6, ours["bytes_kept"] / 1e6),
         (f"loss, step {record['steps']}", f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"),
         (f"validation loss, step {record['steps']}", f"{x:.4f}", f"{y:.4f}", f"{y - x:+.4f}"),
     ]
@@ -292,20 +233,15 @@ def estimator_table(record: dict[str, Any]) -> Table:
     return table
 
 
-def _row(title: str, pattern: str, theirs: float, ours: float) -> tuple[str, str, str, str]:
-    return title, pattern.format(theirs), pattern.format(ours), f"{ours / theirs:.3g}x"
-
-
 def verdicts(record: dict[str, Any]) -> list[str]:
     """The comparison in sentences, the unfavourable ones too."""
     theirs, ours = (record["training"][name] for name in (THEIRS, OURS))
     settings = record["settings"]
-    ratio = theirs["step_ms"] / ours["step_ms"]
-    speed = f"{ratio:.3g} times as fast" if ratio >= 0.98 else f"SLOWER ({1 / ratio:.2f}x as long)"
     difference = ours["validation"] - theirs["validation"]
+    ratio = speed(theirs["step_ms"], ours["step_ms"])
     side = "HIGHER" if difference > 0 else "lower"
     return [
-        f"Time: a whole training step is {speed} with the window; that counts all else of the model, too.",
+        f"Time: a whole training step is {ratio} with the window; that counts all else of the model, too.",
         f"Loss: after {record['steps']} steps the validation loss is {abs(difference):.4f} {side} with the "
         f"window. A query sees {settings['window']} bytes before it and the first {settings['sink']}, "
         f"instead of up to {settings['length']}; so short a training shows no more than that it learns.",
@@ -313,9 +249,3 @@ def verdicts(record: dict[str, Any]) -> list[str]:
         f"differs. The whole process, both models and optimizers, had {record['peak_rss_bytes'] / 1e6:.0f} "
         "MB at its peak.",
     ]
-
-
-def _loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy, in nats per byte."""
-    logits: Tensor = model(inputs, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

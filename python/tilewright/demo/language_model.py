@@ -6,7 +6,6 @@ models. It makes the optimizer's share of a step what it is there, and the loss 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,10 +60,3 @@ class Block(nn.Module):
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         y: Tensor = x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
         return y
-
-
-@torch.no_grad()
-def mean_loss(model: ByteLanguageModel, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Mean cross entropy over all bytes of `batches`."""
-    total = sum(model.loss(*batch).item() * batch[1].numel() for batch in batches)
-    return total / sum(targets.numel() for _, targets in batches)

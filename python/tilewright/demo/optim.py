@@ -3,85 +3,44 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from tilewright.bench import environment
 
-from .language_model import ByteLanguageModel, mean_loss
+from .language_model import ByteLanguageModel
 from .plot import plot
+from .show import check_writable, comparison, print_files, progress_bars, write_record
 from .text import load_text, random_batches, windows
+from .training import Training, cosine, settled
 
 THEIRS, OURS = "torch AdamW", "tilewright AdamW8bit"
 SCHEMA = 1
 _BATCH, _LENGTH = 16, 64
 _SETTINGS: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-_WARM_UP, _FINAL_LR = 40, 0.1
+_WARM_UP = 40
 _SLICE = 10
 _CURVE_POINTS = 6
 
 
-@dataclass
-class Training:
-    """One model being trained by one optimizer, and what was seen on the way."""
-
-    name: str
-    model: ByteLanguageModel
-    optimizer: torch.optim.Optimizer
-    losses: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
-    optimizer_ms: list[float] = field(default_factory=list)
-
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor, lr: float) -> None:
-        """Forward, backward and update, timed."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        start = time.perf_counter()
-        loss = self.model.loss(inputs, targets)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        before = time.perf_counter()
-        self.optimizer.step()
-        end = time.perf_counter()
-        self.losses.append(loss.item())
-        self.step_ms.append((end - start) * 1e3)
-        self.optimizer_ms.append((end - before) * 1e3)
-
-    def state_bytes(self) -> int:
-        """Bytes of all state that grows with the model (a quantization map is shared, and counts once)."""
-        tensors = [
-            t
-            for state in self.optimizer.state.values()
-            for t in state.values()
-            if isinstance(t, torch.Tensor)
-        ]
-        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
-
-    def result(self) -> dict[str, Any]:
-        """The numbers of the table, and the curves."""
-        settled = slice(min(_SLICE, len(self.step_ms) // 2), None)
-        return {
-            "train_loss": round(statistics.fmean(self.losses[-50:]), 4),
-            "validation_loss": round(self.validation[-1][1], 4),
-            "state_bytes": self.state_bytes(),
-            "step_ms": round(statistics.median(self.step_ms[settled]), 3),
-            "optimizer_ms": round(statistics.median(self.optimizer_ms[settled]), 3),
-            "losses": [round(loss, 4) for loss in self.losses],
-            "validation": [(step, round(loss, 4)) for step, loss in self.validation],
-        }
+def result(training: Training) -> dict[str, Any]:
+    """The numbers of the table, and the curves."""
+    return {
+        "train_loss": round(statistics.fmean(training.losses[-50:]), 4),
+        "validation_loss": round(training.final(), 4),
+        "state_bytes": training.state_bytes(),
+        "step_ms": settled(training.step_ms, _SLICE),
+        "optimizer_ms": settled(training.optimizer_ms, _SLICE),
+        "losses": [round(loss, 4) for loss in training.losses],
+        "validation": [(step, round(loss, 4)) for step, loss in training.validation],
+    }
 
 
 def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False) -> int:
@@ -96,6 +55,7 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
     Returns:
         0, or 1 if a training diverged.
     """
+    check_writable(out)
     steps = steps or (60 if quick else 800)
     console = Console()
     started = time.perf_counter()
@@ -108,15 +68,14 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
         "Same weights, same batches, the two optimizers turn by turn:",
         highlight=False,
     )
-    out.mkdir(parents=True, exist_ok=True)
     runs = []
-    bar = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*bar, TextColumn("{task.description}"), console=console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("", total=2 * steps * len(seeds))
 
-        def on_slice(trainings: list[Training]) -> None:
+        def on_slice(trainings: dict[str, Training]) -> None:
             losses = ", ".join(
-                f"{t.name.split()[0]} {statistics.fmean(t.losses[-_SLICE:]):.3f}" for t in trainings
+                f"{name.split()[0]} {statistics.fmean(t.losses[-_SLICE:]):.3f}"
+                for name, t in trainings.items()
             )
             progress.update(task, advance=2 * _SLICE, description=f"loss: {losses}")
 
@@ -128,11 +87,9 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
         "parameters": parameters, "settings": {**_SETTINGS, "batch": _BATCH, "length": _LENGTH},
         "spread": spread(runs), "seconds": round(time.perf_counter() - started, 1), "runs": runs,
     }  # fmt: skip
-    (out / "optim.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    results = write_record(record, out)
     print_table(record, console)
-    console.print(
-        f"results  {out / 'optim.json'}\n{plot(record, out / 'optim.png')}", highlight=False, soft_wrap=True
-    )
+    print_files(results, plot(record, out / "optim.png"), console)
     return int(not all(math.isfinite(r[name]["validation_loss"]) for r in runs for name in (THEIRS, OURS)))
 
 
@@ -141,7 +98,7 @@ def train_both(
     steps: int,
     train: torch.Tensor,
     held_out: torch.Tensor,
-    on_slice: Callable[[list[Training]], None] = lambda trainings: None,
+    on_slice: Callable[[dict[str, Training]], None] = lambda trainings: None,
 ) -> dict[str, Any]:
     """Trains the same initial model on the same batches with each optimizer; a result per optimizer.
 
@@ -152,23 +109,28 @@ def train_both(
     torch.manual_seed(seed)
     model = ByteLanguageModel(length=_LENGTH)
     twin = copy.deepcopy(model)
-    trainings = [
-        Training(THEIRS, model, torch.optim.AdamW(model.parameters(), **_SETTINGS, fused=True)),
-        Training(OURS, twin, AdamW8bit(twin.parameters(), **_SETTINGS)),
-    ]
+    rate = cosine(steps, min(_WARM_UP, steps // 4))
+    optimizers = {
+        THEIRS: torch.optim.AdamW(model.parameters(), **_SETTINGS, fused=True),
+        OURS: AdamW8bit(twin.parameters(), **_SETTINGS),
+    }
+    trainings = {
+        name: Training(of, optimizer, rate, ByteLanguageModel.loss)
+        for of, (name, optimizer) in zip((model, twin), optimizers.items(), strict=True)
+    }
     batches = random_batches(train, _BATCH, _LENGTH, seed)
     validation = windows(held_out, _LENGTH, 64)
     every = max(_SLICE, steps // _CURVE_POINTS // _SLICE * _SLICE)
     for first in range(0, steps, _SLICE):
         turn = [next(batches) for _ in range(min(_SLICE, steps - first))]
-        for training in trainings:
-            for offset, batch in enumerate(turn):
-                training.step(*batch, _learning_rate(first + offset, steps))
+        for training in trainings.values():
+            for batch in turn:
+                training.step(*batch)
             done = first + len(turn)
             if done % every == 0 or done == steps:
-                training.validation.append((done, mean_loss(training.model, validation)))
+                training.validate(validation)
         on_slice(trainings)
-    return {training.name: training.result() for training in trainings}
+    return {name: result(training) for name, training in trainings.items()}
 
 
 def spread(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -188,13 +150,7 @@ def spread(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def print_table(record: dict[str, Any], console: Console) -> None:
     """Prints the comparison (means over the seeds) and says in words what it shows."""
-    rows = summary_rows(record)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for index, heading in enumerate(("", THEIRS, OURS, "change")):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(comparison(("", THEIRS, OURS, "change"), summary_rows(record)))
     for line in verdicts(record):
         console.print(line, highlight=False)
 
@@ -238,13 +194,3 @@ def verdicts(record: dict[str, Any]) -> list[str]:
 
 def _mean(record: dict[str, Any], name: str, key: str) -> float:
     return statistics.fmean(run[name][key] for run in record["runs"])
-
-
-def _learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    peak = float(_SETTINGS["lr"])
-    warm_up = min(_WARM_UP, steps // 4)
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    progress = (step - warm_up) / max(1, steps - warm_up)
-    return peak * (_FINAL_LR + (1 - _FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress)))

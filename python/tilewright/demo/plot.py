@@ -34,6 +34,11 @@ def plot_prune(record: dict[str, Any], path: Path) -> str:
     return _saved(_draw_prune, record, path)
 
 
+def plot_story(record: dict[str, Any], path: Path) -> str:
+    """Draws what is there of `demo`'s story; returns the line to print."""
+    return _saved(_draw_story, record, path)
+
+
 def smoothed(values: list[float], reach: int = 20) -> list[float]:
     """Mean over `reach` neighbours on either side: no lag, so that it meets the validation points."""
     return [
@@ -123,6 +128,83 @@ def _draw_prune(figure: Any, record: dict[str, Any]) -> None:
         _draw_quality(figure.add_subplot(grid[number, 0]), name, result)
         _draw_speeds(figure.add_subplot(grid[number, 1]), result)
     figure.suptitle("Pruned, repaired, compressed", fontsize=11, color=_INK)
+
+
+# A step of the story and what it gains: in words, scale, what it is before and after, what less of it is.
+_GAINS = {
+    ("swap Mamba", "step_ms"): (
+        "Mamba layers swapped:\ntraining step, ms",
+        1.0,
+        ("stock", "swapped"),
+        "faster",
+    ),
+    ("AdamW8bit", "state_bytes"): ("AdamW8bit:\noptimizer state, MB", 1e-6, ("32-bit", "8-bit"), "smaller"),
+    ("window", "step_ms"): ("windowed attention:\ntraining step, ms", 1.0, ("dense", "window"), "faster"),
+    ("compress", "bytes"): ("pruned, compressed:\nmodel, MB", 1e-6, ("dense", "sparse"), "smaller"),
+    ("compress", "read_ms"): ("pruned, compressed:\nreading, ms", 1.0, ("dense", "sparse"), "faster"),
+    ("compress", "token_ms"): ("pruned, compressed:\nwriting a byte, ms", 1.0, ("dense", "sparse"), "faster"),
+}
+
+
+def _draw_story(figure: Any, record: dict[str, Any]) -> None:
+    """Above: what each step gains; below: what it costs."""
+    stages = record["stages"]
+    gains = {key: shown for key, shown in _GAINS.items() if key[0] in stages}
+    losses = {name: found["validation"] for name, found in stages.items() if "validation" in found}
+    losses.pop("start to end", None)
+    above, *below = figure.subfigures(2, 1, height_ratios=[1.5, 1]) if losses else [figure]
+    for axis, ((stage, measure), (title, scale, labels, word)) in zip(
+        above.subplots(1, len(gains), squeeze=False)[0], gains.items(), strict=True
+    ):
+        before, after = (value * scale for value in stages[stage][measure])
+        _draw_bars(axis, [before, after], list(labels), title)
+        axis.set_xlabel(_factor(before, after, word), fontsize=13, fontweight="bold", color=_INK, labelpad=5)
+    if losses:
+        _draw_losses(below[0].subplots(), losses)
+    figure.suptitle(_finding(stages), fontsize=13, color=_INK)
+
+
+def _factor(before: float, after: float, word: str) -> str:
+    """How many times less it is now."""
+    if after > 1.03 * before:
+        return f"{after / before:.2g}x {'SLOWER' if word == 'faster' else 'LARGER'}"
+    return f"{before / after:.2g}x {word}" if before > 1.03 * after else "the same"
+
+
+def _finding(stages: dict[str, Any]) -> str:
+    """The story in one line, as far as it goes."""
+    parts = []
+    if "swap Mamba" in stages:
+        before, after = stages["swap Mamba"]["step_ms"]
+        parts.append(f"Trained {before / after:.2g}x as fast")
+    if "AdamW8bit" in stages:
+        before, after = stages["AdamW8bit"]["state_bytes"]
+        parts.append(f"{after / before:.0%} of the optimizer state")
+    if "start to end" in stages:
+        whole = stages["start to end"]
+        (stock, final), (before, after) = whole["bytes"], whole["validation"]
+        parts += [f"{final / stock:.0%} of the model's bytes", f"validation loss {after - before:+.2f}"]
+    return ", ".join(parts)
+
+
+def _draw_losses(axis: Any, losses: dict[str, list[float]]) -> None:
+    """The validation loss before and after each step that can change it."""
+    for place, pair in enumerate(losses.values()):
+        axis.plot((place - 0.2, place + 0.2), pair, color=_INK, linewidth=1, zorder=1)
+        for x, value, style in zip((-0.2, 0.2), pair, _STYLES, strict=True):
+            axis.plot(place + x, value, "o", color=style["color"], markersize=8)
+            axis.annotate(
+                f"{value:.2f}", (place + x, value), (40 * x, -3), textcoords="offset points",
+                ha="left" if x > 0 else "right", fontsize=9.5,
+            )  # fmt: skip
+    axis.set_xticks(range(len(losses)), losses)
+    axis.set_xlim(-0.6, len(losses) - 0.4)
+    axis.set_ylabel("nats per byte")
+    axis.set_title("what it costs: validation loss before and after each step", fontsize=9.5, color=_INK)
+    lowest, highest = min(map(min, losses.values())), max(map(max, losses.values()))
+    room = max(0.2 * (highest - lowest), 0.2)  # so that a difference of some thousandths looks like one
+    axis.set_ylim(lowest - room, highest + room)
+    _tidy(axis)
 
 
 def _draw_quality(axis: Any, name: str, result: dict[str, Any]) -> None:
@@ -219,8 +301,9 @@ def _draw_bars(axis: Any, values: list[float], labels: list[str], title: str) ->
     for position, (value, style) in enumerate(zip(values, _STYLES, strict=True)):
         axis.bar(position, value, width=0.7, color=style["color"])
         axis.annotate(
-            f"{value:.3g}", (position, value), (0, 4), textcoords="offset points", ha="center", fontsize=9
-        )
+            f"{value:.0f}" if value >= 100 else f"{value:.3g}", (position, value), (0, 4),
+            textcoords="offset points", ha="center", fontsize=9,
+        )  # fmt: skip
     axis.set_xticks([0, 1], labels)
     axis.set_title(title, fontsize=9.5, color=_INK)
     axis.set_yticks([])

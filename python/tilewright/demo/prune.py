@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import statistics
 import time
@@ -24,6 +23,7 @@ from tilewright.bench.timing import measure
 from .host import without_warnings
 from .plot import plot_prune
 from .prune_tasks import FULL, QUICK, Size, Task, digits_task, text_task
+from .show import check_writable, print_files, write_record
 
 SCHEMA = 1
 DENSE, BLOCKS, TWO_OF_FOUR, CHANNELS = "dense", "blocks 75%", "2:4", "channels 50%"
@@ -51,13 +51,12 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
         0, or 1 if a training diverged or a compressed model does not compute what the pruned one does.
 
     Raises:
+        OSError: `out` cannot be written to.
         ImportError: scikit-learn, torch-pruning or transformers is not installed; says which.
     """
+    check_writable(out)
     size, seed = QUICK if quick else FULL, seeds[0]
     console, started = Console(), time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    if len(seeds) > 1:
-        console.print(f"Only seed {seed} is used.")
     with without_warnings("prune"):
         tasks = [digits_task(size, seed, steps), text_task(size, seed, steps)]
         announce(tasks, console)
@@ -68,13 +67,9 @@ def run(steps: int | None, seeds: Sequence[int], out: Path, quick: bool = False)
         "settings": {**vars(size), "block": _BLOCK, "sparsity": _SPARSITY, "ratio": _RATIO},
         "seconds": round(time.perf_counter() - started, 1), "tasks": results,
     }  # fmt: skip
-    (out / "prune.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    results_file = write_record(record, out)
     print_table(record, console)
-    console.print(
-        f"results  {out / 'prune.json'}\n{plot_prune(record, out / 'prune.png')}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    print_files(results_file, plot_prune(record, out / "prune.png"), console)
     return int(not all(is_sound(result) for result in results.values()))
 
 
