@@ -38,8 +38,9 @@ struct Row {
   }
 };
 
+// With the registers of 6 blocks ptxas need not spill for the sake of more.
 template <class Code>
-__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SelectBlocksParams p) {
+__global__ void __launch_bounds__(kThreads, 6) select_kernel(const __grid_constant__ SelectBlocksParams p) {
   const int64_t number = int64_t{blockIdx.x} * kWarps + device::warp_id();
   if (number >= p.batch * p.heads * p.rows) return;
   const int lane = device::lane_id();
