@@ -192,7 +192,8 @@ class BlockSparse:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Causal attention by keys in another order."""
-        return self.mask(q, k, v, scale=scale, **self.options)  # type: ignore[operator, no-any-return]
+        out: Tensor = self.mask(q, k, v, scale=scale, **self.options)  # type: ignore[operator, assignment]
+        return out
 
     def permuted(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """What `attention` goes by: the order of the keys, these keys, and the pairs that are seen."""

@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..attention import BlockMask, BlockSparse, block_sparse_attention
 from ..attention.compose import from_elements, rows
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 NAME = "tilewright"
 OP = "block_sparse_attention"
 _ATTRIBUTE = "_tilewright_attention"
@@ -185,6 +186,12 @@ def compare_by_elements(modules: Iterable[nn.Module], on: bool) -> None:
         vars(module)[_ATTRIBUTE].by_elements = on
 
 
+def _outside(function: Function) -> Function:
+    """Left out of compiled graphs; where one is to be whole, torch says why it cannot be."""
+    reason = "compiled graphs hold attention where lengths alone make its mask"
+    return torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call, no-any-return]
+
+
 def attend(
     module: Any,
     query: Tensor,
@@ -216,20 +223,20 @@ def _is_static(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> b
     return mask is None and (window is None or window >= key.shape[2])
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _static_blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
     """The mask of a specification for a compiled graph, made once, while the graph is."""
-    return _blocks(number, length, causal, device)  # type: ignore[no-any-return]
+    return _blocks(number, length, causal, device)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_outside
 def _blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
     spec = BlockSparse.of_number(number)
     mask = spec.of_lengths(length, length, device)
     return mask & BlockMask.causal(length, block_size=mask.block_size, device=device) if causal else mask
 
 
-@torch.compiler.disable(reason="masks and attention other than by lengths alone are made outside of graphs")  # type: ignore[untyped-decorator]
+@_outside
 def _attend(
     module: Any,
     query: Tensor,
@@ -254,21 +261,27 @@ def _attend(
 
 
 def _model_mask(
-    *, q_length: int, kv_length: int, q_offset: int | Tensor = 0, mask_function: Any, attention_mask: Any = None,
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    mask_function: Any,
+    attention_mask: Any = None,
     **arguments: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     from transformers.masking_utils import causal_mask_function
 
-    if torch.compiler.is_compiling() and attention_mask is None and mask_function is causal_mask_function:
-        if isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length:
-            return None  # as for SDPA: causal if the layer is
+    whole = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
+    plain = attention_mask is None and mask_function is causal_mask_function
+    if torch.compiler.is_compiling() and whole and plain:
+        return None  # as for SDPA: causal if the layer is
     return _made_mask(
         q_length=q_length, kv_length=kv_length, q_offset=q_offset, mask_function=mask_function,
         attention_mask=attention_mask, **arguments,
     )  # fmt: skip
 
 
-@torch.compiler.disable(reason="masks other than causal ones are made outside of graphs")  # type: ignore[untyped-decorator]
+@_outside
 def _made_mask(**arguments: Any) -> Any:
     from .model_mask import ModelMask
 
