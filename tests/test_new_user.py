@@ -1,4 +1,4 @@
-"""A new user's first hour: two models swapped, trained, pruned, saved, loaded in another process and compressed.
+"""A new user's hour: two models swapped, trained, pruned, saved, loaded in another process, and compressed.
 
 Each step is what the README says, in processes of their own, as a user runs them.
 """
