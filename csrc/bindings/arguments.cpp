@@ -175,7 +175,7 @@ void check_dtype(const TensorView& view, DType expected, Label name) {
 }
 
 void check_contiguous(const TensorView& view, Label name) {
-  // Of a tensor without elements, torch before 2.9 exports strides of any kind.
+  // Of a tensor without elements, torch 2.6 exports strides of any kind.
   check_value(view.numel() == 0 || view.is_contiguous(), name, ": must be contiguous, got shape ",
               view.sizes(), " with other strides; call .contiguous()");
 }
