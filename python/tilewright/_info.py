@@ -10,45 +10,66 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
+import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PEERS = ("bitsandbytes", "torchao", "transformers", "accelerate")
+from tilewright._verdict import verdicts
+
+PEERS = (
+    "accelerate",
+    "bitsandbytes",
+    "causal-conv1d",
+    "flash-attn",
+    "mamba-ssm",
+    "mambapy",
+    "torch-pruning",
+    "torchao",
+    "transformers",
+)
+_VARIABLES = re.compile(
+    r"(TILEWRIGHT|OMP|GOMP|KMP)_\w+|MKL_NUM_THREADS|CUDA_VISIBLE_DEVICES|LD_\w+|PYTHONPATH"
+)
 _CPU_FEATURES = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vbmi2"}
 _CPU_FEATURES |= {"amx_tile", "asimd", "sve"}
-_MINIMUM_DRIVER = {12: "525", 13: "580"}
 
 
 def info() -> dict[str, Any]:
     """Returns everything `tilewright info` prints, as plain data that `json.dumps` takes.
 
-    Sections: `versions`, `build`, `cpu`, `cuda`, `openmp`, `peers`, and `verdict` (sentences, one a subject).
+    Sections: `versions`, `environment` (variables that change how it runs), `peers`, `packages`, `cpu`,
+    `build`, `cuda`, `openmp`, and `verdict`: a sentence a subject, `ok` where nothing is to be done.
     A section whose probe failed is `{"error": "ImportError: ..."}`; this function itself never raises.
     """
-    report = {
-        "versions": _guarded(versions),
-        "build": _guarded(build),
-        "cpu": _guarded(cpu),
-        "cuda": _guarded(cuda),
-        "openmp": _guarded(openmp),
-        "peers": _guarded(peers),
-    }
-    report["verdict"] = {
-        "extension": extension_verdict(report["build"]),
-        "cuda": cuda_verdict(report["build"], report["cuda"]),
-        "openmp": openmp_verdict(report["openmp"]),
-    }
-    return report
+    report = {probe.__name__: guarded(probe) for probe in SECTIONS}
+    return {**report, "verdict": verdicts(report)}
 
 
 def versions() -> dict[str, Any]:
-    """Python, platform and the packages every install has."""
+    """tilewright and where it lies, Python, and the platform."""
     from tilewright import __version__
 
-    found = {name: distribution_version(name) for name in ("torch", "numpy")}
-    system = {"python": platform.python_version(), "platform": platform.platform()}
-    return {"tilewright": __version__, **system, **found}
+    return {
+        "tilewright": __version__,
+        "from": str(Path(__file__).resolve().parent),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """The variables set here that change what is loaded, how it is compiled or how many threads it uses."""
+    return {name: os.environ[name] for name in sorted(os.environ) if _VARIABLES.fullmatch(name)}
+
+
+def packages() -> dict[str, Any]:
+    """Versions of the packages that every install has, as they are when imported."""
+    return {name: guarded(partial(_imported, name)) for name in ("torch", "numpy", "rich")}
 
 
 def build() -> dict[str, Any]:
@@ -59,9 +80,9 @@ def build() -> dict[str, Any]:
 def cpu() -> dict[str, Any]:
     """The processor, its vector features, and the kernel level chosen for it."""
     found: dict[str, Any] = cpu_facts()
-    found["threads"] = _guarded(_torch_threads)
-    found["level"] = _guarded(lambda: _extension().cpu_level())
-    found["levels_usable"] = _guarded(lambda: list(_extension().cpu_levels()))
+    found["threads"] = guarded(_torch_threads)
+    found["level"] = guarded(lambda: _extension().cpu_level())
+    found["levels_usable"] = guarded(lambda: list(_extension().cpu_levels()))
     found["level_forced"] = os.environ.get("TILEWRIGHT_CPU")
     return found
 
@@ -85,14 +106,33 @@ def cpu_facts() -> dict[str, Any]:
 
 
 def cuda() -> dict[str, Any]:
-    """Driver, runtimes and devices, as the extension and torch each see them."""
-    return {"extension": _guarded(lambda: dict(_extension().cuda_runtime())), "torch": _guarded(_torch_cuda)}
+    """Driver, runtimes and devices, as the system, the extension and torch each see them.
+
+    `driver` and `runtime` of the extension are CUDA versions as CUDA counts them: 13000 is 13.0.
+    """
+    return {
+        "driver": _driver_release(),
+        "extension": guarded(
+            lambda: {key: found or None for key, found in _extension().cuda_runtime().items()}
+        ),
+        "torch": guarded(_torch_cuda),
+    }
+
+
+def _driver_release() -> str | None:
+    """The NVIDIA driver's own version, such as 580.95.05; None where none is loaded."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return found.group() if found else None
 
 
 def openmp() -> list[str]:
     """Paths of the OpenMP runtimes loaded in this process, after torch and the extension are."""
-    _guarded(lambda: importlib.import_module("torch"))
-    _guarded(_extension)
+    guarded(lambda: importlib.import_module("torch"))
+    guarded(_extension)
     with open("/proc/self/maps", encoding="utf-8") as file:
         paths = {line.split(maxsplit=5)[5].strip() for line in file if line.count("/")}
     names = ("libgomp", "libiomp", "libomp")
@@ -112,105 +152,14 @@ def distribution_version(name: str) -> str | None:
         return None
 
 
-def extension_verdict(build: dict[str, Any]) -> str:
-    """One sentence: does the compiled extension import?"""
-    if _failed(build):
-        return (
-            f"broken: the compiled extension does not import ({build['error']}). "
-            "Reinstall it: `pip install --force-reinstall --no-deps .` in a source checkout."
-        )
-    kind = f"CPU and CUDA ({build.get('cuda_archs')})" if build.get("cuda") else "CPU only"
-    return f"ok: {kind}, CPU levels {', '.join(build.get('cpu_levels', []))}."
-
-
-def cuda_verdict(build: dict[str, Any], cuda: dict[str, Any]) -> str:
-    """One sentence: will the kernels run on a GPU here, and if not, what to change?"""
-    if _failed(build):
-        return "unknown: the extension does not import."
-    if not build.get("cuda"):
-        return (
-            "CPU only: this build has no CUDA kernels, because no usable nvcc was found when it was built "
-            "(or TILEWRIGHT_CUDA=OFF was set). To have them, in a source checkout: "
-            "TILEWRIGHT_CUDA=ON pip install ."
-        )
-    runtime, torch = cuda.get("extension", {}), cuda.get("torch", {})
-    built_for = int(build.get("cudart") or 0)
-    needed = _MINIMUM_DRIVER.get(built_for // 1000, "a newer one")
-    driver = int(runtime.get("driver") or 0)
-    if driver == 0:
-        return (
-            f"CPU only: CUDA kernels are built in, but no NVIDIA driver is here (needed: {needed} or newer)."
-        )
-    if driver // 1000 < built_for // 1000:
-        return (
-            f"CPU only: the driver supports CUDA {_dotted(driver)}, this build uses {_dotted(built_for)}. "
-            f"Update the driver to {needed} or newer, or build with an older CUDA toolkit."
-        )
-    if not runtime.get("devices"):
-        return f"CPU only: a driver is here, but no device is visible ({runtime.get('error') or 'none'})."
-    if not torch.get("built_for"):
-        return (
-            "CPU only: this torch has no CUDA, so no tensor can be on the GPU. Install a CUDA build of torch."
-        )
-    old = [d["name"] for d in torch.get("devices", []) if tuple(d["capability"]) < (8, 0)]
-    if old:
-        return f"limited: compute capability 8.0 or newer is needed, and {', '.join(old)} is older."
-    return (
-        f"ok: driver for CUDA {_dotted(driver)}, kernels built with {_dotted(built_for)}, torch with "
-        f"{torch['built_for']}; the two runtimes are separate and need not match."
-    )
-
-
-def openmp_verdict(copies: list[str] | dict[str, str]) -> str:
-    """One sentence: do torch and tilewright share one pool of threads?"""
-    if isinstance(copies, dict):
-        return f"unknown: {copies['error']}"
-    if len(copies) > 1:
-        return (
-            f"{len(copies)} OpenMP runtimes are loaded: each keeps its own pool of threads, so CPU work may "
-            "slow down. The results are right."
-        )
-    return "ok: one OpenMP runtime, shared with torch." if copies else "no OpenMP runtime is loaded."
-
-
-def format_info(report: dict[str, Any]) -> str:
-    """The report as aligned text for a terminal."""
-    sections = ("\n".join([title, *_lines(value, 1)]) for title, value in report.items())
-    return "\n\n".join(sections)
-
-
-def _lines(value: Any, depth: int) -> list[str]:
-    pad = "  " * depth
-    if isinstance(value, list):
-        return [f"{pad}{item}" for item in value] or [f"{pad}none"]
-    lines = []
-    for key, entry in value.items():
-        nested = entry if _is_table_list(entry) else [entry] if isinstance(entry, dict) else []
-        if nested and not _failed(nested[0]):
-            lines += [f"{pad}{key}", *(line for item in nested for line in _lines(item, depth + 1))]
-        else:
-            lines.append(f"{pad}{key:<16}{_word(entry)}")
-    return lines
-
-
-def _failed(section: dict[str, Any]) -> bool:
-    return section.keys() == {"error"}
-
-
-def _is_table_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _word(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "-", True: "yes", False: "no"}[value]
-    if isinstance(value, dict):
-        return f"failed: {value['error']}"
-    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
-
-
 def _extension() -> ModuleType:
     return importlib.import_module("tilewright._C")
+
+
+def _imported(name: str) -> str:
+    """The version of a package that imports."""
+    module = importlib.import_module(name)
+    return str(getattr(module, "__version__", None) or distribution_version(name))
 
 
 def _torch_threads() -> int:
@@ -233,12 +182,11 @@ def _torch_cuda() -> dict[str, Any]:
     return {"built_for": torch.version.cuda, "available": available, "devices": devices}
 
 
-def _guarded(probe: Callable[[], Any]) -> Any:
+def guarded(probe: Callable[[], Any]) -> Any:
     try:
         return probe()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _dotted(version: int) -> str:
-    return f"{version // 1000}.{version % 1000 // 10}"
+SECTIONS: tuple[Callable[[], Any], ...] = (versions, environment, peers, packages, cpu, build, cuda, openmp)

@@ -7,7 +7,6 @@ Nothing heavier than argparse is imported before a command is chosen, so that `-
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +78,7 @@ def _add_info(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser("info", help="what is installed, what was built, what works here")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--check", action="store_true", help="also run each op once against plain torch (seconds)"
+        "--check", action="store_true", help="also run each op once, against plain torch (about 10 s)"
     )
     parser.set_defaults(run=_run_info)
 
@@ -162,37 +161,9 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run_info(options: argparse.Namespace) -> int:
-    from tilewright import _info
+    from tilewright import _info_command
 
-    report = _info.info()
-    if not options.json:
-        print(_info.format_info(report))
-    if options.check:
-        report["checks"] = _run_checks(quiet=options.json)
-    if options.json:
-        print(json.dumps(report, indent=2))
-    broken = "error" in report["build"] or not all(check["passed"] for check in report.get("checks", []))
-    return int(broken)
-
-
-def _run_checks(quiet: bool) -> list[dict[str, object]]:
-    try:
-        from tilewright import _selfcheck
-
-        probes = _selfcheck.probes()
-    except ImportError as error:
-        if not quiet:
-            print(f"\nchecks\n  not run: {error}")
-        return [{"name": "import", "passed": False, "detail": str(error)}]
-    results = []
-    if not quiet:
-        print("\nchecks")
-    for check in _selfcheck.run_checks(probes, _selfcheck.usable_devices()):
-        results.append(vars(check))
-        if not quiet:
-            word = "ok" if check.passed else "FAILED"
-            print(f"  {word:<7}{check.device:<5} {check.name:<20} {check.detail}")
-    return results
+    return _info_command.run(as_json=options.json, check=options.check)
 
 
 def _run_demo(options: argparse.Namespace) -> int:

@@ -1,57 +1,89 @@
-"""`tilewright info --check`: every op once, on small data, against a few lines of plain torch.
+"""What `tilewright info` asks, in a process of its own: the sections of `_info`, then every op once.
 
-A family's module here has `PROBES`: what is checked, by the name it is reported under.
+A family's module here has `PROBES`: each op on small data against a few lines of plain torch, by the name it
+is reported under. The process (`__main__.py`) says when it begins a step and what came of it, so that a crash
+or a hang costs that step and not the report. Here, nothing but the standard library is imported.
 """
 
 from __future__ import annotations
 
-import time
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-
-from tilewright import _families, _info
+if TYPE_CHECKING:
+    import torch
 
 # Returns the error found and the bound it must keep.
-Probe = Callable[[torch.device], tuple[float, float]]
+Probe: TypeAlias = "Callable[[torch.device], tuple[float, float]]"
+
+# The parent's sys.path: the package asked about is this one, wherever it was imported from.
+_START = (
+    "import runpy, sys; sys.path[:] = {!r}; runpy.run_module('tilewright._selfcheck', run_name='__main__')"
+)
 
 
-@dataclass(frozen=True)
-class Check:
-    """One op on one device: `detail` holds the error found and the bound, or why it failed to run."""
-
-    name: str
-    device: str
-    passed: bool
-    detail: str
-    seconds: float
+def sections() -> Iterator[tuple[str, Any]]:
+    """The sections of `tilewright.info`, each as soon as it is known."""
+    for step, found in _steps("sections"):
+        if "section" in step:
+            yield step["section"], found
 
 
-def probes() -> dict[str, Probe]:
-    """All that can be checked here. Raises ImportError where the package cannot be used at all."""
-    families = _families.present("_selfcheck")
-    return {
-        name: probe
-        for family in families
-        for name, probe in _families.load("_selfcheck", family).PROBES.items()
-    }
+def checks() -> Iterator[dict[str, Any]]:
+    """A result for each op and device: `name`, `device`, `passed`, `detail`, `seconds`.
+
+    `detail` holds the error found and the bound, or why it did not run.
+    """
+    for step, found in _steps("checks"):
+        died = {"passed": False, "detail": found.get("error"), "seconds": 0.0}
+        yield {**step, **(died if "error" in found else found)}
 
 
-def run_checks(chosen: dict[str, Probe], devices: list[str]) -> Iterator[Check]:
-    """Yields one result per op and device; an op that raises is a failed check, not an exception."""
-    for device in devices:
-        for name, probe in chosen.items():
-            start = time.perf_counter()
-            try:
-                error, bound = probe(torch.device(device))
-                passed, detail = error <= bound, f"error {error:.1e}, allowed {bound:.1e}"
-            except Exception as problem:
-                passed, detail = False, f"{type(problem).__name__}: {problem}"
-            yield Check(name, device, passed, detail, time.perf_counter() - start)
+def _steps(kind: str) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Each step and what came of it; after a crash, the steps behind it go on in another process."""
+    done = 0
+    while True:
+        script = _START.format(sys.path)
+        with subprocess.Popen(
+            [sys.executable, "-c", script, kind, str(done)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as process:
+            begun, said = None, ""
+            for line in process.stdout or ():
+                event = _event(line)
+                if event is None:
+                    said = line.strip() or said
+                elif "begin" in event:
+                    begun = event["begin"]
+                elif begun is not None:
+                    yield begun, event["found"]
+                    begun, done = None, done + 1
+        if process.returncode == 0:
+            return
+        yield begun or {"name": "import", "device": "-"}, {"error": _end_of(process.returncode, said)}
+        if begun is None:
+            return
+        done += 1
 
 
-def usable_devices() -> list[str]:
-    """The CPU, and the current GPU where both torch and the extension can use one."""
-    usable = _info.info()["verdict"]["cuda"].startswith("ok")
-    return ["cpu", "cuda"] if usable else ["cpu"]
+def _event(line: str) -> dict[str, Any] | None:
+    """What `__main__` said; None for anything else that is printed there."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and event.keys() <= {"begin", "found"} else None
+
+
+def _end_of(status: int, said: str) -> str:
+    """How a process ended that did not get to its end."""
+    if status < 0:
+        return f"the process was ended by {signal.Signals(-status).name}: {signal.strsignal(-status)}"
+    return said or f"the process ended with status {status}"

@@ -1,9 +1,13 @@
-"""The scans, each with its gradients against a few lines of plain torch in float64."""
+"""The scans, each with its gradients against a few lines of plain torch in float64.
+
+In bfloat16 too where a GPU then runs another kernel.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright import scan
-from tilewright.nn import Mamba
+from tilewright.nn import Mamba, Mamba2
 
 from . import Probe
 
@@ -28,26 +32,37 @@ def _normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _compared(ours: Callable[..., Tensor], plain: Callable[..., Tensor], arguments: Arguments) -> Probe:
+def _compared(
+    ours: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    arguments: Arguments,
+    dtype: torch.dtype = torch.float32,
+) -> Probe:
     """The largest error of the output and of any gradient, relative to the largest entry there."""
+    rounded = {name: value.to(_dtype_of(name, dtype)).double() for name, value in arguments.items()}
 
     def check(device: torch.device) -> tuple[float, float]:
-        found = _results(ours, arguments, device, torch.float32)
-        exact = _results(plain, arguments, torch.device("cpu"), torch.float64)
+        found = _results(ours, rounded, device, dtype)
+        exact = _results(plain, rounded, torch.device("cpu"), torch.float64)
         errors = [
             (a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(found, exact, strict=True)
         ]
-        return float(max(errors)), 1e-4
+        return float(max(errors)), 1e-4 if dtype == torch.float32 else 2e-2
 
     return check
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a model in `dtype` keeps an argument in: decay rates and skips stay in float32."""
+    return torch.promote_types(dtype, torch.float32) if name in ("A", "D") else dtype
 
 
 def _results(
     run: Callable[..., Tensor], arguments: Arguments, device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    leaves = {name: value.to(device, dtype).requires_grad_() for name, value in arguments.items()}
+    leaves = {name: v.to(device, _dtype_of(name, dtype)).requires_grad_() for name, v in arguments.items()}
     out = run(**leaves)
-    weight = _normal(*out.shape, seed=99).to(out)
+    weight = _normal(*out.shape, seed=99).bfloat16().to(out)
     return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), weight)]
 
 
@@ -103,55 +118,64 @@ def _check_decoding(device: torch.device) -> tuple[float, float]:
     return float((torch.stack(rows, -1) - whole).abs().max() / whole.abs().max()), 1e-4
 
 
-def _check_layer_step(device: torch.device) -> tuple[float, float]:
-    """Token by token, a Mamba layer gives what it gives for all tokens at once."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        layer = Mamba(_DIM, d_state=_STATES).to(device)
-        x = _normal(_BATCH, 9, _DIM, seed=1).to(device, torch.float32)
-        states = layer.allocate_inference_cache(_BATCH, 9)
-        tokens = torch.cat([layer.step(x[:, t : t + 1], *states)[0] for t in range(9)], 1)
-        whole = layer(x)
-    return float((tokens - whole).abs().max() / whole.abs().max()), 1e-4
+def _check_packed(device: torch.device) -> tuple[float, float]:
+    """Sequences end to end give what each gives alone."""
+    x, dt = (_normal(1, _DIM, 50, seed=seed).to(device, torch.float32) for seed in range(2))
+    B, C = (_normal(1, _STATES, 50, seed=seed).to(device, torch.float32) for seed in (2, 3))
+    A = -_normal(_DIM, _STATES, seed=4).to(device, torch.float32).abs()
+    ends = [0, 20, 21, 50]
+    packed = _selective_scan(x, dt, A, B, C, cu_seqlens=torch.tensor(ends, device=device))
+    pieces = [slice(start, end) for start, end in pairwise(ends)]
+    alone = [_selective_scan(x[..., at], dt[..., at], A, B[..., at], C[..., at]) for at in pieces]
+    whole = torch.cat(alone, -1)
+    return float((packed - whole).abs().max() / whole.abs().max()), 1e-4
+
+
+def _layer_step(make: Callable[[], Mamba | Mamba2]) -> Probe:
+    """Token by token, a layer gives what it gives for all tokens at once."""
+
+    def check(device: torch.device) -> tuple[float, float]:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            layer = make().to(device)
+            x = _normal(_BATCH, 9, _DIM, seed=1).to(device, torch.float32)
+            states = layer.allocate_inference_cache(_BATCH, 9)
+            tokens = torch.cat([layer.step(x[:, t : t + 1], *states)[0] for t in range(9)], 1)
+            whole = layer(x)
+        return float((tokens - whole).abs().max() / whole.abs().max()), 1e-4
+
+    return check
 
 
 _TOKENS = (_BATCH, _DIM, _LENGTH)
 _SEQUENCE = (_BATCH, _LENGTH, _HEADS)
+_SELECTIVE = {
+    "u": _normal(*_TOKENS, seed=1),
+    "delta": _normal(*_TOKENS, seed=2),
+    "A": -_normal(_DIM, _STATES, seed=3).abs(),
+    "B": _normal(_BATCH, _STATES, _LENGTH, seed=4),
+    "C": _normal(_BATCH, _STATES, _LENGTH, seed=5),
+    "D": _normal(_DIM, seed=6),
+    "z": _normal(*_TOKENS, seed=7),
+}
+_SSD = {
+    "x": _normal(*_SEQUENCE, 8, seed=1),
+    "dt": _normal(*_SEQUENCE, seed=2).sigmoid(),
+    "A": -_normal(_HEADS, seed=3).abs(),
+    "B": _normal(_BATCH, _LENGTH, 1, 16, seed=4),
+    "C": _normal(_BATCH, _LENGTH, 1, 16, seed=5),
+}
+_LINEAR = {"a": _normal(_BATCH, _LENGTH, _DIM, seed=1).sigmoid(), "b": _normal(_BATCH, _LENGTH, _DIM, seed=2)}
+_CONV = {"x": _normal(*_TOKENS, seed=1), "weight": _normal(_DIM, 4, seed=2), "bias": _normal(_DIM, seed=3)}
 PROBES: dict[str, Probe] = {
-    "linear_scan": _compared(
-        scan.linear_scan,
-        _plain_linear_scan,
-        {"a": _normal(_BATCH, _LENGTH, _DIM, seed=1).sigmoid(), "b": _normal(_BATCH, _LENGTH, _DIM, seed=2)},
-    ),
-    "selective_scan": _compared(
-        _selective_scan,
-        _plain_selective_scan,
-        {
-            "u": _normal(*_TOKENS, seed=1),
-            "delta": _normal(*_TOKENS, seed=2),
-            "A": -_normal(_DIM, _STATES, seed=3).abs(),
-            "B": _normal(_BATCH, _STATES, _LENGTH, seed=4),
-            "C": _normal(_BATCH, _STATES, _LENGTH, seed=5),
-            "D": _normal(_DIM, seed=6),
-            "z": _normal(*_TOKENS, seed=7),
-        },
-    ),
-    "ssd_chunk_scan": _compared(
-        _ssd_chunk_scan,
-        _plain_ssd,
-        {
-            "x": _normal(*_SEQUENCE, 8, seed=1),
-            "dt": _normal(*_SEQUENCE, seed=2).sigmoid(),
-            "A": -_normal(_HEADS, seed=3).abs(),
-            "B": _normal(_BATCH, _LENGTH, 1, 16, seed=4),
-            "C": _normal(_BATCH, _LENGTH, 1, 16, seed=5),
-        },
-    ),
-    "causal_conv1d": _compared(
-        _causal_conv1d,
-        _plain_conv,
-        {"x": _normal(*_TOKENS, seed=1), "weight": _normal(_DIM, 4, seed=2), "bias": _normal(_DIM, seed=3)},
-    ),
+    "linear_scan": _compared(scan.linear_scan, _plain_linear_scan, _LINEAR),
+    "selective_scan": _compared(_selective_scan, _plain_selective_scan, _SELECTIVE),
+    "selective_scan, bfloat16": _compared(_selective_scan, _plain_selective_scan, _SELECTIVE, torch.bfloat16),
+    "selective_scan, packed": _check_packed,
+    "ssd_chunk_scan": _compared(_ssd_chunk_scan, _plain_ssd, _SSD),
+    "ssd_chunk_scan, bfloat16": _compared(_ssd_chunk_scan, _plain_ssd, _SSD, torch.bfloat16),
+    "causal_conv1d": _compared(_causal_conv1d, _plain_conv, _CONV),
     "decode steps": _check_decoding,
-    "mamba_step": _check_layer_step,
+    "Mamba, step by step": _layer_step(lambda: Mamba(_DIM, d_state=_STATES)),
+    "Mamba2, step by step": _layer_step(lambda: Mamba2(_DIM, d_state=16, headdim=8)),
 }
