@@ -138,7 +138,12 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument(
             "--device", choices=("cpu", "cuda"), help="default: cuda where it works, else cpu"
         )
-        parser.add_argument("--quick", action="store_true", help="smaller tensors, about a minute a family")
+        parser.add_argument(
+            "--quick", action="store_true", help="a few small cases of each family: a minute in all"
+        )
+        parser.add_argument(
+            "--preset", metavar="MODEL", help="sizes of a model, such as llama-8b or mamba-130m"
+        )
         parser.add_argument(
             "--peers", type=_names, metavar="A,B", help="only these peers ('none' for ours alone)"
         )
@@ -148,7 +153,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
         parser.add_argument("--list", action="store_true", help="list the cases and stop")
         parser.add_argument(
-            "--out", type=Path, default=Path("bench-out"), help="folder for the JSON and the plot"
+            "--out", type=Path, default=Path("bench-out"), help="folder for the results (default: bench-out)"
         )
         parser.set_defaults(run=_run_bench)
     compare = targets.add_parser("compare", help="ratios between two result files")
@@ -206,6 +211,7 @@ def _run_bench(options: argparse.Namespace) -> int:
         quick=options.quick,
         peers=options.peers,
         only=options.cases,
+        preset=options.preset,
         threads=options.threads,
         list_only=options.list,
         out=options.out,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .environment import same_conditions
-from .report import time_text
+from .report import time_text, word
 
 Row = dict[str, Any]
 
@@ -31,7 +31,7 @@ def run(before: Path, after: Path) -> int:
     for case, name, first, second in rows:
         ratio = f"{second['median_ms'] / first['median_ms']:.2f}x"
         times = (time_text(row["median_ms"]) for row in (first, second))
-        table.add_row(f"{case}: {name}", *times, ratio, _word(first, second))
+        table.add_row(f"{case}: {name}", *times, ratio, word(first, second))
     if not rows:
         console.print("the two files have no measured case in common")
         return 1
@@ -64,10 +64,3 @@ def _pairs(before: Row, after: Row) -> list[tuple[str, str, Row, Row]]:
             if case["sizes"] == other["sizes"] and row["status"] == match["status"] == "ok":
                 found.append((case["name"], name, row, match))
     return found
-
-
-def _word(first: Row, second: Row) -> str:
-    """Faster or slower only if the middle halves of the samples do not overlap."""
-    if second["q3_ms"] < first["q1_ms"]:
-        return "faster"
-    return "slower" if second["q1_ms"] > first["q3_ms"] else "same"
