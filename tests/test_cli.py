@@ -39,7 +39,7 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
             ["bench", "--cases", "nothing-like-it"],
             "no case matches nothing-like-it; there are: window-fp32",
         ),
-        (["bench", "--peers", "apex"], "unknown peer apex; there are: torch, bitsandbytes, torchao"),
+        (["bench", "--peers", "apex"], "unknown peer apex; there are: torch, flash-attn, bitsandbytes"),
         (["bench", "optim", "--device", "cpu", "--cases", "scan"], "no case matches scan"),
         (["bench", "compare", "missing.json", "missing.json"], "missing.json"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -66,7 +67,7 @@ def _drawn(plt: Any, record: dict[str, Any]) -> Any:
     panels = groups(shown(record))
     columns = _columns(panels)
     heights = [[_ROW * len(panels[name]) + _HEAD for name in column] for column in columns]
-    size = (7.2 * len(columns), max(map(sum, heights)) + 0.7)
+    size = (9.0 if len(columns) == 1 else 14.4, max(map(sum, heights)) + 0.7)
     figure = plt.figure(figsize=size, layout="constrained")
     figure.suptitle(f"{record['family']}: {device_name(record)}", fontsize=9, color=_LINES)
     grid = figure.add_gridspec(1, len(columns))
@@ -117,7 +118,7 @@ def _panel(axis: Any, title: str, cases: list[Case]) -> None:
     axis.spines[:].set_visible(False)
     known = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     lines = -(-len(known) // 3)
-    heading = ", ".join([title, *common]) if title else ", ".join(common)
+    heading = textwrap.fill(", ".join([title, *common] if title else common), 64)
     axis.set_title(heading, fontsize=9, fontweight="bold", loc="left", pad=5 + 12 * lines)
     axis.legend(
         known.values(), known, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, ncols=3,

@@ -24,6 +24,7 @@ pre { background: var(--shade); padding: .6rem .8rem; overflow-x: auto; border-r
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; width: 100%; }
 th, td { padding: .15rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+thead th:not(:first-child) { width: 6.5rem; }
 thead th { border-bottom: 1px solid var(--line); color: var(--soft); font-weight: 600; }
 tbody th { padding-top: .7rem; } tr.ours td { color: var(--ours); font-weight: 600; }
 tr.absent td { color: var(--soft); }
@@ -56,7 +57,7 @@ def _section(record: dict[str, Any]) -> str:
     lines = [f'<h2 id="{record["family"]}">{escape(record["family"])}</h2>']
     if not record["complete"]:
         lines.append('<p class="warning">Interrupted: these are the cases that were finished.</p>')
-    lines += [f'<p class="verdict">{escape(line[0].upper() + line[1:])}.</p>' for line in verdict(record)]
+    lines += [f'<p class="verdict">{escape(line)}.</p>' for line in verdict(record)]
     lines.append(_figure(record))
     for group, cases in groups(record["cases"]).items():
         lines.append(f"<h3>{escape(group[:1].upper() + group[1:])}</h3>")

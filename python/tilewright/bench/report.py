@@ -91,13 +91,11 @@ def verdict(record: dict[str, Any]) -> list[str]:
     pairs = [(case["contenders"][OURS], best) for case in record["cases"] if (best := best_peer(case))]
     if not pairs:
         return []
-    words = [word(best, ours) for ours, best in pairs]
+    faster, same, slower = map([word(*reversed(pair)) for pair in pairs].count, ("faster", "same", "slower"))
     ratio = statistics.geometric_mean(best["median_ms"] / ours["median_ms"] for ours, best in pairs)
-    tally = ", ".join(f"{each} in {words.count(each)}" for each in ("faster", "same", "slower"))
-    return [
-        f"tilewright beside the best peer of each of {count(pairs, 'case')}: {tally}; "
-        f"{ratio:.2f} times as fast (geometric mean)"
-    ]
+    tally = f"faster in {faster}, as fast in {same}, slower in {slower}"
+    times = f"{ratio:.3g} times as fast by the geometric mean"
+    return [f"{count(pairs, 'case')} with a peer; beside the best one tilewright is {tally}; {times}"]
 
 
 def best_peer(case: dict[str, Any]) -> dict[str, Any] | None:

@@ -95,10 +95,15 @@ def run(
         setting = _setting(plan, chosen_peers, chosen)
         tag = "-".join([*([preset] if preset else []), *(["quick"] if quick else []), plan.device.type])
         record: dict[str, Any] = {
-            **{"schema": SCHEMA, "family": family, "quick": quick, "preset": preset, "complete": False},
+            "schema": SCHEMA,
+            "family": family,
+            "quick": quick,
+            "preset": preset,
             "command": _command(families, plan, peers, only, preset, threads),
             **environment.describe(plan.device, modules[family].PEERS),
-            **{"needs_gpu": needs_gpu, "cases": []},
+            "complete": False,
+            "needs_gpu": needs_gpu,
+            "cases": [],
         }
         records.append(record)
         _run_family(cases, setting, record, out / f"{family}-{tag}.json", console)
@@ -130,7 +135,7 @@ def run_case(
     )  # fmt: skip
     copy_time = summary(timings[_COPY].samples)["median_ms"] if _COPY in timings else None
     copied = copied_bytes / copy_time / 1e6 if copy_time else None
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         c.name: _row(c, timings[c.name], copied) if c.name in timings else {"status": status[c.name]}
         for c in contenders
     }

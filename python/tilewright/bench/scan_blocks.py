@@ -172,7 +172,7 @@ def _split(plan: Plan, hidden: int, scan: Scan, batch: int, length: int, train: 
             xBC = _conv(xBC.transpose(1, 2), conv1d_weight[:, None], conv1d_bias).transpose(1, 2)
             x, B, C = torch.split(xBC, [inner, states, states], dim=-1)
             y = chunk_scan(
-                x.unflatten(-1, (heads, -1)), dt=dt, A=A, B=B[:, :, None], C=C[:, :, None],
+                x.view(*x.shape[:2], heads, -1), dt=dt, A=A, B=B[:, :, None], C=C[:, :, None],
                 chunk_size=_CHUNK, D=D, dt_bias=dt_bias, dt_softplus=True,
             )  # fmt: skip
             y = (y[0] if isinstance(y, tuple) else y).flatten(2).to(z.dtype) * F.silu(z)
