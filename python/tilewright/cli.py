@@ -7,10 +7,13 @@ Nothing heavier than argparse is imported before a command is chosen, so that `-
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tilewright import _families
 
@@ -58,8 +61,18 @@ def _is_option(argument: str) -> bool:
     return argument.startswith("-") and argument not in ("-h", "--help")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Argparse's, which names what is nearest to a wrong choice."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the message, and exits."""
+        found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), n=1) if found else []
+        super().error(f"{message}; did you mean {near[0]}?" if near else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="tilewright",
         description="Handwritten CUDA and C++ kernels for PyTorch: report, demonstration, benchmarks.",
         epilog=_EPILOG,
@@ -88,7 +101,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="train a real model on real text, with and without tilewright",
         epilog="Without a name: all of them. Options: tilewright demo NAME --help",
     )
-    for parser in _add_targets(demo.add_subparsers(dest="target", required=True), "demo"):
+    for parser in _add_targets(demo.add_subparsers(dest="target", required=True, metavar="NAME"), "demo"):
         parser.add_argument(
             "--steps", type=_positive, help="training steps (default: the demo's own; fewer with --quick)"
         )
@@ -133,7 +146,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="time the ops beside the peers that are installed",
         epilog="Without a name: all families. Options: tilewright bench NAME --help",
     )
-    targets = bench.add_subparsers(dest="target", required=True)
+    targets = bench.add_subparsers(dest="target", required=True, metavar="NAME")
     for parser in _add_targets(targets, "bench"):
         parser.add_argument(
             "--device", choices=("cpu", "cuda"), help="default: cuda where it works, else cpu"

@@ -50,8 +50,8 @@ def cases(plan: Plan) -> list[Case]:
     longer = _Inputs(plan.device, plan.wide, (*shape[:2], shape[2] * (1 if plan.on_gpu else 2), shape[3]))
     return [
         *grouped("dense and windowed", dense),
-        *grouped("sparse", _sparse_cases(wide, (64, 128))),
-        *grouped("estimators", [_permuted(longer), *_estimators(wide)]),
+        *grouped("sparse", [*_sparse_cases(wide, (64, 128)), _permuted(longer)]),
+        *grouped("estimators", _estimators(wide)),
         *grouped("masks", attention_masks.cases(plan)),
     ]
 
@@ -68,10 +68,12 @@ def _of_model(plan: Plan) -> list[Case]:
     window = facts.window if 0 < facts.window < length else _WINDOW
     if facts.causal and window < length:
         dense += [_window(inputs, window) for inputs in every]
-    estimators = [_permuted(every[0]), *_estimators(every[0])] if facts.causal else []
+    sparse, estimators = _sparse_cases(every[0], (64,)), []
+    if facts.causal:
+        sparse, estimators = [*sparse, _permuted(every[0])], _estimators(every[0])
     return [
         *grouped("dense and windowed", dense),
-        *grouped("sparse", _sparse_cases(every[0], (64,))),
+        *grouped("sparse", sparse),
         *grouped("estimators", estimators),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -96,21 +97,29 @@ def peer(module: str, *names: str) -> Any:
     Raises:
         Unavailable: if it is not installed, cannot be imported, or has none of them.
     """
+    library = module.partition(".")[0]
+    _silence(library)
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
-            raise Unavailable(f"cannot be imported: {error}") from None
-        missing = "not installed" if error.name == module.partition(".")[0] else f"has no module {error.name}"
-        raise Unavailable(missing) from None
+        if error.name == library:
+            raise Unavailable("not installed") from None
+        raise Unavailable(f"cannot be imported: {error}") from None
     except Exception as error:  # a peer built for another torch fails with whatever its loader raises
         raise Unavailable(f"cannot be imported: {error}") from None
+    _silence(library)
     for name in names:
         if hasattr(found, name):
             return getattr(found, name)
     if names:
         raise Unavailable(f"{module} has no {' or '.join(names)}")
     return found
+
+
+def _silence(library: str) -> None:
+    """What a peer logs is no part of a result; some set their level anew when they are imported."""
+    for name in (library, "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def short(dtype: torch.dtype) -> str:

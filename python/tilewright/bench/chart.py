@@ -25,7 +25,7 @@ _COLOURS = {
     "mambapy": "#5f8f57", "mamba-ssm": "#8e6bbf", "causal-conv1d": "#b5651d", "flash-attn": "#8e6bbf",
 }  # fmt: skip
 _MARKERS = "oDs^v"
-_ROW, _HEAD = 0.21, 0.75  # inches of a row, and of what stands above a panel's rows
+_ROW, _HEAD = 0.24, 0.8  # inches of a row, and of what stands above a panel's rows
 
 
 def png(record: dict[str, Any]) -> bytes:
@@ -110,21 +110,30 @@ def _panel(axis: Any, title: str, cases: list[Case]) -> None:
     axis.axvline(1, color=_OURS_COLOUR, linewidth=1.2, zorder=0)
     axis.set(xscale="log", xlim=(min(0.7, min(reach) / 1.2), max(1.5, max(reach) * 1.2)))
     axis.set_ylim(len(cases) - 0.4, -0.6)
-    axis.set_yticks(range(len(cases)), labels)
+    axis.set_yticks(range(len(cases)), [textwrap.fill(label, 46) for label in labels], fontsize=7.5)
     axis.tick_params(axis="both", length=0, colors="#333333")
     axis.grid(axis="both", color=_LINES, alpha=0.25, linewidth=0.6)
     axis.set_axisbelow(True)
     _ticks(axis)
     axis.spines[:].set_visible(False)
     known = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    lines = -(-len(known) // 3)
-    heading = textwrap.fill(", ".join([title, *common] if title else common), 64)
-    axis.set_title(heading, fontsize=9, fontweight="bold", loc="left", pad=5 + 12 * lines)
+    columns = max(1, min(3, 66 // (max(map(len, known)) + 4)))
+    above = 5 + 12 * -(-len(known) // columns)  # points, for the legend
+    axis.set_title(_heading(title, common), fontsize=9, fontweight="bold", loc="left", pad=above)
+    axis.annotate(
+        "ours", (1.015, 1), (0, above), xycoords="axes fraction", textcoords="offset points", fontsize=7.5,
+        color=_OURS_COLOUR,
+    )  # fmt: skip
     axis.legend(
-        known.values(), known, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, ncols=3,
+        known.values(), known, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, ncols=columns,
         frameon=False, fontsize=7.5, handletextpad=0.1, columnspacing=1.0,
     )  # fmt: skip
-    axis.text(1.015, -0.9, "ours", transform=axis.get_yaxis_transform(), fontsize=7.5, color=_OURS_COLOUR)
+
+
+def _heading(group: str, common: list[str]) -> str:
+    """The group, and what all its titles say beside it."""
+    more = [part for part in common if part not in group]
+    return textwrap.fill(", ".join([group, *more] if group else more), 64)
 
 
 def _ticks(axis: Any) -> None:

@@ -9,7 +9,6 @@ Bytes per parameter and step, read plus written, of a block of 256 with its floa
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -342,19 +341,11 @@ def _ours(name: str) -> Any:
 
 
 def _bitsandbytes(name: str, module: str = "bitsandbytes.optim") -> Any:
-    _silence()
     return peer(module, name)
 
 
 def _torchao(name: str) -> Any:
-    _silence()
     return peer("torchao.optim", name)
-
-
-def _silence() -> None:
-    """What these print when imported is no part of a result."""
-    for noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def _count(number: int) -> str:

@@ -187,7 +187,8 @@ def _check_writable(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise OSError(f"--out {out}: results cannot be written there: {error.strerror or error}") from None
+        reason = "it is a file" if out.is_file() else error.strerror or error
+        raise OSError(f"--out {out}: results cannot be written there: {reason}") from None
 
 
 def _all_cases(
