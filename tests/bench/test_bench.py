@@ -119,9 +119,7 @@ def test_cases_are_chosen_over_all_families() -> None:
 def test_a_run_leaves_a_result_that_can_be_compared_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = runner.run(
-        ["optim"], "cpu", quick=True, peers=["torch"], only=["call"], out=tmp_path
-    )
+    status = runner.run(["optim"], "cpu", quick=True, peers=["torch"], only=["call"], out=tmp_path)
     assert status == 0
     record = compare.load(tmp_path / "optim-quick-cpu.json")
     assert record["complete"]

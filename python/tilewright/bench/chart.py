@@ -58,7 +58,8 @@ def _saved(record: dict[str, Any], form: str) -> bytes:
     with plt.rc_context({"svg.fonttype": "none", "font.size": 8, "font.family": "sans-serif"}):
         figure = _drawn(plt, record)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=form, dpi=130, transparent=form == "svg")
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type")) if form == "svg" else None
+        figure.savefig(buffer, format=form, dpi=130, transparent=form == "svg", metadata=nothing)
         plt.close(figure)
     return buffer.getvalue()
 
@@ -133,7 +134,7 @@ def _panel(axis: Any, title: str, cases: list[Case]) -> None:
 def _heading(group: str, common: list[str]) -> str:
     """The group, and what all its titles say beside it."""
     more = [part for part in common if part not in group]
-    return textwrap.fill(", ".join([group, *more] if group else more), 64)
+    return textwrap.fill(", ".join([group, *more] if group else more), 52)
 
 
 def _ticks(axis: Any) -> None:

@@ -28,7 +28,7 @@ from .timing import Timing, copy_call, measure, summary
 SCHEMA = 1
 INTERRUPTED = 130
 _COPY = "copy"
-_QUICK_SECONDS = 18.0  # that a quick run spends on measuring; setting up takes about as long again
+_QUICK_SECONDS = 12.0  # that a quick run spends on measuring; imports and setting up take longer
 
 
 @dataclass(frozen=True)
