@@ -32,7 +32,7 @@ def record() -> dict[str, Any]:
     rows = {OURS: row(1.0), "torch": row(4.0), "torch, clone": row(0.5, yardstick=True), "mambapy": missing}
     cases = [
         {"name": f"c{n}", "title": f"a <case>, {n} tokens, fp32", "group": group, "sizes": {"n": n},
-         "flops": None, "copy_gb_per_s": None, "contenders": rows}
+         "flops": None, "copy_gb_per_s": None, "contenders": dict(rows)}
         for n, group in enumerate(("one", "one", "two"))
     ]  # fmt: skip
     return {
@@ -223,7 +223,7 @@ def test_compare_sums_up_ours_and_the_others(
         case["contenders"][OURS] = row(0.5)
     after.write_text(json.dumps({**record, "threads": 4}))
     assert compare.run(before, after) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "tilewright: B takes 0.50x the time of A (geometric mean); 3 faster, 0 same, 0 slower" in said
     assert "the others: B takes 1.00x" in said
     assert "note: threads differs: 2 and 4" in said

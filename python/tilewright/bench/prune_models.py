@@ -14,7 +14,7 @@ _LAYERS, _WIDTH = 4, 1024
 def cases(plan: Plan) -> list[Case]:
     """A small Llama of transformers from its config, with random weights: time does not depend on them.
 
-    None if quick, and none of a published model: compressing measures for half a minute, and far longer there.
+    None if quick, none of a published model: compressing measures for half a minute, far longer there.
     """
     return [] if plan.quick or plan.model else [_llama(plan.device, tokens) for tokens in (1, 128)]
 
