@@ -82,7 +82,7 @@ def test_attention_of_a_model_has_its_heads_and_window() -> None:
     assert not any(case.name.startswith(("causal", "window", "estimate")) for case in plain)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("family", _families.present("bench"))
 def test_every_contender_of_a_model_runs_or_says_why_not(family: str, kind: str) -> None:

@@ -118,7 +118,7 @@ def peer(module: str, *names: str) -> Any:
 
 def _silence(library: str) -> None:
     """What a peer logs is no part of a result; some set their level anew when they are imported."""
-    for name in (library, "torch"):
+    for name in (library, "torch", "torchao"):  # transformers imports torchao
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
