@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tilewright import _families
-from tilewright.bench.case import Case, Contender, Unavailable
+from tilewright.bench.case import Case, Contender, Plan, Unavailable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODULES = [_families.load("bench", family) for family in _families.present("bench")]
-CASES = [case for module in MODULES for case in module.cases(DEVICE, quick=True)]
+CASES = [case for module in MODULES for case in module.cases(Plan(DEVICE, quick=True))]
 PAIRS = [(case, contender) for case in CASES for contender in case.contenders]
 
 

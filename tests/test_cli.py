@@ -23,6 +23,7 @@ def test_without_a_command_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--steps", "0"], "must be a whole number, 1 or more, got '0'"),
         (["bench", "compare", "only-one.json"], "required: B.json"),
         (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["bench", "optmi"], "did you mean optim?"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +40,17 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
             ["bench", "--cases", "nothing-like-it"],
             "no case matches nothing-like-it; there are: window-fp32",
         ),
-        (["bench", "--peers", "apex"], "unknown peer apex; there are: torch, bitsandbytes, torchao"),
+        (["bench", "--peers", "apex"], "unknown peer apex; there are: torch, flash-attn, bitsandbytes"),
+        (["bench", "--peers", "torhc"], "unknown peer torhc (did you mean torch?); there are: torch"),
+        (
+            ["bench", "--preset", "lama-8b"],
+            "unknown preset lama-8b (did you mean llama-8b?); there are: llama-1b",
+        ),
+        (
+            ["bench", "scan", "--device", "cpu", "--preset", "vit-b"],
+            "vit-b has nothing for scan; it has cases for",
+        ),
+        (["bench", "--quick", "--preset", "vit-b"], "give one of them"),
         (["bench", "optim", "--device", "cpu", "--cases", "scan"], "no case matches scan"),
         (["bench", "compare", "missing.json", "missing.json"], "missing.json"),
     ],

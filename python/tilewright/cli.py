@@ -7,9 +7,12 @@ Nothing heavier than argparse is imported before a command is chosen, so that `-
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tilewright import _families
 
@@ -59,8 +62,18 @@ def _is_option(argument: str) -> bool:
     return argument.startswith("-") and argument not in ("-h", "--help")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Argparse's, which names what is nearest to a wrong choice."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the message, and exits."""
+        found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), n=1) if found else []
+        super().error(f"{message}; did you mean {near[0]}?" if near else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="tilewright",
         description="Handwritten CUDA and C++ kernels for PyTorch: report, demonstration, benchmarks.",
         epilog=_EPILOG,
@@ -91,7 +104,8 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     story = "one model of Mamba and attention layers: swapped, trained, pruned, repaired, compressed"
     words = {_STORY: story, **_words("demo")}
-    for name, parser in _add_targets(demo.add_subparsers(dest="target", required=True), words).items():
+    targets = demo.add_subparsers(dest="target", required=True, metavar="NAME")
+    for name, parser in _add_targets(targets, words).items():
         parser.add_argument(
             "--steps", type=_positive, help="training steps (default: the demo's own; fewer with --quick)"
         )
@@ -132,7 +146,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="time the ops beside the peers that are installed",
         epilog="Without a name: all families. Options: tilewright bench NAME --help",
     )
-    targets = bench.add_subparsers(dest="target", required=True)
+    targets = bench.add_subparsers(dest="target", required=True, metavar="NAME")
     words = _words("bench")
     families = list(words)
     words = {_ALL: f"one after the other: {', '.join(families)}", **words}
@@ -141,7 +155,12 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument(
             "--device", choices=("cpu", "cuda"), help="default: cuda where it works, else cpu"
         )
-        parser.add_argument("--quick", action="store_true", help="smaller tensors, about a minute a family")
+        parser.add_argument(
+            "--quick", action="store_true", help="a few small cases of each family: a minute in all"
+        )
+        parser.add_argument(
+            "--preset", metavar="MODEL", help="sizes of a model, such as llama-8b or mamba-130m"
+        )
         parser.add_argument(
             "--peers", type=_names, metavar="A,B", help="only these peers ('none' for ours alone)"
         )
@@ -151,7 +170,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
         parser.add_argument("--list", action="store_true", help="list the cases and stop")
         parser.add_argument(
-            "--out", type=Path, default=Path("bench-out"), help="folder for the JSON and the plot"
+            "--out", type=Path, default=Path("bench-out"), help="folder for the results (default: bench-out)"
         )
         parser.set_defaults(run=_run_bench)
     compare = targets.add_parser("compare", help="ratios between two result files")
@@ -181,6 +200,7 @@ def _run_bench(options: argparse.Namespace) -> int:
         quick=options.quick,
         peers=options.peers,
         only=options.cases,
+        preset=options.preset,
         threads=options.threads,
         list_only=options.list,
         out=options.out,

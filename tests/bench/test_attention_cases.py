@@ -18,13 +18,13 @@ def test_flops_are_those_of_the_blocks_that_are_kept(block: int) -> None:
     inputs = attention._Inputs(CPU, torch.float32, (1, 8, 4096, 64))
     for density in (50, 25, 10):
         mask = attention._random_blocks(inputs, density, block)
-        case = attention._sparse(CPU, torch.float32, inputs.shape, density, block, grad=False)
+        case = attention._sparse(inputs, density, block, grad=False)
         assert case.flops == pytest.approx(mask.density * 8 * 4096**2 * 4 * 64)
         assert set(mask.q2k_counts.flatten().tolist()) == {round(4096 // block * density / 100)}
 
 
 def test_flops_of_a_window() -> None:
-    case = attention._window(CPU, torch.float32, (1, 2, 1000, 64))
+    case = attention._window(attention._Inputs(CPU, torch.float32, (1, 2, 1000, 64)), 512)
     seen = BlockMask.sliding_window(1000, 512).to_mask().sum().item()
     assert case.flops == pytest.approx(2 * seen * 4 * 64)
 

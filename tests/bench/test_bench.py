@@ -11,7 +11,7 @@ import torch
 
 from tilewright import _families
 from tilewright.bench import compare, environment, optim, report, runner, timing
-from tilewright.bench.case import OURS, Case, Contender, Unavailable
+from tilewright.bench.case import OURS, Case, Contender, Plan, Unavailable
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def test_run_case_records_ratios_failures_and_what_is_not_here() -> None:
         Contender("bitsandbytes", missing),
         Contender("torchao", broken),
     ]
-    done = runner.run_case(Case("c", "a case", contenders), runner.Setting(CPU, quick=True))
+    done = runner.run_case(Case("c", "a case", contenders), runner.Setting(CPU, budget=0.1, minimum=2))
     rows = done["contenders"]
     assert rows["bitsandbytes"]["status"] == "not available: No module named 'peer'"
     assert rows["torchao"]["status"] == "failed: RuntimeError: boom"
@@ -87,7 +87,7 @@ def test_run_case_records_ratios_failures_and_what_is_not_here() -> None:
     ],
 )
 def test_bytes_by_formula(case: str, contender: str, bytes_per_parameter: float) -> None:
-    found = next(c for c in optim.cases(CPU, quick=True) if c.name == case)
+    found = next(c for c in optim.cases(Plan(CPU)) if c.name == case)
     count = found.sizes.get("parameters", found.sizes.get("elements"))
     moved = next(c for c in found.contenders if c.name == contender).bytes
     assert moved == pytest.approx(count * bytes_per_parameter, rel=1e-6)
@@ -97,14 +97,14 @@ def test_bytes_by_formula(case: str, contender: str, bytes_per_parameter: float)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_ours_comes_first_in_every_case_and_the_others_are_peers(family: str, device: str) -> None:
     module = _families.load("bench", family)
-    for case in module.cases(torch.device(device), quick=True):
+    for case in module.cases(Plan(torch.device(device))):
         assert case.contenders[0].name == OURS
         for contender in case.contenders[1:]:
             assert contender.name.startswith(OURS) or contender.name.partition(",")[0] in module.PEERS
 
 
 def test_clipping_is_timed_on_a_gpu() -> None:
-    names = [case.name for case in optim.cases(torch.device("cuda"), quick=False)]
+    names = [case.name for case in optim.cases(Plan(torch.device("cuda")))]
     assert "adamw8bit-bf16-clip" in names
 
 
@@ -119,22 +119,20 @@ def test_cases_are_chosen_over_all_families() -> None:
 def test_a_run_leaves_a_result_that_can_be_compared_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = runner.run(
-        ["optim"], "cpu", quick=True, peers=["torch"], only=["small-tensors", "call"], out=tmp_path
-    )
+    status = runner.run(["optim"], "cpu", quick=True, peers=["torch"], only=["call"], out=tmp_path)
     assert status == 0
-    record = compare.load(tmp_path / "optim-cpu.json")
+    record = compare.load(tmp_path / "optim-quick-cpu.json")
     assert record["complete"]
     assert record["versions"]["torch"] == torch.__version__
     assert record["threads"] == torch.get_num_threads()
-    assert len(record["cases"]) == 4
-    assert compare.run(tmp_path / "optim-cpu.json", tmp_path / "optim-cpu.json") == 0
+    assert len(record["cases"]) == 1
+    assert compare.run(tmp_path / "optim-quick-cpu.json", tmp_path / "optim-quick-cpu.json") == 0
     assert "1.00x" in capsys.readouterr().out
     table = report.markdown(record)
     assert "| **a call, in place** |" in table
     assert "commit" in table
     pytest.importorskip("matplotlib")
-    assert (tmp_path / "optim-cpu.png").stat().st_size > 10_000
+    assert (tmp_path / "optim-quick-cpu.png").stat().st_size > 10_000
 
 
 def test_compare_says_what_makes_results_incomparable(tmp_path: Path) -> None:

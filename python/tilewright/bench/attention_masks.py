@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from tilewright.attention import BlockMask
 
-from .case import OURS, Case, Contender
+from .case import OURS, Call, Case, Contender, Plan
 
 _WINDOW = 4096
 
-Call = Callable[[], object]
 
-
-def cases(device: torch.device, quick: bool) -> list[Case]:
+def cases(plan: Plan) -> list[Case]:
     """A window over a long sequence, and the lists of a large map of blocks."""
-    return [_window(device, 16384 if quick else 131072), _dense(device, 512 if quick else 2048)]
+    if plan.quick:  # nothing that has to be compiled first
+        return [_dense(plan.device, 512)]
+    return [_window(plan.device, 131072), _dense(plan.device, 2048)]
 
 
 def _window(device: torch.device, length: int) -> Case:

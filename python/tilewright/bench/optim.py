@@ -9,18 +9,17 @@ Bytes per parameter and step, read plus written, of a block of 256 with its floa
 
 from __future__ import annotations
 
-import importlib
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .case import OURS, Case, Contender, Unavailable
+from .case import OURS, Call, Case, Contender, Plan, grouped, peer, short
 
 PEERS = ("torch", "bitsandbytes", "torchao")
+GPU_PEERS = ()
 _BLOCK = 256
 _STATE8 = 2 + 2 * 4 / _BLOCK
 # Per element: the moments, the update with bias corrections, the decay; decoding and scaling each state.
@@ -29,32 +28,41 @@ _ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weigh
 _LION: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.99), "weight_decay": 0.01}
 _SGD: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0.01}
 
-Step = Callable[[], object]
 Make = Callable[[list[Tensor]], Any]
 Shapes = list[tuple[int, ...]]
 Norm = float | None
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """All cases of the family for a device; `quick` shrinks the tensors, to what is still beyond a cache."""
-    large = _large_shapes(device, quick)
-    half = torch.bfloat16
-    found = [_adamw(device, half, large)]
-    if device.type == "cuda":
-        found.append(_adamw(device, half, large, max_grad_norm=1.0))
+def cases(plan: Plan) -> list[Case]:
+    """All cases of the family; for a model those whose tensors have its layers' shapes."""
+    device, quick, half = plan.device, plan.quick, torch.bfloat16
+    large = _shapes(plan)
+    if quick:
+        steps = [_adamw(device, plan.wide, large)]
+    elif plan.on_gpu:
+        steps = [_adamw(device, half, large), _adamw(device, half, large, max_grad_norm=1.0)]
     else:
-        found.insert(0, _adamw(device, torch.float32, large))
-    found += [_small_tensors(device, fresh) for fresh in (False, True)]
-    dtype = half if device.type == "cuda" else torch.float32
-    found += [_lion(device, dtype, large), _sgd(device, dtype, large)]
-    found += [_quantize(device, dtype, quick), _dequantize(device, dtype, quick)]
-    return [*found, _mutating_call(device), _allocating_call(device)]
+        steps = [_adamw(device, dtype, large) for dtype in plan.dtypes]
+    others = [_lion(device, plan.wide, large), _sgd(device, plan.wide, large)]
+    if plan.model:
+        return grouped("steps", [*steps, *others])
+    small = [_small_tensors(device, fresh) for fresh in (False, True)]
+    codec = [_quantize(device, plan.wide, quick), _dequantize(device, plan.wide, quick)]
+    calls = [_mutating_call(device), _allocating_call(device)]
+    if quick:
+        small, codec, calls, others = [], codec[:1], calls[:1], []
+    return [*grouped("steps", [*steps, *small, *others]), *grouped("codec", codec), *grouped("calls", calls)]
 
 
-def _large_shapes(device: torch.device, quick: bool) -> Shapes:
-    if device.type == "cuda":
-        return [(1024, 325 if quick else 3255)] * 300
-    return [(1024, 1024) if quick else (2048, 2048)] * 16
+def _shapes(plan: Plan) -> Shapes:
+    """As many of the model's layers as come to 67M parameters (1B on a GPU), at least one."""
+    if plan.model:
+        layer = plan.model.parameters()
+        count = sum(torch.Size(shape).numel() for shape in layer)
+        return layer * max(1, min(plan.model.layers, (10**9 if plan.on_gpu else 2**26) // count))
+    if plan.on_gpu:
+        return [(1024, 325 if plan.quick else 3255)] * 300
+    return [(1024, 1024)] * 4 if plan.quick else [(2048, 2048)] * 16
 
 
 class _Model:
@@ -91,14 +99,14 @@ class _Model:
     def sizes(self) -> dict[str, object]:
         count = self.shapes.count
         kinds = [f"{count(shape)} x {'x'.join(map(str, shape))}" for shape in dict.fromkeys(self.shapes)]
-        return {"parameters": self.numel, "tensors": ", ".join(kinds), "dtype": _name(self.dtype)}
+        return {"parameters": self.numel, "tensors": ", ".join(kinds), "dtype": short(self.dtype)}
 
 
 def _adamw(device: torch.device, dtype: torch.dtype, shapes: Shapes, max_grad_norm: Norm = None) -> Case:
     model = _Model(device, dtype, shapes)
     base, clip_bytes = 3 * dtype.itemsize, dtype.itemsize if max_grad_norm else 0
 
-    def ours() -> Step:
+    def ours() -> Call:
         from tilewright.optim import AdamW8bit
 
         return AdamW8bit(model.parameters(), **_ADAMW, max_grad_norm=max_grad_norm).step
@@ -118,19 +126,19 @@ def _adamw(device: torch.device, dtype: torch.dtype, shapes: Shapes, max_grad_no
         wide_bytes = model.numel * (28 + 12 * bool(max_grad_norm))
         wide = Contender("torch, all fp32", lambda: _wide_torch(model, max_grad_norm), wide_bytes)
         contenders.insert(2, wide)
-    name = f"adamw8bit-{_name(dtype)}" + ("-clip" if max_grad_norm else "")
-    title = f"AdamW8bit, {_count(model.numel)} {_name(dtype)}" + (", clipped" if max_grad_norm else "")
+    name = f"adamw8bit-{short(dtype)}" + ("-clip" if max_grad_norm else "")
+    title = f"AdamW8bit, {_count(model.numel)} {short(dtype)}" + (", clipped" if max_grad_norm else "")
     return Case(name, title, contenders, _FLOPS["adamw"] * model.numel, sizes=model.sizes())
 
 
-def _wide_torch(model: _Model, max_grad_norm: Norm) -> Step:
+def _wide_torch(model: _Model, max_grad_norm: Norm) -> Call:
     parameters = model.float_parameters()
     return _clipped(lambda p: torch.optim.AdamW(p, **_ADAMW, fused=True), parameters, max_grad_norm)
 
 
-def _clipped(make: Make, parameters: list[Tensor], max_grad_norm: Norm) -> Step:
+def _clipped(make: Make, parameters: list[Tensor], max_grad_norm: Norm) -> Call:
     optimizer = make(parameters)
-    plain: Step = optimizer.step
+    plain: Call = optimizer.step
     if max_grad_norm is None:
         return plain
 
@@ -158,10 +166,10 @@ def _small_tensors(device: torch.device, fresh_gradients: bool) -> Case:
     return Case(f"adamw8bit-small-tensors{suffix}", title, contenders, calls=5, sizes=model.sizes())
 
 
-def _step(make: Make, model: _Model, fresh_gradients: bool) -> Step:
+def _step(make: Make, model: _Model, fresh_gradients: bool) -> Call:
     parameters = model.parameters()
     optimizer = make(parameters)
-    plain: Step = optimizer.step
+    plain: Call = optimizer.step
     if not fresh_gradients:
         return plain
     sets = [model.gradients, [gradient.clone() for gradient in model.gradients]]
@@ -183,9 +191,9 @@ def _lion(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> Case:
         _our_adamw(model),
         _plain_step("bitsandbytes", model, lambda p: _bitsandbytes("Lion8bit")(p, **_LION), bytes_moved),
     ]
-    title = f"Lion8bit, {_count(model.numel)} {_name(dtype)}"
+    title = f"Lion8bit, {_count(model.numel)} {short(dtype)}"
     flops = _FLOPS["lion"] * model.numel
-    return Case(f"lion8bit-{_name(dtype)}", title, contenders, flops, sizes=model.sizes())
+    return Case(f"lion8bit-{short(dtype)}", title, contenders, flops, sizes=model.sizes())
 
 
 def _sgd(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> Case:
@@ -198,9 +206,9 @@ def _sgd(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> Case:
         _plain_step("torch", model, lambda p: torch.optim.SGD(p, **_SGD, fused=True), torch_bytes),
         _plain_step("bitsandbytes", model, lambda p: _bitsandbytes("SGD8bit")(p, **_SGD), bytes_moved),
     ]
-    title = f"SGD8bit, {_count(model.numel)} {_name(dtype)}"
+    title = f"SGD8bit, {_count(model.numel)} {short(dtype)}"
     flops = _FLOPS["sgd"] * model.numel
-    return Case(f"sgd8bit-{_name(dtype)}", title, contenders, flops, sizes=model.sizes())
+    return Case(f"sgd8bit-{short(dtype)}", title, contenders, flops, sizes=model.sizes())
 
 
 def _our_adamw(model: _Model) -> Contender:
@@ -224,7 +232,7 @@ def _codec_count(quick: bool) -> int:
 
 
 def _quantize(device: torch.device, dtype: torch.dtype, quick: bool) -> Case:
-    def setup(quantize: Callable[..., Any]) -> Step:
+    def setup(quantize: Callable[..., Any]) -> Call:
         values = _values(device, dtype, quick)
         codes = torch.empty(values.shape, dtype=torch.uint8, device=device)
         absmax = torch.empty(values.numel() // _BLOCK, device=device)
@@ -240,7 +248,7 @@ def _quantize(device: torch.device, dtype: torch.dtype, quick: bool) -> Case:
 def _dequantize(device: torch.device, dtype: torch.dtype, quick: bool) -> Case:
     """With `out` and, since bitsandbytes knows no `out` on a CPU, without."""
 
-    def ours(with_out: bool) -> Step:
+    def ours(with_out: bool) -> Call:
         codes, absmax = encoded()
         decode = _ours("dequantize_blockwise")
         out = torch.empty(codes.shape, dtype=dtype, device=device)
@@ -249,7 +257,7 @@ def _dequantize(device: torch.device, dtype: torch.dtype, quick: bool) -> Case:
         state = _ours("QuantState")(absmax, codes.shape, blocksize=_BLOCK, dtype=dtype)
         return lambda: decode(codes, state)
 
-    def theirs() -> Step:
+    def theirs() -> Call:
         codes, absmax = encoded()
         decode = _bitsandbytes("dequantize_blockwise", "bitsandbytes.functional")
         state = _bitsandbytes("QuantState", "bitsandbytes.functional")(
@@ -270,53 +278,53 @@ def _dequantize(device: torch.device, dtype: torch.dtype, quick: bool) -> Case:
 
 
 def _codec_case(
-    name: str, contenders: dict[str, Callable[[], Step]], dtype: torch.dtype, quick: bool
+    name: str, contenders: dict[str, Callable[[], Call]], dtype: torch.dtype, quick: bool
 ) -> Case:
     count = _codec_count(quick)
     bytes_moved = count * (dtype.itemsize + 1 + 4 / _BLOCK)
-    sizes = {"elements": count, "dtype": _name(dtype), "blocksize": _BLOCK}
-    title = f"{name}_blockwise, {_count(count)} {_name(dtype)}"
+    sizes = {"elements": count, "dtype": short(dtype), "blocksize": _BLOCK}
+    title = f"{name}_blockwise, {_count(count)} {short(dtype)}"
     rows = [Contender(who, setup, bytes_moved) for who, setup in contenders.items()]
-    return Case(f"{name}-{_name(dtype)}", title, rows, count, sizes=sizes)
+    return Case(f"{name}-{short(dtype)}", title, rows, count, sizes=sizes)
 
 
 def _mutating_call(device: torch.device) -> Case:
     """One block of 64: the work is nothing, what remains is the way from Python into the kernel and back."""
 
-    def through_torch() -> Step:
+    def through_torch() -> Call:
         codes, absmax, out = _tiny(device)
         operator = torch.ops.tilewright.dequantize_blockwise_out.default
         return lambda: operator(codes, absmax, None, True, 64, out)
 
-    def binding() -> Step:
+    def binding() -> Call:
         from tilewright import _backend
 
         codes, absmax, out = _tiny(device)
         return lambda: _backend.C.dequantize_blockwise(codes, absmax, None, True, out, 64, 1)
 
-    def torch_alone() -> Step:
+    def torch_alone() -> Call:
         _, absmax, out = _tiny(device)
         return lambda: torch.mul(out, absmax, out=out)
 
     contenders = [
         Contender(OURS, through_torch),
         Contender(f"{OURS} binding", binding),
-        Contender("torch", torch_alone),
+        Contender("torch", torch_alone, yardstick=True),
     ]
     return Case("call-mutating", "a call, in place", contenders, calls=1000, sizes={"elements": 64})
 
 
 def _allocating_call(device: torch.device) -> Case:
-    def through_torch() -> Step:
+    def through_torch() -> Call:
         codes, absmax, _ = _tiny(device)
         operator = torch.ops.tilewright.dequantize_blockwise.default  # as our own functions call it
         return lambda: operator(codes, absmax, None, True, 64, torch.float32)
 
-    def torch_alone() -> Step:
+    def torch_alone() -> Call:
         _, absmax, out = _tiny(device)
         return lambda: torch.mul(out, absmax)
 
-    contenders = [Contender(OURS, through_torch), Contender("torch", torch_alone)]
+    contenders = [Contender(OURS, through_torch), Contender("torch", torch_alone, yardstick=True)]
     return Case("call-allocating", "a call, allocating", contenders, calls=1000, sizes={"elements": 64})
 
 
@@ -333,27 +341,11 @@ def _ours(name: str) -> Any:
 
 
 def _bitsandbytes(name: str, module: str = "bitsandbytes.optim") -> Any:
-    return _peer(name, [module])
+    return peer(module, name)
 
 
 def _torchao(name: str) -> Any:
-    return _peer(name, ["torchao.optim", "torchao.prototype.low_bit_optim"])
-
-
-def _peer(name: str, modules: Iterable[str]) -> Any:
-    for noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    problem: Exception | None = None
-    for module in modules:
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            problem = problem or error
-    raise Unavailable(str(problem))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return peer("torchao.optim", name)
 
 
 def _count(number: int) -> str:

@@ -15,24 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import OURS, Case, Contender
+from .case import OURS, Call, Case, Contender, Plan, of_tokens, short
+from .prune_layers import sizes
 
 _VARIETY = 16  # different tokens that take turns
 
-Call = Callable[[], object]
 
-
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """All cases for a device; `quick` leaves the larger layer and the few tokens out."""
-    dtypes = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
-    shapes = [(4096, 4096)] if quick else [(4096, 4096), (4096, 11008)]
+def cases(plan: Plan) -> list[Case]:
+    """One token at half and three quarters left out; a few tokens."""
+    device, dtypes, left_out = plan.device, plan.dtypes, [0.5, 0.75]
+    if plan.quick or plan.model:
+        dtypes, left_out = dtypes[: 1 if plan.quick else 2], [0.5]
+    usual = [(4096, 4096)] if plan.quick else [(4096, 4096), (11008, 4096)]
+    shapes = [(size.into, size.out) for size in sizes(plan, *usual)]
     found = [
         _case(device, dtype, shape, sparsity, 1)
         for dtype in dtypes
         for shape in shapes
-        for sparsity in (0.5, 0.75)
+        for sparsity in left_out
     ]
-    return found if quick else [*found, _case(device, dtypes[0], (4096, 4096), 0.75, 4)]
+    few = [] if plan.quick or plan.model else [_case(device, dtypes[0], shapes[0], 0.75, 4)]
+    return [*found, *few]
 
 
 class _Problem:
@@ -75,12 +78,11 @@ def _case(
         Contender("torch, dense", lambda: _dense(problem), dense),
         Contender("torch, masked inputs", lambda: _masked(problem), dense),
     ]
-    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    kind = short(dtype)
     size, zeros = f"{shape[0]}x{shape[1]}", f"{sparsity:.0%}"
-    many = "1 token" if tokens == 1 else f"{tokens} tokens"
     return Case(
         f"activation-sparse-{size}-{round(100 * sparsity)}-{tokens}-{kind}",
-        f"ActivationSparseLinear, {size}, {zeros} left out, {many}, {kind}",
+        f"ActivationSparseLinear, {size}, {zeros} left out, {of_tokens(tokens)}, {kind}",
         contenders,
         2 * weights * problem.weights_read() * tokens,
         sizes={"in x out": size, "sparsity": sparsity, "tokens": tokens, "dtype": kind},

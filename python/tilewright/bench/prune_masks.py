@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,24 +9,24 @@ from torch import Tensor
 
 from tilewright.prune import Block, global_masks, mask, sparsegpt
 
-from .case import OURS, Case, Contender
+from .case import OURS, Call, Case, Contender, Plan, full
+from .prune_layers import Size, random, sizes
 
-Call = Callable[[], object]
 
-
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Masks of one large weight, and of many weights at once."""
-    size = 1024 if quick else 4096
+def cases(plan: Plan) -> list[Case]:
+    """Masks of one large weight, of a model its largest, and of many weights at once."""
+    device = plan.device
+    if plan.quick:
+        (size,) = sizes(plan, (1024, 1024))
+        return [_n_of_m(device, size, torch.float32), _blocks(device, size)]
+    size = sizes(plan, (4096, 4096))[0]
     found = [_n_of_m(device, size, dtype) for dtype in (torch.float32, torch.bfloat16)]
     found += [_blocks(device, size), _rows(device, size), _wanda(device, size)]
-    return [*found, _global(device, 1 if quick else 24), _sparsegpt(device, size // 4)]
+    return found if plan.model else [*found, _global(device, 24), _sparsegpt(device, 1024)]
 
 
-def _weight(
-    device: torch.device, rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator).to(device, dtype)
+def _weight(device: torch.device, size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return random(device, size.out, size.into, dtype, seed)
 
 
 def _topk_mask(scores: Tensor, kept: int) -> Tensor:
@@ -36,84 +35,86 @@ def _topk_mask(scores: Tensor, kept: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
-def _n_of_m(device: torch.device, size: int, dtype: torch.dtype) -> Case:
+def _n_of_m(device: torch.device, size: Size, dtype: torch.dtype) -> Case:
     def ours() -> Call:
-        w = _weight(device, size, size, dtype)
+        w = _weight(device, size, dtype)
         return lambda: mask(w, "2:4")
 
     def theirs() -> Call:
-        w = _weight(device, size, size, dtype)
-        return lambda: _topk_mask(w.abs().view(-1, 4), 2).view(size, size)
+        w = _weight(device, size, dtype)
+        return lambda: _topk_mask(w.abs().view(-1, 4), 2).view(size.out, size.into)
 
-    moved = size * size * (dtype.itemsize + 1)
+    moved = size.weights * (dtype.itemsize + 1)
     contenders = [Contender(OURS, ours, moved), Contender("torch, topk", theirs, moved)]
-    name = str(dtype).removeprefix("torch.")
-    sizes: dict[str, object] = {"rows": size, "columns": size, "pattern": "2:4", "dtype": name}
-    return Case(f"prune-mask-2to4-{name}", f"2:4 mask of {size} x {size}, {name}", contenders, sizes=sizes)
+    name = full(dtype)
+    sizes: dict[str, object] = {"rows": size.out, "columns": size.into, "pattern": "2:4", "dtype": name}
+    return Case(
+        f"prune-mask-2to4-{name}", f"2:4 mask of {size.out} x {size.into}, {name}", contenders, sizes=sizes
+    )
 
 
-def _blocks(device: torch.device, size: int) -> Case:
+def _blocks(device: torch.device, size: Size) -> Case:
     side, sparsity = 16, 0.9
-    across = size // side
-    kept = across * across - round(sparsity * across * across)
+    down, across = size.out // side, size.into // side
+    kept = down * across - round(sparsity * down * across)
 
     def ours() -> Call:
-        w = _weight(device, size, size)
+        w = _weight(device, size)
         return lambda: mask(w, Block(side, side), sparsity, "lp")
 
     def theirs() -> Call:
-        w = _weight(device, size, size)
+        w = _weight(device, size)
 
         def by_topk() -> Tensor:
-            norms = w.view(across, side, across, side).square().sum((1, 3)).view(-1)
-            units = _topk_mask(norms, kept).view(across, 1, across, 1)
-            return units.expand(across, side, across, side).reshape(size, size)
+            norms = w.view(down, side, across, side).square().sum((1, 3)).view(-1)
+            units = _topk_mask(norms, kept).view(down, 1, across, 1)
+            return units.expand(down, side, across, side).reshape(w.shape)
 
         return by_topk
 
-    moved = size * size * 5
+    moved = size.weights * 5
     contenders = [Contender(OURS, ours, moved), Contender("torch, topk", theirs, moved)]
-    sizes: dict[str, object] = {"rows": size, "columns": size, "block": side, "sparsity": sparsity}
-    title = f"mask of {size} x {size}, blocks {side} x {side}, {sparsity:.0%} removed"
-    return Case("prune-mask-block", title, contenders, sizes=sizes, flops=2 * size * size)
+    sizes: dict[str, object] = {"rows": size.out, "columns": size.into, "block": side, "sparsity": sparsity}
+    title = f"mask of {size.out} x {size.into}, blocks {side} x {side}, {sparsity:.0%} removed"
+    return Case("prune-mask-block", title, contenders, sizes=sizes, flops=2 * size.weights)
 
 
-def _rows(device: torch.device, size: int) -> Case:
+def _rows(device: torch.device, size: Size) -> Case:
     sparsity = 0.5
 
     def ours() -> Call:
-        w = _weight(device, size, size)
+        w = _weight(device, size)
         return lambda: mask(w, "row", sparsity, "lp")
 
     def theirs() -> Call:
         from torch.nn.utils.prune import LnStructured
 
-        w = _weight(device, size, size)
+        w = _weight(device, size)
         ones = torch.ones_like(w)
         method: Any = LnStructured(sparsity, 2, 0)
         return lambda: method.compute_mask(w, ones)
 
-    moved = size * size * 5
+    moved = size.weights * 5
     contenders = [Contender(OURS, ours, moved), Contender("torch, nn.utils.prune", theirs, moved)]
-    sizes: dict[str, object] = {"rows": size, "columns": size, "sparsity": sparsity}
-    title = f"mask of {size} x {size}, whole rows, {sparsity:.0%} removed"
-    return Case("prune-mask-rows", title, contenders, sizes=sizes, flops=2 * size * size)
+    sizes: dict[str, object] = {"rows": size.out, "columns": size.into, "sparsity": sparsity}
+    title = f"mask of {size.out} x {size.into}, whole rows, {sparsity:.0%} removed"
+    return Case("prune-mask-rows", title, contenders, sizes=sizes, flops=2 * size.weights)
 
 
-def _wanda(device: torch.device, size: int) -> Case:
+def _wanda(device: torch.device, size: Size) -> Case:
     def ours() -> Call:
-        w, norm = _weight(device, size, size), _weight(device, 1, size)[0].abs()
+        w, norm = _weight(device, size), random(device, 1, size.into, torch.float32, 0)[0].abs()
         return lambda: mask(w, "element", 0.5, "wanda", norm)
 
     def theirs() -> Call:
-        w, norm = _weight(device, size, size), _weight(device, 1, size)[0].abs()
-        return lambda: _topk_mask(w.abs() * norm, size // 2)
+        w, norm = _weight(device, size), random(device, 1, size.into, torch.float32, 0)[0].abs()
+        return lambda: _topk_mask(w.abs() * norm, size.into // 2)
 
-    moved = size * size * 5
+    moved = size.weights * 5
     contenders = [Contender(OURS, ours, moved), Contender("torch, topk", theirs, moved)]
-    sizes: dict[str, object] = {"rows": size, "columns": size, "sparsity": 0.5, "scope": "row"}
-    title = f"mask of {size} x {size} by Wanda, half of each row"
-    return Case("prune-mask-wanda", title, contenders, sizes=sizes, flops=size * size)
+    sizes: dict[str, object] = {"rows": size.out, "columns": size.into, "sparsity": 0.5, "scope": "row"}
+    title = f"mask of {size.out} x {size.into} by Wanda, half of each row"
+    return Case("prune-mask-wanda", title, contenders, sizes=sizes, flops=size.weights)
 
 
 def _global(device: torch.device, layers: int) -> Case:
@@ -121,7 +122,7 @@ def _global(device: torch.device, layers: int) -> Case:
     units = layers * rows * columns
 
     def weights() -> list[Tensor]:
-        return [_weight(device, rows, columns, seed=seed) for seed in range(layers)]
+        return [random(device, rows, columns, torch.float32, seed) for seed in range(layers)]
 
     def ours() -> Call:
         ws = weights()
@@ -148,7 +149,7 @@ def _global(device: torch.device, layers: int) -> Case:
 
 def _sparsegpt(device: torch.device, size: int) -> Case:
     def ours() -> Call:
-        w, x = _weight(device, size, size), _weight(device, 2 * size, size, seed=1)
+        w, x = (random(device, rows, size, torch.float32, seed) for seed, rows in enumerate((size, 2 * size)))
         hessian = x.T @ x
         return lambda: sparsegpt(w, hessian, "2:4")
 

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
-from .case import OURS, Case, Contender, Unavailable
+from .case import OURS, Call, Case, Contender, Plan, of_tokens, peer
 
 _ZEROS, _BLOCK = 0.9, 32
+_LAYERS, _WIDTH = 4, 1024
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """A Llama of transformers from its config, with random weights: time does not depend on them."""
-    return [_llama(device, quick, tokens) for tokens in ((128,) if quick else (1, 128))]
+def cases(plan: Plan) -> list[Case]:
+    """A small Llama of transformers from its config, with random weights: time does not depend on them.
+
+    None if quick, none of a published model: compressing measures for half a minute, far longer there.
+    """
+    return [] if plan.quick or plan.model else [_llama(plan.device, tokens) for tokens in (1, 128)]
 
 
-def _llama(device: torch.device, quick: bool, tokens: int) -> Case:
-    width, layers = (256, 2) if quick else (1024, 4)
+def _llama(device: torch.device, tokens: int) -> Case:
     sizes = {
-        "layers": layers, "hidden": width, "mlp": 4 * width, "tokens": tokens, "zeros of the MLPs": _ZEROS,
+        "layers": _LAYERS, "hidden": _WIDTH, "mlp": 4 * _WIDTH, "tokens": tokens, "zeros of the MLPs": _ZEROS,
         "block": _BLOCK, "dtype": "float32",
     }  # fmt: skip
 
     def model() -> nn.Module:
-        try:
-            transformers = importlib.import_module("transformers")
-        except ImportError as error:
-            raise Unavailable("transformers is not installed") from error
+        transformers = peer("transformers")
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
-            vocab_size=256, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-            num_attention_heads=width // 64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=256, hidden_size=_WIDTH, intermediate_size=4 * _WIDTH, num_hidden_layers=_LAYERS,
+            num_attention_heads=_WIDTH // 64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         made: nn.Module = transformers.LlamaForCausalLM(config).to(device).eval()
         return made
@@ -41,7 +38,7 @@ def _llama(device: torch.device, quick: bool, tokens: int) -> Case:
     def some_tokens() -> torch.Tensor:
         return torch.randint(3, 256, (1, tokens), generator=torch.Generator().manual_seed(1)).to(device)
 
-    def run(made: nn.Module) -> Callable[[], object]:
+    def run(made: nn.Module) -> Call:
         ids = some_tokens()
 
         def forward() -> object:
@@ -50,7 +47,7 @@ def _llama(device: torch.device, quick: bool, tokens: int) -> Case:
 
         return forward
 
-    def ours() -> Callable[[], object]:
+    def ours() -> Call:
         from tilewright.prune import Block, compress, prune
 
         made = model()
@@ -59,7 +56,5 @@ def _llama(device: torch.device, quick: bool, tokens: int) -> Case:
         return run(made)
 
     contenders = [Contender(OURS, ours), Contender("torch", lambda: run(model()))]
-    title = (
-        f"Llama, MLPs pruned to {1 - _ZEROS:.0%} and compressed, {tokens} token{'s' if tokens > 1 else ''}"
-    )
+    title = f"Llama, MLPs pruned to {1 - _ZEROS:.0%} and compressed, {of_tokens(tokens)}"
     return Case(f"prune-llama-{tokens}", title, contenders, sizes=dict(sizes))

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from . import scan_blocks, scan_conv, scan_linear, scan_models, scan_selective, scan_ssd
+from .case import Case, Plan, grouped
 
-import torch
-
-from . import scan_conv, scan_linear, scan_models, scan_selective, scan_ssd
-from .case import Case
-
-_ON_GPUS_ALONE = ("mamba-ssm", "causal-conv1d")
-PEERS = ("torch", "transformers", "mambapy", *_ON_GPUS_ALONE)
+GPU_PEERS = ("mamba-ssm", "causal-conv1d")
+PEERS = ("torch", "transformers", "mambapy", *GPU_PEERS)
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """All cases of the family for a device; `quick` shrinks the work."""
-    found = [
-        *scan_models.cases(device, quick),
-        *scan_selective.cases(device, quick),
-        *scan_ssd.cases(device, quick),
-        *scan_linear.cases(device, quick),
-        *scan_conv.convolutions(device, quick),
-        *scan_conv.updates(device, quick),
-    ]
-    if device.type == "cuda":
-        return found
+def cases(plan: Plan) -> list[Case]:
+    """All cases of the family; none for a model without a scan."""
     return [
-        replace(case, contenders=[peer for peer in case.contenders if peer.name not in _ON_GPUS_ALONE])
-        for case in found
+        *grouped("whole models", scan_models.cases(plan)),
+        *grouped("blocks", scan_blocks.cases(plan)),
+        *grouped("selective scan", scan_selective.cases(plan)),
+        *grouped("SSD", scan_ssd.cases(plan)),
+        *grouped("linear scan", scan_linear.cases(plan)),
+        *grouped("convolution", scan_conv.convolutions(plan)),
+        *grouped("a token", scan_conv.updates(plan)),
     ]

@@ -18,27 +18,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import OURS, Case, Contender, Unavailable
+from .case import OURS, Call, Case, Contender, Plan, full, peer
 
 _WIDTH = 4
 _SILU_FLOPS = 4  # negation, exponential, addition, division
 
-Step = Callable[[], object]
+
+def convolutions(plan: Plan) -> list[Case]:
+    """Both layouts, forward and with the gradient, at the size of a model's or a small Mamba's block."""
+    channels = 1536
+    if plan.model:
+        if plan.model.scan is None:
+            return []
+        both = 2 * plan.model.scan.states if plan.model.family == "mamba2" else 0  # B and C go through it too
+        channels = plan.model.scan.inner + both
+    shape = (8 if plan.on_gpu else 1, channels, 512 if plan.quick else 2048)
+    layouts = (True,) if plan.quick else (False, True)
+    return [_conv(plan.device, plan.wide, shape, last, grad) for grad in (False, True) for last in layouts]
 
 
-def convolutions(device: torch.device, quick: bool) -> list[Case]:
-    """Both layouts, forward alone and with the gradient, at the size of a small Mamba's block."""
-    shape = (1 if quick or device.type == "cpu" else 8, 1536, 2048)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return [_conv(device, dtype, shape, last, grad) for grad in (False, True) for last in (False, True)]
-
-
-def updates(device: torch.device, quick: bool) -> list[Case]:
+def updates(plan: Plan) -> list[Case]:
     """One token of a Mamba-1 and of a Mamba-2 model, a state so small that only the call is left, a layer."""
-    batch = 1 if quick or device.type == "cpu" else 64
-    found = [_conv_update(device, batch, 5120), _state_update(device, batch, None, 5120, 16)]
-    found += [_state_update(device, batch, 80, 64, 128), _state_update(device, 1, None, 8, 16)]
-    return [*found, _layer_step(device, 1, 768)]
+    device, batch = plan.device, 64 if plan.on_gpu else 1
+    if plan.model:
+        scan = plan.model.scan
+        if scan is None:
+            return []
+        if plan.model.family == "mamba2":
+            channels = scan.inner + 2 * scan.states
+            update = _state_update(device, batch, scan.heads, scan.head_dim, scan.states)
+            return [_conv_update(device, batch, channels), update]
+        update = _state_update(device, batch, None, scan.inner, scan.states)
+        return [_conv_update(device, batch, scan.inner), update, _layer_step(device, 1, plan.model.hidden)]
+    both = [_state_update(device, batch, None, 5120, 16), _state_update(device, batch, 80, 64, 128)]
+    if plan.quick:
+        return both
+    call = _state_update(device, 1, None, 8, 16)
+    return [_conv_update(device, batch, 5120), *both, call, _layer_step(device, 1, 768)]
 
 
 def _random(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,14 +73,14 @@ def _conv(
         weight, bias = _random(device, dim, _WIDTH, dtype=dtype), _random(device, dim, dtype=dtype)
         return x.requires_grad_(grad), weight.requires_grad_(grad), bias.requires_grad_(grad)
 
-    def step(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
+    def step(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
         x, weight, bias = tensors()
         if not grad:
             return lambda: function(x, weight, bias)
         dout = torch.empty_like(x.detach()).fill_(0.1)
         return lambda: torch.autograd.grad(function(x, weight, bias), (x, weight, bias), dout)
 
-    def ours() -> Step:
+    def ours() -> Call:
         from tilewright.scan import causal_conv1d
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
@@ -72,9 +88,9 @@ def _conv(
 
         return step(convolve)
 
-    def theirs() -> Step:
-        peer = _peer("causal_conv1d", "causal_conv1d_fn")
-        return step(lambda x, w, b: peer(x, w, b, activation="silu"))
+    def theirs() -> Call:
+        convolve = peer("causal_conv1d", "causal_conv1d_fn")
+        return step(lambda x, w, b: convolve(x, w, b, activation="silu"))
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         padded = F.conv1d(x, weight[:, None], bias, padding=_WIDTH - 1, groups=dim)
@@ -90,19 +106,19 @@ def _conv(
     name = f"causal-conv1d-{layout}" + ("-grad" if grad else "")
     title = f"causal_conv1d, {words}" + (", with gradient" if grad else "")
     flops = numel * (2 * _WIDTH + _SILU_FLOPS) * (3 if grad else 1)
-    sizes = {"batch": batch, "dim": dim, "length": length, "width": _WIDTH, "dtype": _name(dtype)}
+    sizes = {"batch": batch, "dim": dim, "length": length, "width": _WIDTH, "dtype": full(dtype)}
     return Case(name, title, contenders, flops, sizes=sizes)
 
 
 def _conv_update(device: torch.device, batch: int, dim: int) -> Case:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    def step(function: Callable[..., object]) -> Step:
+    def step(function: Callable[..., object]) -> Call:
         x, state = _random(device, batch, dim, dtype=dtype), _random(device, batch, dim, _WIDTH, dtype=dtype)
         weight, bias = _random(device, dim, _WIDTH, dtype=dtype), _random(device, dim, dtype=dtype)
         return lambda: function(x, state, weight, bias, "silu")
 
-    def ours() -> Step:
+    def ours() -> Call:
         from tilewright.scan import causal_conv1d_update
 
         return step(causal_conv1d_update)
@@ -115,10 +131,10 @@ def _conv_update(device: torch.device, batch: int, dim: int) -> Case:
     contenders = [
         Contender(OURS, ours, moved),
         Contender("torch", lambda: step(plain), moved),
-        Contender("causal-conv1d", lambda: step(_peer("causal_conv1d", "causal_conv1d_update")), moved),
+        Contender("causal-conv1d", lambda: step(peer("causal_conv1d", "causal_conv1d_update")), moved),
     ]
     flops = batch * dim * (2 * _WIDTH + _SILU_FLOPS)
-    sizes = {"batch": batch, "dim": dim, "width": _WIDTH, "dtype": _name(dtype)}
+    sizes = {"batch": batch, "dim": dim, "width": _WIDTH, "dtype": full(dtype)}
     title = f"causal_conv1d_update, batch {batch}"
     return Case("causal-conv1d-update", title, contenders, flops, calls=100, sizes=sizes)
 
@@ -127,7 +143,7 @@ def _state_update(device: torch.device, batch: int, heads: int | None, dim: int,
     channels = (dim,) if heads is None else (heads, dim)
     rows = batch * dim * (heads or 1)
 
-    def step(function: Callable[..., object]) -> Step:
+    def step(function: Callable[..., object]) -> Call:
         state, B, C = (
             _random(device, *s) for s in ((batch, *channels, states), (batch, states), (batch, states))
         )
@@ -141,7 +157,7 @@ def _state_update(device: torch.device, batch: int, heads: int | None, dim: int,
             D = dt_bias = _random(device, heads)[:, None].expand(heads, dim)
         return lambda: function(state, x, dt, A, B, C, D, z, dt_bias, True)
 
-    def ours() -> Step:
+    def ours() -> Call:
         from tilewright.scan import selective_state_update
 
         return step(selective_state_update)
@@ -155,8 +171,8 @@ def _state_update(device: torch.device, batch: int, heads: int | None, dim: int,
         out: Tensor = ((state * C[..., None, :]).sum(-1) + D * x) * F.silu(z)
         return out
 
-    def theirs() -> Step:
-        return step(_peer("mamba_ssm.ops.triton.selective_state_update", "selective_state_update"))
+    def theirs() -> Call:
+        return step(peer("mamba_ssm.ops.triton.selective_state_update", "selective_state_update"))
 
     moved = rows * (states * 8 + 16) + batch * states * 8 + (4 * dim * states if heads is None else 0)
     contenders = [
@@ -177,7 +193,7 @@ def _layer_step(device: torch.device, batch: int, width: int) -> Case:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layers = 6  # in turn, as in a model, so that no cache keeps their weights
 
-    def step(function: Callable[..., object]) -> Step:
+    def step(function: Callable[..., object]) -> Call:
         from tilewright.nn import Mamba
 
         hidden = _random(device, batch, 1, width, dtype=dtype)
@@ -191,7 +207,7 @@ def _layer_step(device: torch.device, batch: int, width: int) -> Case:
 
         return run
 
-    def ours() -> Step:
+    def ours() -> Call:
         return step(lambda layer, *rest: layer.step(*rest))
 
     def plain(layer: Any, hidden: Tensor, conv_state: Tensor, state: Tensor) -> Tensor:
@@ -210,17 +226,6 @@ def _layer_step(device: torch.device, batch: int, width: int) -> Case:
     weights = inner * (3 * width + 2 * rank + 2 * states + _WIDTH + 3)
     moved = layers * (weights * dtype.itemsize + inner * states * 4 * (1 + 2 * batch))
     contenders = [Contender(OURS, ours, moved), Contender("torch", lambda: step(plain), moved)]
-    sizes = {"batch": batch, "d_model": width, "layers": layers, "dtype": _name(dtype)}
+    sizes = {"batch": batch, "d_model": width, "layers": layers, "dtype": full(dtype)}
     flops = layers * batch * (2 * weights + inner * 6 * states)
     return Case("mamba-step", f"mamba_step, {layers} layers of width {width}", contenders, flops, sizes=sizes)
-
-
-def _peer(module: str, name: str) -> Any:
-    try:
-        return getattr(__import__(module, fromlist=[name]), name)
-    except ImportError as missing:
-        raise Unavailable(f"not installed: {missing}") from missing
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,30 +6,31 @@ da, db). A clone moves 2 s, and says what this machine's memory gives.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .case import OURS, Case, Contender, Unavailable
+from .case import OURS, Call, Case, Contender, Plan, peer, short
 
 _FORWARD_FLOPS, _BACKWARD_FLOPS = 2, 4  # per element
 
-Call = Callable[[], object]
 
-
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """All linear-scan cases for a device; `quick` shrinks the tensors, to what is still beyond a cache."""
-    batch = 2 if quick else 8
-    dtypes = [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]
+def cases(plan: Plan) -> list[Case]:
+    """All linear-scan cases; no model here is made of nothing but one, so none has a case."""
+    device = plan.device
+    if plan.model:
+        return []
+    if plan.quick:
+        return [_forward(device, plan.wide, (1, 1536, 1024), 2)]
+    dtypes = [torch.float32, torch.bfloat16] if plan.on_gpu else [torch.float32]
     found = []
     for dtype in dtypes:
         for dim in (2, 1):
-            found += [_forward(device, dtype, (batch, 1536, 4096), dim)]
-            found += [_gradient(device, dtype, (batch, 1536, 4096), dim)]
-    found.append(_forward(device, torch.float32, (batch << 21,), 0))
+            found += [_forward(device, dtype, (8, 1536, 4096), dim)]
+            found += [_gradient(device, dtype, (8, 1536, 4096), dim)]
+    found.append(_forward(device, torch.float32, (1 << 24,), 0))
     return [*found, _short(device)]
 
 
@@ -53,22 +54,22 @@ class _Problem:
         return tensors * self.numel * self.dtype.itemsize
 
     def sizes(self) -> dict[str, object]:
-        return {"shape": "x".join(map(str, self.shape)), "dim": self.dim, "dtype": _name(self.dtype)}
+        return {"shape": "x".join(map(str, self.shape)), "dim": self.dim, "dtype": short(self.dtype)}
 
     def name(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} dim {self.dim}, {_name(self.dtype)}"
+        return f"{'x'.join(map(str, self.shape))} dim {self.dim}, {short(self.dtype)}"
 
 
 def _forward(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], dim: int) -> Case:
     problem = _Problem(device, dtype, shape, dim)
     contenders = [
         Contender(OURS, lambda: _ours(problem), problem.bytes(3)),
-        Contender("torch, clone", lambda: problem.tensors()[0].clone, problem.bytes(2)),
+        Contender("torch, clone", lambda: problem.tensors()[0].clone, problem.bytes(2), yardstick=True),
         Contender("torch, associative_scan", lambda: _associative_scan(problem), problem.bytes(3)),
     ]
     if len(shape) == 3:
         contenders.append(Contender("mambapy", lambda: _mambapy(problem), problem.bytes(3)))
-    name = f"linear-scan-{len(shape)}d-dim{dim}-{_name(dtype)}"
+    name = f"linear-scan-{len(shape)}d-dim{dim}-{short(dtype)}"
     title = f"linear_scan, {problem.name()}"
     return Case(name, title, contenders, _FORWARD_FLOPS * problem.numel, sizes=problem.sizes())
 
@@ -77,10 +78,10 @@ def _gradient(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], 
     problem = _Problem(device, dtype, shape, dim)
     contenders = [
         Contender(OURS, lambda: _with_gradient(problem, _ours(problem)), problem.bytes(8)),
-        Contender("torch, clone", lambda: problem.tensors()[0].clone, problem.bytes(2)),
+        Contender("torch, clone", lambda: problem.tensors()[0].clone, problem.bytes(2), yardstick=True),
         Contender("mambapy", lambda: _with_gradient(problem, _mambapy(problem)), problem.bytes(8)),
     ]
-    name = f"linear-scan-gradient-dim{dim}-{_name(dtype)}"
+    name = f"linear-scan-gradient-dim{dim}-{short(dtype)}"
     title = f"linear_scan and gradient, {problem.name()}"
     flops = (_FORWARD_FLOPS + _BACKWARD_FLOPS) * problem.numel
     return Case(name, title, contenders, flops, sizes=problem.sizes())
@@ -137,7 +138,7 @@ def _loop(problem: _Problem) -> Call:
 
 
 def _associative_scan(problem: _Problem) -> Call:
-    scan = _peer("torch._higher_order_ops", "associative_scan")
+    scan = peer("torch._higher_order_ops", "associative_scan")
     a, b = problem.tensors()
 
     def compose(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -148,17 +149,6 @@ def _associative_scan(problem: _Problem) -> Call:
 
 def _mambapy(problem: _Problem) -> Call:
     """Takes (batch, length, channels, states)."""
-    scan = _peer("mambapy.pscan", "pscan")
+    scan = peer("mambapy.pscan", "pscan")
     a, b = problem.tensors()
     return lambda: scan(a.movedim(problem.dim, 1).unsqueeze(-1), b.movedim(problem.dim, 1).unsqueeze(-1))
-
-
-def _peer(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise Unavailable(str(error)) from None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]

@@ -7,49 +7,47 @@ scan's own is small beside it in FLOPs, and everything beside it in what the sto
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .case import OURS, Case, Contender, Unavailable
+from .case import OURS, Call, Case, Contender, Plan, peer
 
-Step = Callable[[], object]
-_HIDDEN, _LAYERS, _VOCABULARY = 768, 2, 256
+_LAYERS, _VOCABULARY = 2, 256
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Training, prefill and decode of small Mamba models with random weights."""
-    length = 128 if quick else 512
-    mamba, mamba2 = _Model("Mamba", device), _Model("Mamba2", device)
-    return [
-        _training(mamba, length),
-        _forward(mamba, length),
-        _decode(mamba),
-        _training(mamba2, length),
-        _forward(mamba2, length),
-        _decode(mamba2),
+def cases(plan: Plan) -> list[Case]:
+    """Training, prefill and decode of small Mamba models with random weights, or of two layers of a model."""
+    length = 128 if plan.quick else 512
+    if plan.model:
+        if plan.model.scan is None:
+            return []
+        kinds = [
+            _Model("Mamba2" if plan.model.family == "mamba2" else "Mamba", plan.device, plan.model.hidden)
+        ]
+    else:
+        kinds = [_Model(kind, plan.device) for kind in ("Mamba", "Mamba2")]
+    found = [
+        case for kind in kinds for case in (_training(kind, length), _forward(kind, length), _decode(kind))
     ]
+    return [found[1], found[-1]] if plan.quick else found
 
 
 class _Model:
     """A stock model, made when first needed, and swapped copies of it with the same weights."""
 
-    def __init__(self, kind: str, device: torch.device) -> None:
-        self.kind, self.device = kind, device
+    def __init__(self, kind: str, device: torch.device, hidden: int = 768) -> None:
+        self.kind, self.device, self.hidden = kind, device, hidden
         self.name = kind.lower()
         self._stock: Any = None
 
     def stock(self) -> Any:
-        try:
-            transformers = importlib.import_module("transformers")
-        except ImportError as error:
-            raise Unavailable("transformers is not installed") from error
+        transformers = peer("transformers")
         if self._stock is None:
-            config = {"hidden_size": _HIDDEN, "num_hidden_layers": _LAYERS, "vocab_size": _VOCABULARY}
+            config = {"hidden_size": self.hidden, "num_hidden_layers": _LAYERS, "vocab_size": _VOCABULARY}
             if self.kind == "Mamba2":
-                config.update(num_heads=2 * _HIDDEN // 64, head_dim=64, n_groups=1)
+                config.update(num_heads=2 * self.hidden // 64, head_dim=64, n_groups=1)
             torch.manual_seed(0)
             make = getattr(transformers, f"{self.kind}ForCausalLM")
             self._stock = make(getattr(transformers, f"{self.kind}Config")(**config)).to(self.device)
@@ -66,7 +64,7 @@ class _Model:
         generator = torch.Generator(self.device).manual_seed(0)
         return torch.randint(_VOCABULARY, (1, length), generator=generator, device=self.device)
 
-    def linear_layers(self, tokens: int, training: bool) -> Step:
+    def linear_layers(self, tokens: int, training: bool) -> Call:
         """A call that runs every linear layer once on as many tokens, and back if `training`."""
         layers = [layer for layer in self.stock().modules() if isinstance(layer, torch.nn.Linear)]
         inputs = [torch.randn(1, tokens, layer.in_features, device=self.device) for layer in layers]
@@ -84,16 +82,16 @@ class _Model:
 
     def flops(self, tokens: int) -> float:
         """Of the matrix products of one forward pass."""
-        inner = 2 * _HIDDEN
+        inner = 2 * self.hidden
         if self.kind == "Mamba":
-            rank, states = _HIDDEN // 16, 16
-            layer = _HIDDEN * 2 * inner + inner * (rank + 2 * states) + rank * inner + inner * _HIDDEN
+            rank, states = self.hidden // 16, 16
+            layer = self.hidden * 2 * inner + inner * (rank + 2 * states) + rank * inner + inner * self.hidden
         else:
-            layer = _HIDDEN * (2 * inner + 2 * 128 + inner // 64) + inner * _HIDDEN
-        return 2.0 * tokens * (_LAYERS * layer + _HIDDEN * _VOCABULARY)
+            layer = self.hidden * (2 * inner + 2 * 128 + inner // 64) + inner * self.hidden
+        return 2.0 * tokens * (_LAYERS * layer + self.hidden * _VOCABULARY)
 
 
-def _case(model: _Model, work: str, title: str, run: Callable[[Any], Step], tokens: int, passes: int) -> Case:
+def _case(model: _Model, work: str, title: str, run: Callable[[Any], Call], tokens: int, passes: int) -> Case:
     """`run` gives a model's call. The linear layers alone are what no kernel of ours takes part in."""
     return Case(
         f"{model.name}_{work}",
@@ -101,15 +99,17 @@ def _case(model: _Model, work: str, title: str, run: Callable[[Any], Step], toke
         [
             Contender(OURS, lambda: run(model.swapped())),
             Contender("transformers", lambda: run(model.stock())),
-            Contender("torch, linear layers alone", lambda: model.linear_layers(tokens, passes > 1)),
+            Contender(
+                "torch, linear layers alone", lambda: model.linear_layers(tokens, passes > 1), yardstick=True
+            ),
         ],
         flops=passes * model.flops(tokens),
-        sizes={"hidden": _HIDDEN, "layers": _LAYERS, "tokens": tokens, "dtype": "float32"},
+        sizes={"hidden": model.hidden, "layers": _LAYERS, "tokens": tokens, "dtype": "float32"},
     )
 
 
 def _training(model: _Model, length: int) -> Case:
-    def run(network: Any) -> Step:
+    def run(network: Any) -> Call:
         network.train()
         tokens = model.tokens(length)
 
@@ -123,7 +123,7 @@ def _training(model: _Model, length: int) -> Case:
 
 
 def _forward(model: _Model, length: int) -> Case:
-    def run(network: Any) -> Step:
+    def run(network: Any) -> Call:
         network.eval()
         tokens = model.tokens(length)
         return torch.inference_mode()(lambda: network(tokens, use_cache=False))
@@ -132,7 +132,7 @@ def _forward(model: _Model, length: int) -> Case:
 
 
 def _decode(model: _Model) -> Case:
-    def run(network: Any) -> Step:
+    def run(network: Any) -> Call:
         network.eval()
         prompt = model.tokens(16)
         with torch.inference_mode():

@@ -14,21 +14,24 @@ state, output), 19 N + 35 backward (the states again, their gradients, what thes
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import OURS, Case, Contender, Unavailable
+from .case import OURS, Call, Case, Contender, Plan, full, peer, short
 
 _KEPT = 64  # steps between the states kept for the backward pass
 
-Call = Callable[[], object]
 Scan = Callable[..., Tensor]
+
+
+def token_flops(states: int, train: bool) -> float:
+    """Of one token of one channel."""
+    return 7.0 * states + 12 + (19.0 * states + 35 if train else 0)
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,8 @@ class _Size:
         kept = self.elements * 2 * 4 * self.states / _KEPT
         return 2 * self.forward_bytes() + gradients + kept
 
-    def forward_flops(self) -> float:
-        return self.elements * (7.0 * self.states + 12)
-
-    def training_flops(self) -> float:
-        return self.forward_flops() + self.elements * (19.0 * self.states + 35)
+    def flops(self, train: bool) -> float:
+        return self.elements * token_flops(self.states, train)
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         """u, delta, A, B, C, D, z, delta_bias."""
@@ -74,23 +74,27 @@ class _Size:
     def named(self) -> dict[str, object]:
         return {
             **{"batch": self.batch, "dim": self.dim, "length": self.length, "states": self.states},
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": full(self.dtype),
         }
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """All cases of the op for a device; `quick` shrinks batch and channels."""
-    if device.type == "cuda":
-        dtype, usual = torch.bfloat16, (2 if quick else 8, 1536 if quick else 4096, 4096)
-        long = (1, 192 if quick else 1536, 65536)
-    else:
-        dtype, usual = torch.float32, (1, 256 if quick else 1536, 2048)
-        long = (1, 16 if quick else 1536, 65536)
-    sizes = [_Size(*usual, 16, dtype), _Size(*long, 16, dtype)]
-    short = _Size(1, usual[1], 128, 16, dtype)
-    found = [_forward(device, size, peers=True) for size in (sizes[0], short)]
-    found += [_training(device, size, peers=True) for size in (sizes[0], short)]
-    found += [_forward(device, sizes[1], peers=False), _training(device, sizes[1], peers=False)]
+def cases(plan: Plan) -> list[Case]:
+    """All cases of the op; a Mamba-1's at its block's size, without the long sequence and the bare call."""
+    device = plan.device
+    batch, dim, length, states = (8, 4096, 4096, 16) if plan.on_gpu else (1, 1536, 2048, 16)
+    if plan.model:
+        if plan.model.family != "mamba" or plan.model.scan is None:
+            return []
+        dim, states = plan.model.scan.inner, plan.model.scan.states
+    usual, small = (_Size(batch, dim, length, states, plan.wide), _Size(1, dim, 128, states, plan.wide))
+    if plan.quick:
+        usual = _Size(1, 256, 512, states, plan.wide)
+        return [_forward(device, usual, peers=True), _training(device, usual, peers=True)]
+    found = [case(device, size, peers=True) for case in (_forward, _training) for size in (usual, small)]
+    if plan.model:
+        return found
+    long = _Size(1, 1536, 65536, states, plan.wide)
+    found += [_forward(device, long, peers=False), _training(device, long, peers=False)]
     return [*found, _call(device)]
 
 
@@ -112,9 +116,9 @@ def _forward(device: torch.device, size: _Size, peers: bool) -> Case:
         for name, scan in _contenders(size, peers)
     ]
     if peers:
-        rows.append(Contender("mambapy, its pscan alone", lambda: _pscan_alone(size, device)))
+        rows.append(Contender("mambapy, its pscan alone", lambda: _pscan_alone(size, device), yardstick=True))
     title = f"selective_scan, {_words(size)}"
-    return Case(f"selective-scan-{_tag(size)}", title, rows, size.forward_flops(), sizes=size.named())
+    return Case(f"selective-scan-{_tag(size)}", title, rows, size.flops(train=False), sizes=size.named())
 
 
 def _training(device: torch.device, size: _Size, peers: bool) -> Case:
@@ -134,7 +138,7 @@ def _training(device: torch.device, size: _Size, peers: bool) -> Case:
     ]
     title = f"selective_scan + backward, {_words(size)}"
     return Case(
-        f"selective-scan-training-{_tag(size)}", title, rows, size.training_flops(), sizes=size.named()
+        f"selective-scan-training-{_tag(size)}", title, rows, size.flops(train=True), sizes=size.named()
     )
 
 
@@ -158,7 +162,7 @@ def _call(device: torch.device) -> Case:
 def _contenders(size: _Size, peers: bool) -> list[tuple[str, Callable[[], Scan]]]:
     found: list[tuple[str, Callable[[], Scan]]] = [(OURS, _ours)]
     if peers:
-        found += [("mamba-ssm", _mamba_ssm), ("mambapy", _mambapy)]
+        found += [("mamba-ssm", _mamba_ssm), ("mambapy", mambapy_scan)]
     if peers and size.length <= 256:
         found.append(("torch, a loop", lambda: _torch_loop))
     return found
@@ -171,22 +175,23 @@ def _ours() -> Scan:
 
 
 def _mamba_ssm() -> Scan:
-    interface = _module("mamba_ssm.ops.selective_scan_interface")
+    interface = peer("mamba_ssm.ops.selective_scan_interface")
     scan: Scan = interface.selective_scan_fn
     return scan
 
 
 def _pscan_alone(size: _Size, device: torch.device) -> Call:
     """The recurrence without what leads to it: mambapy's share of its own time that no fusion takes away."""
-    pscan = _module("mambapy.pscan").pscan
+    pscan = peer("mambapy.pscan").pscan
     shape = (size.batch, size.length, size.dim, size.states)
     generator = torch.Generator(device).manual_seed(0)
     decay, drive = (torch.rand(shape, generator=generator, device=device) for _ in range(2))
     return torch.no_grad()(lambda: pscan(decay, drive))
 
 
-def _mambapy() -> Scan:
-    pscan = _module("mambapy.pscan").pscan
+def mambapy_scan() -> Scan:
+    """selective_scan around mambapy's parallel scan, as its own Mamba does it."""
+    pscan = peer("mambapy.pscan").pscan
 
     def scan(*inputs: Tensor, delta_softplus: bool) -> Tensor:
         u, delta, A, B, C, D, z, bias = inputs
@@ -216,16 +221,8 @@ def _torch_loop(*inputs: Tensor, delta_softplus: bool) -> Tensor:
     return (y * F.silu(z.float())).to(u.dtype)
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as problem:
-        raise Unavailable(f"{name.partition('.')[0]} cannot be imported: {problem}") from problem
-
-
 def _words(size: _Size) -> str:
-    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[size.dtype]
-    return f"{size.batch} x {size.dim} x {size.length}, {size.states} states, {dtype}"
+    return f"{size.batch} x {size.dim} x {size.length}, {size.states} states, {short(size.dtype)}"
 
 
 def _tag(size: _Size) -> str:

@@ -10,29 +10,33 @@ and must move x and out (x, out, dout and dx in training), dt, and its share of 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .case import OURS, Case, Contender, Unavailable
+from .case import OURS, Call, Case, Contender, Plan, full, peer
 
 _CHUNK = 64
 _USER_CHUNK = 256  # the chunk_size that models are configured with
-Call = Callable[[], object]
 
 
-def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Forward and training, of the sizes of mamba2-130m (24 heads) and, on a GPU, mamba2-2.7b (80)."""
-    if device.type == "cuda":
-        shapes = [(8, 512 if quick else 4096, 80)]
-        dtype = torch.bfloat16
-    else:
-        shapes = [(1, 256 if quick else 2048, 24)]
-        dtype = torch.float32
-    return [_case(device, dtype, *shape, train) for shape in shapes for train in (False, True)]
+def cases(plan: Plan) -> list[Case]:
+    """Forward and training, of a model or of mamba2-130m (24 heads), on a GPU mamba2-2.7b (80 heads)."""
+    batch, length, heads = (8, 4096, 80) if plan.on_gpu else (1, 256 if plan.quick else 2048, 24)
+    if plan.model:
+        if plan.model.family != "mamba2" or plan.model.scan is None:
+            return []
+        heads = plan.model.scan.heads
+    return [_case(plan.device, plan.wide, batch, length, heads, train) for train in (False, True)]
+
+
+def token_flops(head_dim: int, states: int, per_group: int, train: bool) -> float:
+    """Of one token of one head, of which `per_group` share B and C."""
+    forward = 2 * head_dim * states + _CHUNK * head_dim / 2 + _CHUNK * states / per_group / 2
+    backward = 4 * head_dim * states + _CHUNK * head_dim + 3 * _CHUNK * states / per_group / 2
+    return 2 * (forward + (backward if train else 0))
 
 
 def _case(device: torch.device, dtype: torch.dtype, batch: int, length: int, heads: int, train: bool) -> Case:
@@ -75,18 +79,15 @@ def _case(device: torch.device, dtype: torch.dtype, batch: int, length: int, hea
         heads * (2 * head_dim * dtype.itemsize + 4) + 2 * groups * states * dtype.itemsize
     )
     moved = forward_bytes * (2.5 if train else 1.0)
-    per_group = heads // groups
-    forward_flops = 2 * head_dim * states + _CHUNK * head_dim / 2 + _CHUNK * states / per_group / 2
-    backward_flops = 4 * head_dim * states + _CHUNK * head_dim + 3 * _CHUNK * states / per_group / 2
-    flops = 2.0 * steps * heads * (forward_flops + (backward_flops if train else 0))
-    name = str(dtype).removeprefix("torch.")
+    flops = steps * heads * token_flops(head_dim, states, heads // groups, train)
+    name = full(dtype)
     what = "train" if train else "forward"
     return Case(
         f"ssd-chunk-scan-{what}-{name}",
         f"ssd_chunk_scan {what}, {batch} x {length} x {heads} heads, {name}",
         [
             Contender(OURS, lambda: setup(_ours()), moved),
-            Contender("transformers", lambda: setup(_transformers()), moved),
+            Contender("transformers", lambda: setup(transformers_scan()), moved),
             Contender("mamba-ssm", lambda: setup(_mamba_ssm()), moved),
         ],
         flops,
@@ -103,20 +104,12 @@ def _ours() -> Callable[..., Any]:
     return ssd_chunk_scan
 
 
-def _transformers() -> Callable[..., Any]:
+def transformers_scan() -> Callable[..., Any]:
     """The torch form that its Mamba-2 falls back to."""
-    try:
-        modeling = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
-        scan: Callable[..., Any] = modeling.mamba2_chunk_scan
-    except (ImportError, AttributeError) as error:
-        raise Unavailable(f"transformers' Mamba-2 in its 5.23 form is not here: {error}") from None
+    scan = peer("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan")
     return lambda x, **options: scan(x, **options)
 
 
 def _mamba_ssm() -> Callable[..., Any]:
-    try:
-        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-    except ImportError as error:
-        raise Unavailable(f"mamba_ssm is not installed: {error}") from None
-    scan: Callable[..., Any] = module.mamba_chunk_scan_combined
+    scan: Callable[..., Any] = peer("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
     return scan

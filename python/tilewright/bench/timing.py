@@ -64,8 +64,9 @@ def measure(
     sampler = _CudaSampler(device) if device.type == "cuda" else _CpuSampler()
     wanted = {}
     for name, call in calls.items():
-        sampler.sample(call, inner)
         first = sampler.sample(call, inner)[0] * inner
+        if first < budget:  # else it is so slow that another warm-up would only cost time
+            first = sampler.sample(call, inner)[0] * inner
         wanted[name] = max(minimum, min(maximum, int(budget / max(first, 1e-9))))
     rounds = max(wanted.values(), default=0)
     found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in calls}

@@ -1,0 +1,54 @@
+"""What the cases of all sparse linear layers share: sizes, inputs, and the calls that are timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .case import Call, Plan
+
+_TIMED = ("o", "up", "down", "in", "out")  # of a model's layers; the others are like one of these
+_MULTIPLE = 64  # what both sides must divide by, so that every block and pattern fits
+
+
+@dataclass(frozen=True)
+class Size:
+    """(out, in) of a linear layer. `tag` tells the names of a model's cases apart, which have several."""
+
+    out: int
+    into: int
+    tag: str = ""
+
+    @property
+    def weights(self) -> int:
+        """Elements of the dense weight."""
+        return self.out * self.into
+
+
+def sizes(plan: Plan, *usual: tuple[int, int]) -> list[Size]:
+    """The layers of the plan's model, largest first; without one the usual (out, in)."""
+    if plan.model is None:
+        return [Size(*each) for each in usual]
+    layers = plan.model.linear_layers()
+    timed = dict.fromkeys(layers[name] for name in _TIMED if name in layers)
+    fitting = [each for each in timed if each[0] % _MULTIPLE == each[1] % _MULTIPLE == 0]
+    return [Size(*each, f"-{each[0]}x{each[1]}") for each in sorted(fitting, reverse=True)]
+
+
+def random(device: torch.device, rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def forward(layer: nn.Module, x: Tensor) -> Call:
+    """One forward pass as in inference."""
+    return torch.no_grad()(lambda: layer(x))
+
+
+def gradients(layer: nn.Module, x: Tensor) -> Call:
+    """One backward pass of a graph that is kept: gradients of x and of the parameters."""
+    y = layer(x.requires_grad_())
+    inputs, dy = [x, *layer.parameters()], random(x.device, x.shape[0], y.shape[1], y.dtype, seed=2)
+    return lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
