@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tilewright as tw
 from tilewright.attention import BlockMask, BlockSparse
 
-LENGTH, STEPS = 2048, 12
+LENGTH, STEPS = 1024, 10
 text = torch.tensor(list("\n".join(pydoc_data.topics.topics.values()).encode()))
 
 
