@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -32,7 +31,11 @@ PAGE = ROOT / "docs" / "support.md"
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- support -->\n).*?(<!-- end -->)", re.DOTALL)
 NO_KERNEL = re.compile(r"workspace|^(set_)?cpu_level|^emulator|^build_info|^cuda_runtime|builtin_map|dynamic_map")
-DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+LEVELS = ("cpu-baseline", "cpu-avx2", "cpu-avx512", "cpu-avx512_bf16")
+CPU_DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "integers")
+EMULATED_DTYPES = ("float32", "float16", "bfloat16", "complex64", "integers")
+CHECKS = ("gradcheck", "opcheck", "compile")
+SHORT = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "complex64": "complex", "integers": "integers"}
 # A kernel belongs to the first family whose pattern its name fits.
 FAMILIES = {
     "Optimizers": "quantize|optimizer",
@@ -59,6 +62,7 @@ class Recorder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.conditions = conditions()
         self.calls: set[tuple[str, str, str, str]] = set()  # of the test at hand: kernel, dtype, backend, check
         self.checks: list[str] = []  # under way: gradcheck, opcheck, compile
         self.saw_reference = False
@@ -95,7 +99,7 @@ class Recorder:
                 for each in checks:
                     cell.setdefault(each, test)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({**conditions(), "kernels": kernels}, indent=1, sort_keys=True) + "\n")
+        self.path.write_text(json.dumps({**self.conditions, "kernels": kernels}, indent=1, sort_keys=True) + "\n")
 
     def note(self, kernel: str, backend: str, arguments: Any) -> None:
         found = {str(t.dtype).removeprefix("torch.") for t in tensors_in(arguments)}
@@ -153,23 +157,27 @@ class Recorder:
         return call
 
     def _watch_references(self) -> None:
-        wrapped: dict[FunctionType, Callable[..., Any]] = {}
-        for module in list(sys.modules.values()):
-            if not str(getattr(module, "__file__", None) or "").startswith(str(ROOT / "tests")):
-                continue
-            for name, value in list(vars(module).items()):
-                if isinstance(value, FunctionType) and value.__module__.startswith("reference."):
-                    if value not in wrapped:
-                        wrapped[value] = self._noting_reference(value)
-                    setattr(module, name, wrapped[value])
+        """Lets every function of tests/reference tell that it was called, under whatever name it is held."""
+        for name, module in list(sys.modules.items()):
+            if name.startswith("reference."):
+                for value in list(vars(module).values()):
+                    if isinstance(value, FunctionType) and value.__module__ == name and not value.__code__.co_freevars:
+                        self._tell_calls(value)
 
-    def _noting_reference(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def _tell_calls(self, function: FunctionType) -> None:
+        inner = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+        inner.__kwdefaults__ = function.__kwdefaults__
+
+        def note_and_call(*args: Any, **kwargs: Any) -> Any:
             self.saw_reference = True
-            return function(*args, **kwargs)
+            return inner(*args, **kwargs)
 
-        return call
+        # A new body for the same object: tables and defaults that hold the function are watched, too.
+        key = f"_watched_{function.__name__}"
+        function.__globals__[key] = note_and_call
+        body: dict[str, Any] = {}
+        exec(f"def call(*args, **kwargs): return {key}(*args, **kwargs)", body)
+        function.__code__, function.__defaults__, function.__kwdefaults__ = body["call"].__code__, None, None
 
 
 def watched_plan(recorder: Recorder, backend: Callable[[Any], str], bind: Callable[..., Any]) -> Any:
@@ -205,3 +213,74 @@ def conditions() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return {"date": today, "commit": commit or None, "torch": torch.__version__, "gpu": gpu}
+
+
+# ---- the page -----------------------------------------------------------------------------------------
+
+
+def merged(device: str) -> dict[str, Any]:
+    """Kernel to dtype to backend to check to test, of all records made on a device; what is dated has its date."""
+    kernels: dict[str, Any] = {}
+    for path in sorted((RESULTS / device).glob("*-support.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for kernel, dtypes in record["kernels"].items():
+            for dtype, backends in dtypes.items():
+                for backend, checks in backends.items():
+                    cell = kernels.setdefault(kernel, {}).setdefault(dtype, {}).setdefault(backend, {})
+                    cell.update(checks)
+                    cell["date"] = max(record["date"], cell.get("date", ""))
+    return kernels
+
+
+def family_of(kernel: str) -> str:
+    return next(family for family, pattern in FAMILIES.items() if re.search(pattern, kernel))
+
+
+def mark(cells: list[dict[str, str]]) -> str:
+    """One sign for some backends: held against a float64 reference on one of them, tested, or neither."""
+    return ("●" if any("reference" in cell for cell in cells) else "○") if cells else ""
+
+
+def on_cpu(dtypes: dict[str, Any], dtype: str) -> str:
+    levels = [level for level in LEVELS if level in dtypes.get(dtype, {})]
+    sign = mark([dtypes[dtype][level] for level in levels])
+    return sign if len(levels) in (0, len(LEVELS)) else f"{sign} {len(levels)}/{len(LEVELS)}"
+
+
+def on_gpu(dtypes: dict[str, Any]) -> str:
+    dates = {SHORT.get(dtype, dtype): backends["cuda"]["date"] for dtype, backends in dtypes.items() if "cuda" in backends}
+    return f"{', '.join(sorted(dates))}: {max(dates.values())}" if dates else "not yet run"
+
+
+def row(kernel: str, cpu: dict[str, Any], gpu: dict[str, Any]) -> str:
+    emulated = [[c for name, c in cpu.get(dtype, {}).items() if name == "emulated"] for dtype in EMULATED_DTYPES]
+    everything = [cell for backends in cpu.values() for cell in backends.values()]
+    exact = [cell for dtype in ("float64", "complex128") for cell in cpu.get(dtype, {}).values()]
+    checks = ["✓" if any(c in cell for cell in (exact if c == "gradcheck" else everything)) else "" for c in CHECKS]
+    cells = [on_cpu(cpu, dtype) for dtype in CPU_DTYPES] + [mark(found) for found in emulated] + checks
+    return f"| `{kernel}` | {' | '.join(cells)} | {on_gpu(gpu)} |"
+
+
+def tables() -> str:
+    """A table a family."""
+    cpu, gpu = merged("cpu"), merged("h200")
+    names = [f"CPU<br>{SHORT[d]}" for d in CPU_DTYPES] + [f"emulated<br>{SHORT[d]}" for d in EMULATED_DTYPES]
+    head = f"| kernel | {' | '.join([*names, *CHECKS])} | GPU |\n| :-- |{' :-: |' * (len(names) + len(CHECKS))} :-- |"
+    parts = []
+    for family in FAMILIES:
+        kernels = sorted(kernel for kernel in cpu | gpu if family_of(kernel) == family)
+        rows = [row(kernel, cpu.get(kernel, {}), gpu.get(kernel, {})) for kernel in kernels]
+        parts.append("\n".join([f"## {family}", "", head, *rows]))
+    return "\n\n".join(parts)
+
+
+def main(arguments: list[str]) -> int:
+    before = PAGE.read_text(encoding="utf-8")
+    after = BLOCK.sub(lambda match: f"{match[1]}\n{tables()}\n\n{match[2]}", before)
+    if "--check" not in arguments:
+        PAGE.write_text(after, encoding="utf-8")
+    return int("--check" in arguments and before != after)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
