@@ -235,7 +235,7 @@ def roofline(family: str) -> None:
     for dtype, colour in (("float32", BLUE), ("bfloat16", ORANGE)):
         peak = best[dtype]
         ax.plot([max(peak / copy, low), high], [peak, peak], color=colour, lw=1.2, ls="--")
-        label = f"{dtype}\nbest: {peak:.0f}"
+        label = f"best {dtype}: {peak:.0f}"
         ax.annotate(label, (high, peak), (5, 0), textcoords="offset points", color=colour, va="center", fontsize=8)
         chosen = [p for p in points if p.dtype == dtype]
         ax.scatter([p.intensity for p in chosen], [p.rate for p in chosen], color=colour, s=34, zorder=3)
