@@ -135,7 +135,14 @@ def roofline_points(record: dict[str, Any]) -> list[Point]:
         case, ours = cases[name], cases[name]["contenders"]["tilewright"]
         moved = ours.get("bytes") or attention_bytes(case)
         rate = case["flops"] / ours["median_ms"] / 1e6
-        facts = (case["flops"], moved, case["flops"] / moved, rate, case["copy_gb_per_s"], ours.get("roofline"))
+        facts = (
+            case["flops"],
+            moved,
+            case["flops"] / moved,
+            rate,
+            case["copy_gb_per_s"],
+            ours.get("roofline"),
+        )
         points.append(Point(case["title"], dtype_of(case), *facts))
     return points
 

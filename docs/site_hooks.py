@@ -1,4 +1,4 @@
-"""What the site needs beyond docs/: files that its pages link to elsewhere in the repository, examples in full."""
+"""What the site needs beyond docs/: files elsewhere in the repository that pages link to, whole examples."""
 
 import os
 import re
@@ -20,7 +20,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             uri = f"repository/{target}"
             if uri not in files.src_uris and (ROOT / target).is_file():
                 # As text, and no page of its own: links inside of it lead to places that are not in the site.
-                added = File.generated(config, uri + ".txt" if uri.endswith(".md") else uri, abs_src_path=ROOT / target)
+                added = File.generated(
+                    config, uri + ".txt" if uri.endswith(".md") else uri, abs_src_path=ROOT / target
+                )
                 if added.src_uri not in files.src_uris:
                     files.append(added)
     return files

@@ -1,4 +1,4 @@
-"""A ViT for handwritten digits: heads and MLP widths leave, then blocks of weights, then sparse layers where they pay."""
+"""A ViT for handwritten digits: heads and widths leave; or blocks of weights, for sparse layers."""
 
 import copy
 
@@ -33,7 +33,9 @@ def fit(model: torch.nn.Module, epochs: int) -> None:
     model.train()
     optimizer = tw.optim.AdamW8bit(model.parameters(), lr=2e-3, weight_decay=0.05, max_grad_norm=1.0)
     for epoch in range(epochs):
-        for batch in train[torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))].split(70):
+        for batch in train[torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))].split(
+            70
+        ):
             loss = cross_entropy(model(images[batch]).logits, labels[batch])
             optimizer.zero_grad()
             loss.backward()

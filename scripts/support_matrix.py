@@ -4,9 +4,9 @@
     python scripts/support_matrix.py                                                       # write the page
     python scripts/support_matrix.py --check                                               # is it current?
 
-As a pytest plugin it watches the entry points of the compiled extension: which kernel a test that passed called, on
-which backend, with which dtype, and whether the test also called a float64 reference, gradcheck, opcheck or
-torch.compile(fullgraph=True). A cell of docs/support.md is there only if such a test is.
+As a pytest plugin it watches the entry points of the compiled extension: which kernel a test that passed
+called, on which backend, with which dtype, and whether the test also called a float64 reference, gradcheck,
+opcheck or torch.compile(fullgraph=True). A cell of docs/support.md is there only if such a test is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "support.md"
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- support -->\n).*?(<!-- end -->)", re.DOTALL)
-NO_KERNEL = re.compile(r"workspace|^(set_)?cpu_level|^emulator|^build_info|^cuda_runtime|builtin_map|dynamic_map")
+NO_KERNEL = re.compile(
+    r"workspace|^(set_)?cpu_level|^emulator|^build_info|^cuda_runtime|builtin_map|dynamic_map"
+)
 LEVELS = ("cpu-baseline", "cpu-avx2", "cpu-avx512", "cpu-avx512_bf16")
 CHECKS = ("gradcheck", "opcheck", "compile")
 DTYPES = {
@@ -68,7 +70,9 @@ class Recorder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.conditions = conditions()
-        self.calls: set[tuple[str, str, str, str]] = set()  # of the test at hand: kernel, dtype, backend, check
+        self.calls: set[tuple[str, str, str, str]] = (
+            set()
+        )  # of the test at hand: kernel, dtype, backend, check
         self.checks: list[str] = []  # under way: gradcheck, opcheck, compile
         self.saw_reference = False
         self.by_test: dict[str, set[tuple[str, str, str, str]]] = {}
@@ -104,7 +108,9 @@ class Recorder:
                 for each in checks:
                     cell.setdefault(each, test)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({**self.conditions, "kernels": kernels}, indent=1, sort_keys=True) + "\n")
+        self.path.write_text(
+            json.dumps({**self.conditions, "kernels": kernels}, indent=1, sort_keys=True) + "\n"
+        )
 
     def note(self, kernel: str, backend: str, arguments: Any) -> None:
         found = {str(t.dtype).removeprefix("torch.") for t in tensors_in(arguments)}
@@ -152,7 +158,7 @@ class Recorder:
         return call
 
     def _watch_compile(self, compile_: Callable[..., Any]) -> Callable[..., Any]:
-        """From a compilation without breaks on, all that the test runs is what it compiled, or that beside it."""
+        """After a compilation without breaks a test runs what it compiled, and the same beside it."""
 
         @functools.wraps(compile_)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -167,11 +173,17 @@ class Recorder:
         for name, module in list(sys.modules.items()):
             if name.startswith("reference."):
                 for value in list(vars(module).values()):
-                    if isinstance(value, FunctionType) and value.__module__ == name and not value.__code__.co_freevars:
+                    if (
+                        isinstance(value, FunctionType)
+                        and value.__module__ == name
+                        and not value.__code__.co_freevars
+                    ):
                         self._tell_calls(value)
 
     def _tell_calls(self, function: FunctionType) -> None:
-        inner = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+        inner = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__
+        )
         inner.__kwdefaults__ = function.__kwdefaults__
 
         def note_and_call(*args: Any, **kwargs: Any) -> Any:
@@ -209,14 +221,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def dtype_of(found: set[str]) -> str:
-    """One dtype for a call: a half type beside float32 states is that half type, complex beside real is complex."""
+    """One dtype for a call: a half type beside float32 counts as that, complex beside real as complex."""
     order = ("float16", "bfloat16", "complex128", "complex64", "float64", "float32")
     return next((dtype for dtype in order if dtype in found), "integers")
 
 
 def conditions() -> dict[str, Any]:
     """Where and of which commit the record is."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return {"date": today, "commit": commit or None, "torch": torch.__version__, "gpu": gpu}
@@ -226,7 +240,7 @@ def conditions() -> dict[str, Any]:
 
 
 def merged(device: str) -> dict[str, Any]:
-    """Kernel to dtype to backend to check to test, of all records made on a device; what is dated has its date."""
+    """Kernel to dtype to backend to check to test, and the date, of all records made on a device."""
     kernels: dict[str, Any] = {}
     for path in sorted((RESULTS / device).glob("*-support.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -262,19 +276,23 @@ def on_gpu(dtypes: dict[str, Any]) -> str:
 def row(kernel: str, cpu: dict[str, Any], gpu: dict[str, Any]) -> str:
     exact = [cell for dtype in ("float64", "complex128") for cell in cpu.get(dtype, {}).values()]
     everything = [cell for backends in cpu.values() for cell in backends.values()]
-    checks = ["✓" if any(c in cell for cell in (exact if c == "gradcheck" else everything)) else "" for c in CHECKS]
-    return f"| `{kernel}` | {held(cpu, LEVELS)} | {held(cpu, ('emulated',))} | {' | '.join(checks)} | {on_gpu(gpu)} |"
+    checks = [
+        "✓" if any(c in cell for cell in (exact if c == "gradcheck" else everything)) else "" for c in CHECKS
+    ]
+    cells = [f"`{kernel}`", held(cpu, LEVELS), held(cpu, ("emulated",)), *checks, on_gpu(gpu)]
+    return f"| {' | '.join(cells)} |"
 
 
 def tables() -> str:
     """A table a family."""
     cpu, gpu = merged("cpu"), merged("h200")
-    head = f"| kernel | CPU | CUDA, emulated | {' | '.join(CHECKS)} | GPU |\n| :-- | :-- | :-- | :-: | :-: | :-: | :-- |"
+    head = f"| kernel | CPU | CUDA, emulated | {' | '.join(CHECKS)} | GPU |"
+    rule = f"| :-- | :-- | :-- |{' :-: |' * len(CHECKS)} :-- |"
     parts = []
     for family in FAMILIES:
         kernels = sorted(kernel for kernel in cpu | gpu if family_of(kernel) == family)
         rows = [row(kernel, cpu.get(kernel, {}), gpu.get(kernel, {})) for kernel in kernels]
-        parts.append("\n".join([f"## {family}", "", head, *rows]))
+        parts.append("\n".join([f"## {family}", "", head, rule, *rows]))
     return "\n\n".join(parts)
 
 

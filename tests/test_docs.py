@@ -68,7 +68,9 @@ def test_the_support_matrix_rests_on_tests_that_exist() -> None:
     for record, test in {(record, test) for _, record, test in recorded()}:
         path, name = test.split("::")
         source = (ROOT / path).read_text() if (ROOT / path).exists() else ""
-        assert f"def {name}(" in source, f"{record} names {test}, which is gone: record it anew (docs/support.md)"
+        assert f"def {name}(" in source, (
+            f"{record} names {test}, which is gone: record it anew (docs/support.md)"
+        )
 
 
 def test_the_support_matrix_knows_every_kernel() -> None:

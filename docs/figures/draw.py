@@ -1,6 +1,6 @@
-"""Draws the figures of docs/kernels/README.md: how each family's kernel works, and its roofline from bench/results.
+"""Draws docs/kernels/README.md's figures: how each family's kernel works, its roofline from bench/results.
 
-    python docs/figures/draw.py
+python docs/figures/draw.py
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from update_docs import RESULTS, best_rates, roofline_points  # noqa: E402
 
-# Light colours, and what they become where the reader's system is dark. Both sides move together, paper included.
+# Light colours, and what they become where the reader's system is dark; the paper goes with them.
 LIGHT = {"paper": "#fbfcfe", "ink": "#1f2533", "faint": "#8a93a3", "line": "#d3d9e3", "cell": "#eef1f6"}
 DARK = {"paper": "#22262f", "ink": "#e4e8f0", "faint": "#98a1b2", "line": "#4a5262", "cell": "#323846"}
 BLUE, ORANGE, GREEN, VIOLET = "#4f7fe0", "#e08a3c", "#3fa37a", "#9a6fd0"
@@ -55,7 +55,10 @@ def save(figure: Figure, name: str) -> None:
     svg = path.read_text(encoding="utf-8")
     for key, colour in LIGHT.items():
         svg = svg.replace(colour, f"var(--{key})")
-    rules = [":root{" + ";".join(f"--{key}:{colour}" for key, colour in table.items()) + "}" for table in (LIGHT, DARK)]
+    rules = [
+        ":root{" + ";".join(f"--{key}:{colour}" for key, colour in table.items()) + "}"
+        for table in (LIGHT, DARK)
+    ]
     style = f"<style>{rules[0]}@media (prefers-color-scheme: dark){{{rules[1]}}}</style>"
     path.write_text(re.sub(r"(<svg[^>]*>)", rf"\1{style}", svg, count=1), encoding="utf-8")
 
@@ -69,7 +72,9 @@ def canvas(width: float, height: float, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def box(ax: Axes, x: float, y: float, w: float, h: float, text: str = "", colour: str = CELL, size: float = 10) -> None:
+def box(
+    ax: Axes, x: float, y: float, w: float, h: float, text: str = "", colour: str = CELL, size: float = 10
+) -> None:
     """A rounded box with text in its middle; on colours of their own the text is white."""
     style = "round,pad=0,rounding_size=0.7"
     ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=style, facecolor=colour, edgecolor=LINE, linewidth=1))
@@ -77,15 +82,21 @@ def box(ax: Axes, x: float, y: float, w: float, h: float, text: str = "", colour
     ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color=ink, linespacing=1.35)
 
 
-def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = FAINT, bend: float = 0) -> None:
+def arrow(
+    ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = FAINT, bend: float = 0
+) -> None:
     """An arrow from start to end."""
     style = {"arrowstyle": "-|>", "color": colour, "lw": 1.4, "connectionstyle": f"arc3,rad={bend}"}
     ax.annotate("", end, start, arrowprops=style)
 
 
-def note(ax: Axes, x: float, y: float, text: str, size: float = 9, colour: str = FAINT, **options: object) -> None:
+def note(
+    ax: Axes, x: float, y: float, text: str, size: float = 9, colour: str = FAINT, **options: object
+) -> None:
     """Words beside the boxes."""
-    ax.text(x, y, text, fontsize=size, color=colour, linespacing=1.4, **{"ha": "left", "va": "center", **options})
+    ax.text(
+        x, y, text, fontsize=size, color=colour, linespacing=1.4, **{"ha": "left", "va": "center", **options}
+    )
 
 
 def optim() -> None:
@@ -94,7 +105,12 @@ def optim() -> None:
     note(ax, 2, 42, "memory", 10, INK)
     note(ax, 24, 42, "registers or first cache: one tile of 256 parameters", 10, INK)
     ax.add_patch(Rectangle((22.5, 1), 57, 38.5, facecolor="none", edgecolor=LINE, linestyle="--"))
-    for y, name, colour in ((32, "codes of m, v", VIOLET), (24.5, "scales", VIOLET), (15, "gradient", ORANGE), (5, "parameter", BLUE)):
+    for y, name, colour in (
+        (32, "codes of m, v", VIOLET),
+        (24.5, "scales", VIOLET),
+        (15, "gradient", ORANGE),
+        (5, "parameter", BLUE),
+    ):
         box(ax, 2, y, 15, 5.5, name, colour, 9.5)
     box(ax, 26, 28, 13, 8, "decode\ncode × scale")
     box(ax, 44, 14, 16, 12, "m ← β₁m + (1−β₁)g\nv ← β₂v + (1−β₂)g²", size=9)
@@ -111,7 +127,15 @@ def optim() -> None:
     arrow(ax, (60, 7.5), (85, 7.7))
     note(ax, 62, 20, "the step uses m and v\nbefore they are rounded", 8.5)
     note(ax, 93.5, 42, "memory", 10, INK, ha="center")
-    note(ax, 93.5, 20, "read + written,\nfp32, bytes each:\n16.06  AdamW8bit\n28       fp32 states", 9, INK, ha="center")
+    note(
+        ax,
+        93.5,
+        20,
+        "read + written,\nfp32, bytes each:\n16.06  AdamW8bit\n28       fp32 states",
+        9,
+        INK,
+        ha="center",
+    )
     save(ax.figure, "optim")
 
 
@@ -125,7 +149,11 @@ def scan() -> None:
             for step in range(8):
                 x = left + chunk * 22.4 + step * cell
                 shade = BLUE if (chunk, step) == (1, 3) else CELL
-                ax.add_patch(Rectangle((x, top - row * cell), cell, cell, facecolor=shade, edgecolor=LINE, linewidth=0.6))
+                ax.add_patch(
+                    Rectangle(
+                        (x, top - row * cell), cell, cell, facecolor=shade, edgecolor=LINE, linewidth=0.6
+                    )
+                )
         note(ax, left + chunk * 22.4 + 10.2, top + 5.2, f"chunk {chunk}: 64 tokens", 9, ha="center")
     note(ax, 2, top - 2.5, "16 channels:\na vector, or\nthreads", 9.5, INK)
     for chunk in (1, 2):
@@ -155,7 +183,9 @@ def attention() -> None:
             partial = i == j or i - j == 3
             colour = BLUE if full else "#7f9fe6" if partial else CELL
             y = bottom + (n - 1 - i) * cell
-            ax.add_patch(Rectangle((left + j * cell, y), cell, cell, facecolor=colour, edgecolor=PAPER, linewidth=1))
+            ax.add_patch(
+                Rectangle((left + j * cell, y), cell, cell, facecolor=colour, edgecolor=PAPER, linewidth=1)
+            )
     row = 7
     y = bottom + (n - 1 - row) * cell
     ax.add_patch(Rectangle((left, y), n * cell, cell, facecolor="none", edgecolor=ORANGE, linewidth=2))
@@ -163,7 +193,9 @@ def attention() -> None:
     note(ax, left - 2, bottom + n * cell / 2, "blocks of queries", 9.5, INK, ha="center", rotation=90)
     arrow(ax, (left + n * cell + 0.5, y + 2), (57, 33), ORANGE, -0.2)
     note(ax, 58, 46, "its list: 0, 4, 5, 6, 7", 10, INK)
-    for k, (name, colour) in enumerate((("0", BLUE), ("4", "#7f9fe6"), ("5", BLUE), ("6", BLUE), ("7", "#7f9fe6"))):
+    for k, (name, colour) in enumerate(
+        (("0", BLUE), ("4", "#7f9fe6"), ("5", BLUE), ("6", BLUE), ("7", "#7f9fe6"))
+    ):
         box(ax, 58 + k * 6.2, 37.5, 5.2, 5.2, name, colour)
         arrow(ax, (60.6 + k * 6.2, 37.3), (60.6 + k * 6.2, 31.2))
     box(ax, 58, 24, 30, 7, "S = Q Kᵀ, running max and sum", CELL, 9.5)
@@ -187,7 +219,9 @@ def prune() -> None:
         for j in range(8):
             y = 15.5 + (5 - i) * cell
             colour = BLUE if kept[i, j] else CELL
-            ax.add_patch(Rectangle((2 + j * cell, y), cell, cell, facecolor=colour, edgecolor=PAPER, linewidth=1))
+            ax.add_patch(
+                Rectangle((2 + j * cell, y), cell, cell, facecolor=colour, edgecolor=PAPER, linewidth=1)
+            )
     y = 15.5 + 3 * cell
     ax.add_patch(Rectangle((2, y), 8 * cell, cell, facecolor="none", edgecolor=ORANGE, linewidth=2))
     note(ax, 2, 12, "stored: the kept blocks, whole, and their columns", 8.8)
@@ -204,7 +238,11 @@ def prune() -> None:
     for g, pair in enumerate(groups):
         for e in range(4):
             colour = VIOLET if e in pair else CELL
-            ax.add_patch(Rectangle((60 + g * 11.6 + e * 2.6, 36), 2.6, 2.6, facecolor=colour, edgecolor=PAPER, linewidth=1))
+            ax.add_patch(
+                Rectangle(
+                    (60 + g * 11.6 + e * 2.6, 36), 2.6, 2.6, facecolor=colour, edgecolor=PAPER, linewidth=1
+                )
+            )
     for g, pair in enumerate(groups):
         for k, e in enumerate(pair):
             x = 62.6 + g * 11.6 + k * 2.6
@@ -213,7 +251,9 @@ def prune() -> None:
             note(ax, x + 1.3, 24.6, str(e), 9, INK, ha="center")
     note(ax, 60, 20.5, "stored: values, and two bits of position each", 8.8)
     note(ax, 60, 14.5, "one token: x is brought to the values,\npicked by their positions", 9.5, INK)
-    note(ax, 60, 7.5, "many tokens: a value times the tokens\nof its column, half the multiply-adds", 9.5, INK)
+    note(
+        ax, 60, 7.5, "many tokens: a value times the tokens\nof its column, half the multiply-adds", 9.5, INK
+    )
     save(ax.figure, "prune")
 
 
@@ -224,7 +264,7 @@ def usual_copy() -> float:
 
 
 def roofline(family: str) -> None:
-    """Rate over intensity of a family's main kernels, under the measured copy and the best rate of any product."""
+    """Rate over intensity of a family's main kernels, under a copy and the best rate of any of them."""
     record = json.loads((RESULTS / "cpu" / f"{family}-cpu.json").read_text(encoding="utf-8"))
     figure = plt.figure(figsize=(7.6, 3.9))
     ax = figure.add_subplot()
@@ -236,7 +276,9 @@ def roofline(family: str) -> None:
         peak = best[dtype]
         ax.plot([max(peak / copy, low), high], [peak, peak], color=colour, lw=1.2, ls="--")
         label = f"best {dtype}: {peak:.0f}"
-        ax.annotate(label, (high, peak), (5, 0), textcoords="offset points", color=colour, va="center", fontsize=8)
+        ax.annotate(
+            label, (high, peak), (5, 0), textcoords="offset points", color=colour, va="center", fontsize=8
+        )
         chosen = [p for p in points if p.dtype == dtype]
         ax.scatter([p.intensity for p in chosen], [p.rate for p in chosen], color=colour, s=34, zorder=3)
     edge = max(best.values()) / copy
@@ -244,9 +286,19 @@ def roofline(family: str) -> None:
         ax.plot([low, edge], [low * copy, edge * copy], color=FAINT, lw=1.4)
         middle = (low * edge) ** 0.5
         text = f"a plain copy, {copy:.0f} GB/s"
-        ax.annotate(text, (middle, middle * copy), (-8, 8), textcoords="offset points", color=FAINT, ha="right", fontsize=8)
+        ax.annotate(
+            text,
+            (middle, middle * copy),
+            (-8, 8),
+            textcoords="offset points",
+            color=FAINT,
+            ha="right",
+            fontsize=8,
+        )
     for number, p in enumerate(points, 1):
-        ax.annotate(str(number), (p.intensity, p.rate), (5, -9), textcoords="offset points", fontsize=8.5, color=INK)
+        ax.annotate(
+            str(number), (p.intensity, p.rate), (5, -9), textcoords="offset points", fontsize=8.5, color=INK
+        )
     ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOPs a byte", ylabel="GFLOP/s")
     ax.set_ylim(min(p.rate for p in points) / 3, max(best.values()) * 2.2)
     ax.grid(True, which="major", lw=0.6)
