@@ -73,6 +73,6 @@ logits = model(images[held_out]).logits
 print(f"pruned, trained:  {accuracy(model):.3f}")
 assert accuracy(model) > before - 0.05
 
-# Layers that skip the zeros, where the clock says so on this machine; on so small ones it rarely does.
+# Layers that skip the zeros, where the clock says so on this machine.
 print(tw.prune.compress(model, images[:64], seconds=0.02))
 torch.testing.assert_close(model(images[held_out]).logits, logits, rtol=1e-3, atol=1e-3)

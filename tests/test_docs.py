@@ -51,6 +51,25 @@ def test_every_public_name_has_its_place_in_the_api_pages(module: str) -> None:
             assert f"::: tilewright.{module}.{name}\n" in f"{page}\n", f"docs/api/{module}.md lacks {name}"
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "holds no CUDA kernels: move the tensors to the CPU",
+        "float64 has no CUDA kernel: move the tensors to the CPU",
+        "environment variable TILEWRIGHT_CPU",
+        "second derivatives are not supported",
+        "found no nvcc (12.1 or newer)",
+        "OpenMP runtimes are loaded",
+        "the compiled extension does not import",
+    ],
+)
+def test_troubleshooting_quotes_messages_that_exist(message: str) -> None:
+    assert message in (ROOT / "docs" / "troubleshooting.md").read_text()
+    sources = (path for folder in ("python", "csrc", "cmake") for path in (ROOT / folder).rglob("*.*"))
+    texts = (path.read_text() for path in sources if path.suffix in {".py", ".h", ".cpp", ".cu", ".cmake"})
+    assert any(message in text for text in texts)
+
+
 def recorded() -> Iterator[tuple[str, str, str]]:
     """Kernel, record and the tests that it names."""
     for path in sorted((ROOT / "bench" / "results").glob("*/*-support.json")):
