@@ -45,3 +45,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f'??? example "examples/{match[1]}"\n\n{indented}\n'
 
     return OUTSIDE.sub(inside, EXAMPLE.sub(whole, markdown))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Drops the roles that docstrings have for other renderers: `:func:` before a name."""
+    return re.sub(r":(?:func|class|meth|mod|attr):(?=<)", "", html)

@@ -1,4 +1,4 @@
-"""transformers' Trainer with 8-bit AdamW: states a quarter as large, and a resume that is exact to the bit."""
+"""transformers' Trainer with 8-bit AdamW: states a quarter as large, a resume that is exact to the bit."""
 
 import pydoc_data.topics
 import tempfile
@@ -46,7 +46,9 @@ def trainer(folder: str) -> Trainer:
 
 
 def bytes_of(states: dict[Tensor, dict[str, object]]) -> int:
-    maps = {id(value): value for state in states.values() for value in state.values() if isinstance(value, Tensor)}
+    maps = {
+        id(value): value for state in states.values() for value in state.values() if isinstance(value, Tensor)
+    }
     return sum(value.nbytes for value in maps.values())
 
 

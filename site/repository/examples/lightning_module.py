@@ -1,4 +1,4 @@
-"""Lightning: 8-bit AdamW from configure_optimizers, a swapped Mamba inside of a module, a checkpoint that loads."""
+"""Lightning: 8-bit AdamW from configure_optimizers, a swapped Mamba in a module, a checkpoint that loads."""
 
 import pydoc_data.topics
 import tempfile
@@ -24,7 +24,12 @@ class LanguageModel(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         config = MambaConfig(
-            vocab_size=256, hidden_size=96, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2
+            vocab_size=256,
+            hidden_size=96,
+            num_hidden_layers=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
         self.model = MambaForCausalLM(config)
         tw.swap(self.model)
@@ -44,8 +49,15 @@ lightning.seed_everything(0)
 module = LanguageModel()
 module.train()
 with tempfile.TemporaryDirectory() as folder:
-    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": folder}
-    trainer = lightning.Trainer(max_epochs=1, enable_checkpointing=False, enable_model_summary=False, **options)
+    options = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "default_root_dir": folder,
+    }
+    trainer = lightning.Trainer(
+        max_epochs=1, enable_checkpointing=False, enable_model_summary=False, **options
+    )
     trainer.fit(module, DataLoader(rows, batch_size=8))
     trainer.save_checkpoint(f"{folder}/last.ckpt")
     again = LanguageModel.load_from_checkpoint(f"{folder}/last.ckpt", map_location="cpu")

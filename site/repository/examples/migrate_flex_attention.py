@@ -3,7 +3,10 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tilewright.compat.flex_attention import create_block_mask, flex_attention  # was: torch.nn.attention.flex_attention
+from tilewright.compat.flex_attention import (
+    create_block_mask,
+    flex_attention,
+)  # was: torch.nn.attention.flex_attention
 
 documents = torch.tensor([0] * 100 + [1] * 250 + [2] * 162)  # three documents packed into a row of 512
 

@@ -1,4 +1,4 @@
-"""A ViT for handwritten digits: heads and MLP widths leave, then blocks of weights, then sparse layers where they pay."""
+"""A ViT for handwritten digits: heads and widths leave; or blocks of weights, for sparse layers."""
 
 import copy
 
@@ -33,7 +33,9 @@ def fit(model: torch.nn.Module, epochs: int) -> None:
     model.train()
     optimizer = tw.optim.AdamW8bit(model.parameters(), lr=2e-3, weight_decay=0.05, max_grad_norm=1.0)
     for epoch in range(epochs):
-        for batch in train[torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))].split(70):
+        for batch in train[torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))].split(
+            70
+        ):
             loss = cross_entropy(model(images[batch]).logits, labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -71,6 +73,6 @@ logits = model(images[held_out]).logits
 print(f"pruned, trained:  {accuracy(model):.3f}")
 assert accuracy(model) > before - 0.05
 
-# Layers that skip the zeros, where the clock says so on this machine; on so small ones it rarely does.
+# Layers that skip the zeros, where the clock says so on this machine.
 print(tw.prune.compress(model, images[:64], seconds=0.02))
 torch.testing.assert_close(model(images[held_out]).logits, logits, rtol=1e-3, atol=1e-3)
