@@ -18,6 +18,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -79,10 +81,11 @@ class Recorder:
         self.with_reference: set[str] = set()
 
     def pytest_collection_finish(self) -> None:
-        from tilewright import _C, _C_emulated
+        from tilewright import _C
 
-        for module in (_C, _C_emulated):
-            self._watch_kernels(module, _C.cpu_level)
+        for name in ("tilewright._C", "tilewright._C_emulated"):  # a build for a GPU alone lacks the second
+            if find_spec(name):
+                self._watch_kernels(import_module(name), _C.cpu_level)
         for owner, name in ((torch.autograd, "gradcheck"), (torch.library, "opcheck")):
             setattr(owner, name, self._marking(getattr(owner, name), name))
         torch.compile = self._watch_compile(torch.compile)  # type: ignore[assignment]

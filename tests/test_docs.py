@@ -51,6 +51,12 @@ def test_every_public_name_has_its_place_in_the_api_pages(module: str) -> None:
             assert f"::: tilewright.{module}.{name}\n" in f"{page}\n", f"docs/api/{module}.md lacks {name}"
 
 
+def test_every_example_has_its_place_in_the_documents() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"(../examples/{path.name})" in page
+
+
 @pytest.mark.parametrize(
     "message",
     [
