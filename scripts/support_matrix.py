@@ -174,7 +174,7 @@ class Recorder:
     def _watch_references(self) -> None:
         """Lets every function of tests/reference tell that it was called, under whatever name it is held."""
         for name, module in list(sys.modules.items()):
-            if name.startswith("reference."):
+            if re.match(r"(tests\.)?reference\.", name):
                 for value in list(vars(module).values()):
                     if (
                         isinstance(value, FunctionType)
