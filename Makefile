@@ -1,4 +1,4 @@
-# make demo | test | bench | gpu | nightly | wheel | lint | format | stubs | clean
+# make demo | test | bench | gpu | docs | nightly | wheel | lint | format | stubs | clean
 # On a fresh machine `make demo` and `make test` are all it takes: python3 (3.10 or newer), a C++20 compiler, make.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -19,7 +19,7 @@ emulated = $(if $(findstring _emulated,$(modules)),1,0)
 # The environment's own cmake and ninja come first; without isolation pybind11 stays where it was last time.
 install = PATH="$(abspath $(bin)):$$PATH" TILEWRIGHT_EMULATED=$(emulated) $(pip) --no-build-isolation --editable
 
-.PHONY: demo test bench gpu nightly wheel lint format stubs sanitize clean
+.PHONY: demo test bench gpu docs nightly wheel lint format stubs sanitize clean
 
 demo: $(VENV)/.package
 	$(bin)/tilewright demo
@@ -33,6 +33,12 @@ bench: $(VENV)/.bench
 gpu:
 	$(PYTHON) scripts/gpu.py --family $(or $(FAMILY),optim) --stages $(STAGES) --out $(OUT)
 
+# The figures and tables are made anew from bench/results; the site is not kept in the repository.
+docs: $(VENV)/.docs
+	$(bin)/python docs/figures/draw.py
+	$(bin)/python scripts/support_matrix.py
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict
+
 # AddressSanitizer must be loaded before python is; what python itself never frees is not ours to report.
 # The scans are left out: none of their tests is in the subset, and their sources are a third of the build.
 sanitize: $(VENV)/.test
@@ -42,7 +48,7 @@ sanitize: $(VENV)/.test
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(bin)/python -m pytest $(SANITIZED)
 
-nightly: $(VENV)/.test $(VENV)/.bench lint wheel
+nightly: $(VENV)/.test $(VENV)/.bench lint wheel docs
 	HYPOTHESIS_PROFILE=nightly $(bin)/python -m pytest -m "nightly or not nightly"
 	$(MAKE) sanitize
 	$(bin)/python -m pytest bench
@@ -96,6 +102,10 @@ $(VENV)/.test: $(VENV)/.torch $(sources)
 
 $(VENV)/.bench: $(VENV)/.package
 	$(install) ".[bench]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(install) ".[demo,docs]"
 	touch $@
 
 $(VENV)/.inspect: $(VENV)/.torch

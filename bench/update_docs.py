@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -86,7 +86,88 @@ def measured_on(record: dict[str, Any]) -> str:
     return f"{record['parameters'] / 1e6:.2f}M parameters, {record['steps']} steps, {took}"
 
 
-VIEWS = {"table": table, "output": output, "spread": spread}
+# The kernels that docs/kernels/README.md sets under the roofline, a family each.
+ROOFLINE = {
+    "optim": ("adamw8bit-fp32", "adamw8bit-bf16", "lion8bit-fp32", "quantize-fp32", "dequantize-fp32"),
+    "scan": (
+        "selective-scan-1x1536x2048", "selective-scan-training-1x1536x2048", "ssd-chunk-scan-forward-float32",
+        "linear-scan-3d-dim2-fp32", "causal-conv1d-rows", "selective-state-update-mamba2", "mamba-step",
+    ),
+    "attention": ("full-fp32", "full-bf16", "density-25-block-64", "window-fp32", "full-fp32-backward"),
+    "prune": (
+        "bsr-b32-90-1-fp32", "bsr-b32-90-64-fp32", "bsr-b32-90-512-fp32", "bsr-b32-90-512-bf16",
+        "prune-2to4-1-float32", "prune-2to4-512-float32", "activation-sparse-4096x11008-75-1-fp32",
+    ),
+}  # fmt: skip
+
+
+class Point(NamedTuple):
+    """A kernel of ours under the roofline."""
+
+    title: str
+    dtype: str
+    flops: float
+    bytes: float
+    intensity: float  # FLOPs a byte
+    rate: float  # GFLOP/s
+    copy: float | None  # GB/s of a plain copy, timed in the same rounds
+    reached: float | None  # bytes per second over the copy's
+
+
+def dtype_of(case: dict[str, Any]) -> str:
+    """The dtype of a case, which its sizes, its name or its title tells."""
+    words = f"{case['sizes'].get('dtype', '')} {case['name']} {case['title']}"
+    return "bfloat16" if re.search("bf16|bfloat16", words) else "float32"
+
+
+def attention_bytes(case: dict[str, Any]) -> float:
+    """q, k, v and out once, and backward their gradients; the lse in float32."""
+    batch, heads, length, dim = map(int, case["sizes"]["shape"].split("x"))
+    tensors = 8 if case["name"].endswith("backward") else 4
+    return batch * heads * length * (tensors * dim * (2 if dtype_of(case) == "bfloat16" else 4) + 4)
+
+
+def roofline_points(record: dict[str, Any]) -> list[Point]:
+    """The main kernels of a benchmark's family, in the order of `ROOFLINE`."""
+    cases = {case["name"]: case for case in record["cases"]}
+    points = []
+    for name in ROOFLINE[record["family"]]:
+        case, ours = cases[name], cases[name]["contenders"]["tilewright"]
+        moved = ours.get("bytes") or attention_bytes(case)
+        rate = case["flops"] / ours["median_ms"] / 1e6
+        facts = (
+            case["flops"],
+            moved,
+            case["flops"] / moved,
+            rate,
+            case["copy_gb_per_s"],
+            ours.get("roofline"),
+        )
+        points.append(Point(case["title"], dtype_of(case), *facts))
+    return points
+
+
+def best_rates() -> dict[str, float]:
+    """GFLOP/s of the fastest of all families' main kernels in each dtype."""
+    files = [RESULTS / "cpu" / f"{family}-cpu.json" for family in ROOFLINE]
+    points = [p for file in files for p in roofline_points(json.loads(file.read_text(encoding="utf-8")))]
+    return {dtype: max(p.rate for p in points if p.dtype == dtype) for dtype in ("float32", "bfloat16")}
+
+
+def roofline(record: dict[str, Any]) -> str:
+    """Bytes, FLOPs and what is reached of both bounds, a row a main kernel."""
+    lines = ["| | kernel | MB | MFLOP | FLOPs a byte | of the copy's GB/s | GFLOP/s | of the best rate |"]
+    lines += ["| --: | :-- | --: | --: | --: | --: | --: | --: |"]
+    best = best_rates()
+    for number, p in enumerate(roofline_points(record), 1):
+        reached = "-" if p.reached is None else f"{p.reached:.0%}"
+        sizes = [f"{p.bytes / 1e6:.1f}", f"{p.flops / 1e6:,.1f}", f"{p.intensity:,.1f}"]
+        values = [*sizes, reached, f"{p.rate:.3g}"]
+        lines.append(f"| {number} | {p.title} | {' | '.join(values)} | {p.rate / best[p.dtype]:.1%} |")
+    return "\n".join(lines) + f"\n\n{report.conditions(record)}\n"
+
+
+VIEWS = {"table": table, "output": output, "spread": spread, "roofline": roofline}
 
 
 def updated(text: str) -> str:

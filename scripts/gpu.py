@@ -44,7 +44,9 @@ def run(command: list[str], deadline: float) -> tuple[int, list[str]]:
     """Run a command, echoing it; return its status (124: out of time) and the last lines it printed."""
     print("+", " ".join(command), flush=True)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(TREE), start_new_session=True, **pipes)
+    env = environment(TREE)
+    env["PYTHONPATH"] += os.pathsep + str(ROOT / "scripts")  # the recorder of the support matrix
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
     signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
     signal.alarm(max(1, int(deadline - time.monotonic())))
     lines = []
@@ -62,7 +64,8 @@ def build(family: str, gpu: dict[str, str] | None, out: Path) -> list[list[str]]
 
 
 def test(family: str, gpu: dict[str, str] | None, out: Path) -> list[list[str]]:
-    return [[sys.executable, "-m", "pytest", "-q", "-m", "cuda and not nightly", f"tests/{family}"]]
+    record = ["-p", "support_matrix", "--support", str(out / f"{family}-support.json")]
+    return [[sys.executable, "-m", "pytest", "-q", "-m", "cuda and not nightly", *record, f"tests/{family}"]]
 
 
 def bench(family: str, gpu: dict[str, str] | None, out: Path) -> list[list[str]]:

@@ -135,8 +135,8 @@ class Pruner:
 
     Args:
         schedule: when, and how much.
-        model, pattern, sparsity, criterion, calibration, allocation, include, exclude, optimizer, scope,
-            loss_fn, seed, p, grid, progress: as of `prune`.
+        model, pattern, sparsity: as of `prune`, and so are criterion, calibration, allocation, include,
+            exclude, optimizer, scope, loss_fn, seed, p, grid and progress.
 
     Attributes:
         report: what the last pruning did; None before the first. It has no `undo`: keep a checkpoint.
