@@ -149,7 +149,7 @@ def test_an_infinity_is_named_with_its_op_and_place(watched: tuple[Path, dict[st
     )
     assert call["threads"] == torch.get_num_threads()
     assert any("in overflow" in line for line in call["stack"])
-    assert json.loads((kept / "info.json").read_text())["versions"]["torch"] == torch.__version__
+    assert json.loads((kept / "info.json").read_text())["packages"]["torch"] == torch.__version__
 
 
 def test_tensors_are_kept_as_they_lie(watched: tuple[Path, dict[str, str]]) -> None:

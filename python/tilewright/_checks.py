@@ -69,7 +69,12 @@ def check_flag(name: str, value: Any) -> None:
 def check_type(name: str, value: Any, expected: type, called: str) -> None:
     """Refuses another type; `called` is the one expected as users write it, such as "torch.nn.Module"."""
     if not isinstance(value, expected):
-        raise TypeError(f"{name} must be a {called}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a {called}, got {came(value)}")
+
+
+def came(value: Any) -> str:
+    """What a message says came where another type was expected; a class itself is a frequent slip."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def check_tensor(name: str, value: Any) -> None:

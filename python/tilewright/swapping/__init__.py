@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from .. import _backend
-from .._checks import check_flag, check_type
+from .._checks import came, check_flag, check_type
 from .._models import check_inputs, original_class
 from ..attention import BlockMask, BlockSparse
 from ..nn import Mamba, Mamba2
@@ -158,7 +158,7 @@ def _check_arguments(model: Any, attention: Any, include: Any, verify: Any, **fl
         elif callable(attention):
             example = f"BlockSparse({getattr(attention, '__qualname__', type(attention).__name__)}, ...)"
         raise TypeError(
-            f"attention must be a tilewright.attention.BlockSparse, such as {example}, got {_came(attention)}"
+            f"attention must be a tilewright.attention.BlockSparse, such as {example}, got {came(attention)}"
         )
     for name, value in flags.items():
         check_flag(name, value)
@@ -167,10 +167,6 @@ def _check_arguments(model: Any, attention: Any, include: Any, verify: Any, **fl
         raise TypeError(f"include must be a pattern, patterns or a function (name, module), got {include!r}")
     if verify is not None:
         check_inputs("verify", verify)
-
-
-def _came(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 Chooser = Callable[[str, nn.Module], bool]
