@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright import _families
+from tilewright import _families, _results
 from tilewright.bench import chart, compare, page, report, runner
 from tilewright.bench.case import OURS, Case, Contender, Plan, Unavailable, peer
 
@@ -118,7 +118,7 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path: Path, monkeypatch: 
 
 def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    runner.write(path, b"old")
+    _results.write(path, b"old")
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -126,10 +126,10 @@ def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr("os.replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runner.write(path, b"new")
+            _results.write(path, b"new")
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
     assert path.read_bytes() == b"old"
-    runner.write(path, b"new")
+    _results.write(path, b"new")
     assert path.read_bytes() == b"new"
     (tmp_path / "other").write_bytes(b"")
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import json
-import os
 import shlex
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tilewright import _families, _info
+from tilewright._results import check_writable, write
 
 from . import chart, environment, page, report
 from .case import OURS, Call, Case, Contender, Plan, Unavailable
@@ -88,7 +87,7 @@ def run(
         for case in (case for found in chosen.values() for case in found):
             console.print(f"{case.name:<36} {case.title}", highlight=False, soft_wrap=True)
         return 0
-    _check_writable(out)
+    check_writable(out)
     records = []
     for family, found in chosen.items():
         cases, needs_gpu = _for_device(found, plan, modules[family].GPU_PEERS, chosen_peers)
@@ -164,31 +163,6 @@ def select(cases: dict[str, list[Case]], only: list[str] | None) -> dict[str, li
             f"no case matches {', '.join(asked)}{_nearest(asked, names)}; there are: {', '.join(names)}"
         )
     return {family: found for family, found in chosen.items() if found}
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replaces a file at once: whoever reads or interrupts finds the old one whole, or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # as any other file; mkstemp's are the owner's alone
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        reason = "it is a file" if out.is_file() else error.strerror or error
-        raise OSError(f"--out {out}: results cannot be written there: {reason}") from None
 
 
 def _all_cases(

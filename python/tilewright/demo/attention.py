@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tilewright._results import check_writable
 from tilewright.attention import BlockMask, BlockSparse
 from tilewright.bench import environment
 
 from .estimators import measure
 from .host import NO_SPECIAL_BYTES, swapped_copy, transformers_for, without_warnings
 from .plot import plot_attention
-from .show import check_writable, comparison, print_files, progress_bars, ratio_row, speed, write_record
+from .show import comparison, print_files, progress_bars, ratio_row, speed, write_record
 from .text import load_text, random_batches, windows
 from .training import Training, next_byte_loss, settled
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tilewright._results import check_writable
 from tilewright.bench import environment
 
 from .language_model import ByteLanguageModel
 from .plot import plot
-from .show import check_writable, comparison, print_files, progress_bars, write_record
+from .show import comparison, print_files, progress_bars, write_record
 from .text import load_text, random_batches, windows
 from .training import Training, cosine, settled
 

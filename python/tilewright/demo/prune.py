@@ -17,13 +17,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
+from tilewright._results import check_writable
 from tilewright.bench import environment
 from tilewright.bench.timing import measure
 
 from .host import without_warnings
 from .plot import plot_prune
 from .prune_tasks import FULL, QUICK, Size, Task, digits_task, text_task
-from .show import check_writable, print_files, write_record
+from .show import print_files, write_record
 
 SCHEMA = 1
 DENSE, BLOCKS, TWO_OF_FOUR, CHANNELS = "dense", "blocks 75%", "2:4", "channels 50%"

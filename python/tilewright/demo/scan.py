@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from tilewright._results import check_writable
 from tilewright.bench import environment
 
 from .host import (
@@ -29,7 +30,6 @@ from .host import (
 )
 from .plot import plot_scan
 from .show import (
-    check_writable,
     comparison,
     print_files,
     print_text,

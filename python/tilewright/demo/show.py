@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from tilewright._results import write
 
 
 def progress_bars(console: Console) -> Progress:
@@ -50,20 +51,10 @@ def print_text(title: str, text: str, console: Console) -> None:
     console.print(Padding(Text(text.strip("\n")), (0, 0, 0, 4), expand=False))
 
 
-def check_writable(out: Path) -> None:
-    """Makes the folder; an OSError that names it if nothing can be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise OSError(f"--out {out}: results cannot be written there: {error.strerror or error}") from None
-
-
 def write_record(record: dict[str, Any], out: Path) -> Path:
     """Writes the results into `out`; returns the file's path."""
     path = out / f"{record['demo']}.json"
-    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write(path, (json.dumps(record) + "\n").encode())
     return path
 
 

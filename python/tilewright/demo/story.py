@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from tilewright._results import check_writable
 from tilewright.bench import environment
 from tilewright.bench.timing import measure
 
@@ -32,7 +33,7 @@ from .host import (
     without_warnings,
 )
 from .plot import plot_story
-from .show import check_writable, print_files, progress_bars, write_record
+from .show import print_files, progress_bars, write_record
 from .story_report import COMPRESS, OPTIMIZER, PRUNE, REPAIR, SWAP, WHOLE, WINDOW, is_sound, print_table
 from .text import load_text, random_batches, windows
 from .training import Training, cosine, mean_loss, settled
