@@ -518,3 +518,24 @@ def test_real_race() -> None:
     report = tw.swap(model, verify=x)
     assert len(report.swapped) + len(report.skipped) == 1
     torch.testing.assert_close(run(model, x), run(stock, x))
+
+
+def test_compress_says_what_a_swapped_model_keeps_to_itself() -> None:
+    """A swapped mixer multiplies by dt_proj's weight in a kernel of its own, even where tokens are given."""
+    pytest.importorskip("transformers", minversion="5.0")
+    from tiny_models import tiny, tokens
+
+    model = tiny("mamba").eval()
+    tw.prune.prune(model, tw.prune.Block(8, 8), 0.5, include="*.dt_proj")
+    tw.swap(model, linear=False)
+    inputs = {"input_ids": tokens(), "use_cache": False}
+    expected = run_model(model, inputs)
+    report = tw.prune.compress(model, inputs, tokens=[1, 64])
+    why = "its layer is swapped and reads the weight itself: tilewright.unswap(model) first"
+    assert {layer.why for layer in report.layers} == {why}
+    torch.testing.assert_close(run_model(model, inputs), expected)
+
+
+def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits  # type: ignore[no-any-return]

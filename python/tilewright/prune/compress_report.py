@@ -134,7 +134,7 @@ class CompressReport:
         for tokens in layer.tokens:
             times = sorted((ms[tokens], form) for form, ms in layer.times.items() if tokens in ms)
             shown = ", ".join(f"{form} {ms:.3g} ms" for ms, form in times)
-            text.append(f"At {tokens} tokens: {shown}; {layer.chosen[tokens]} runs.")
+            text.append(f"At {_tokens(tokens)}: {shown}; {layer.chosen[tokens]} runs.")
         if layer.measured_as:
             text.append(f"The times are those of {layer.measured_as}, a layer alike.")
         return "\n".join(text)
@@ -193,7 +193,9 @@ class CompressReport:
         totals = self.totals()
         lines += [""] if totals else []
         for tokens, (dense, now) in totals.items():
-            lines.append(f"All of them at {tokens} tokens: {dense:.3g} -> {now:.3g} ms ({dense / now:.2f}x).")
+            lines.append(
+                f"All of them at {_tokens(tokens)}: {dense:.3g} -> {now:.3g} ms ({dense / now:.2f}x)."
+            )
         if self.model_ms:
             lines.append(
                 f"The model on the example inputs: {self.model_ms_dense:.3g} -> {self.model_ms:.3g} ms "
@@ -238,3 +240,7 @@ def _bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} B"
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' if count > 1 else ''}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_number, check_type
-from .._models import call, check_inputs, evaluation
+from .._models import call, check_inputs, evaluation, original_class
 from ..bench import timing
 from .compress_report import Compressed, CompressReport
 from .examples import (
@@ -223,6 +223,8 @@ def _works(
         own = tied.get(id(work.linear.weight), set()) - set(work.paths)
         if own and not work.obstacle:
             work.obstacle = f"its weight is also that of {sorted(own)[0]}"
+        if not (work.obstacle or work.seen.calls) and any(_is_swapped(parent) for parent, _ in work.places):
+            work.obstacle = "its layer is swapped and reads the weight itself: tilewright.unswap(model) first"
         work.tokens = sorted(count for count in (counts or work.seen.calls) if count > 0)
         if not work.tokens and not work.obstacle:
             work.obstacle = "example_inputs never reach it, and tokens is not given"
@@ -239,6 +241,10 @@ def _tied(model: nn.Module) -> dict[int, set[str]]:
     return owners
 
 
+def _is_swapped(module: nn.Module) -> bool:
+    return original_class(module) is not type(module)
+
+
 def _obstacle(work: Work, patterns: tuple[list[str] | None, list[str] | None]) -> str:
     include, exclude = patterns
     linear = work.linear
@@ -247,6 +253,8 @@ def _obstacle(work: Work, patterns: tuple[list[str] | None, list[str] | None]) -
     if exclude is not None and any_matches(work.paths, exclude):
         return "excluded"
     if type(linear) is not nn.Linear:
+        if original_class(linear) is nn.Linear:
+            return "it is swapped: tilewright.unswap(model) first"
         return f"it is a {type(linear).__name__}, not a plain torch.nn.Linear"
     for parent, _ in work.places:
         if isinstance(parent, READ_ELSEWHERE):
