@@ -97,15 +97,17 @@ def verdicts(record: dict[str, Any]) -> list[str]:
     if COMPRESS in found:
         kernels = found[COMPRESS]["kernels"]
         sparse = sum(count for kernel, count in kernels.items() if kernel != "dense")
+        count = sum(kernels.values())
         lines.append(
-            f"Of {sum(kernels.values())} pruned layers {sparse} run in a sparse form; "
-            "zeros in the others save nothing."
+            f"All {count} pruned layers run in a sparse form."
+            if sparse == count
+            else f"Of {count} pruned layers {sparse} run in a sparse form; zeros in the others save nothing."
         )
     if WHOLE in found:
         before, after = found[WHOLE]["validation"]
         lines.append(f"The price: {after - before:+.3f} nats per byte against the dense model.")
     slower = [
-        f"{_MEASURES[key][0].strip()} ({title_of(name, record)})"
+        f"{_MEASURES[key][0].strip().removeprefix('of which ')} ({title_of(name, record)})"
         for name, result in found.items()
         for key, values in result.items()
         if _MEASURES.get(key, ("", "", 1.0, ""))[3] == "time" and values[0] / values[1] < _SLOWER
