@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import scan
+from .. import _backend, scan
 from .._checks import check_count, check_tensor
 from .._models import original_class
 from ..scan.conv import MAX_WIDTH
-from ..scan.selective import MAX_STATES
 from .inference import conv_step, keep_last, states_of
 from .packing import packing_of
 
@@ -66,7 +65,7 @@ class Mamba(nn.Module):
         if dt_init not in ("random", "constant"):
             raise ValueError(f'dt_init must be "random" or "constant", got {dt_init!r}')
         check_count("d_model", d_model)
-        check_count("d_state", d_state, MAX_STATES)
+        check_count("d_state", d_state, _backend.C.SELECTIVE_SCAN_MAX_STATES)
         check_count("d_conv", d_conv, MAX_WIDTH)
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = width_of(expand, d_model)

@@ -18,8 +18,6 @@ from .._checks import (
 from .ops import selective as ops
 from .ops.sequences import sequence_count
 
-MAX_STATES: int = _backend.C.SELECTIVE_SCAN_MAX_STATES
-
 
 def selective_scan(
     u: Tensor,
@@ -174,8 +172,9 @@ def _matching_weight(A: Tensor, u: Tensor) -> Tensor:
     check_device("A", A, u.device, "u")
     if A.dim() != 2 or A.shape[0] != u.shape[1]:
         raise ValueError(f"A must have shape (dim, states) = ({u.shape[1]}, states), got {tuple(A.shape)}")
-    if not 1 <= A.shape[1] <= MAX_STATES:
-        raise ValueError(f"A must have 1 to {MAX_STATES} states a channel, got {A.shape[1]}")
+    most = _backend.C.SELECTIVE_SCAN_MAX_STATES
+    if not 1 <= A.shape[1] <= most:
+        raise ValueError(f"A must have 1 to {most} states a channel, got {A.shape[1]}")
     if u.dtype == torch.float64:
         check_dtype("A", A, (torch.float64, torch.complex128))
         return A

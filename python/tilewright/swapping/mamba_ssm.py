@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _backend
 from ..nn import Mamba, Mamba2
 from ..scan.conv import MAX_WIDTH
-from ..scan.selective import MAX_STATES
 from ..scan.ssd import gated_rms_norm
 from .instances import Layer
 
@@ -29,8 +29,9 @@ def layer_of(cls: type) -> Layer | None:
 
 
 def _states(module: Any) -> str | None:
-    if module.d_state > MAX_STATES:
-        return f"it has {module.d_state} states a channel; the kernels have up to {MAX_STATES}"
+    most = _backend.C.SELECTIVE_SCAN_MAX_STATES
+    if module.d_state > most:
+        return f"it has {module.d_state} states a channel; the kernels have up to {most}"
     return _width(module)
 
 

@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import scan
+from .. import _backend, scan
 from ..nn.inference import conv_step
 from ..nn.mamba import can_fuse, can_step, step_of, wide, without_bias
 from ..nn.packing import Packing, packing_of
 from ..scan.conv import MAX_WIDTH
-from ..scan.selective import MAX_STATES
 from .instances import Layer
 
 _ARGUMENTS = ["self", "hidden_states", "cache_params", "attention_mask"]
@@ -52,8 +51,9 @@ def _obstacle(module: Any) -> str | None:
         return f"its activation is {module.activation!r}; the convolution kernels have 'silu'"
     if module.conv_kernel_size > MAX_WIDTH:
         return f"its convolution is {module.conv_kernel_size} wide; the kernels have up to {MAX_WIDTH}"
-    if module.ssm_state_size > MAX_STATES:
-        return f"it has {module.ssm_state_size} states a channel; the kernels have up to {MAX_STATES}"
+    most = _backend.C.SELECTIVE_SCAN_MAX_STATES
+    if module.ssm_state_size > most:
+        return f"it has {module.ssm_state_size} states a channel; the kernels have up to {most}"
     return None
 
 

@@ -19,7 +19,6 @@ from ..._checks import check_boundaries
 from ..._library import define
 from .sequences import chunk_count, sequence_count
 
-_CHUNK: int = _backend.C.SELECTIVE_SCAN_CHUNK
 _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "Tensor? initial_state, Tensor? cu_seqlens, Tensor? order"
@@ -33,7 +32,8 @@ def _outputs(
     dim, states = A.shape
     batch, _, length = u.shape
     ends = (sequence_count(batch, cu_seqlens), dim, states) if last_state else (0,)
-    starts = (chunk_count(batch, length, cu_seqlens, _CHUNK), states, dim) if chunk_states else (0,)
+    chunk = _backend.C.SELECTIVE_SCAN_CHUNK
+    starts = (chunk_count(batch, length, cu_seqlens, chunk), states, dim) if chunk_states else (0,)
     return torch.empty_like(u), A.new_empty(ends), A.new_empty(starts)
 
 

@@ -18,8 +18,6 @@ from ..._checks import check_boundaries
 from ..._library import define
 from .sequences import chunk_count, sequence_count
 
-_CHUNK: int = _backend.C.SSD_CHUNK  # steps between kept states
-
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, "
@@ -36,7 +34,8 @@ def _empty(x: Tensor, B: Tensor, dt: Tensor, cu_seqlens: Tensor | None, keep_y: 
         x.new_empty(x.shape),
         x.new_empty((sequence_count(batch, cu_seqlens), heads, head_dim, states), dtype=dt.dtype),
         x.new_empty(
-            (chunk_count(batch, length, cu_seqlens, _CHUNK), heads, states, head_dim), dtype=dt.dtype
+            (chunk_count(batch, length, cu_seqlens, _backend.C.SSD_CHUNK), heads, states, head_dim),
+            dtype=dt.dtype,
         ),
         x.new_empty(x.shape if keep_y else (0,)),
     )
