@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import tilewright.testing
+from backends import BACKENDS, Backend
 from tilewright import _C
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30, database=None)
@@ -19,27 +19,6 @@ settings.register_profile(
     "nightly", deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to run the ops: `cpu-<level>`, `emulated` (the CUDA kernels on the CPU) or `cuda`."""
-
-    name: str
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors given to an op have to be."""
-        return torch.device("cuda" if self.name == "cuda" else "cpu")
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether the CPU kernels run; they alone take float64."""
-        return self.name.startswith("cpu-")
-
-
-CPU_BACKENDS = [f"cpu-{level}" for level in _C.cpu_levels()]
-BACKENDS = [*CPU_BACKENDS, "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tilewright.testing
-from conftest import Backend
+from backends import Backend
 from reference.attention import attention, bottom_right
 from tilewright import _C
 from tilewright.attention import BlockMask, block_sparse_attention

@@ -14,7 +14,7 @@ from test_block_sparse import LOW, NAMES, assert_same, check, results, run
 from torch import Tensor
 
 import tilewright.testing
-from conftest import Backend
+from backends import Backend
 from reference.attention import attention
 from tilewright import _C_emulated
 from tilewright.attention import BlockMask, block_sparse_attention

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conftest import Backend
 from tests.prune.block_sparse_cases import Layer, make_layer, random
 from tests.reference import block_sparse_linear as reference
 
+from backends import Backend
 from tilewright import _C
 from tilewright.prune.ops.block_sparse import ACTIVATIONS, _fwd, _input_gradient, _weight_gradient
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tests.conftest import Backend
 from torch import nn
 
 import tilewright as tw
+from backends import Backend
 from tilewright.nn import BlockSparseLinear
 from tilewright.prune import set_mask
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tilewright as tw
-from conftest import Backend
+from backends import Backend
 from reference.mamba_inner import mamba_inner as reference
 
 REQUIRED = ("xz", "conv1d_weight", "x_proj_weight", "delta_proj_weight", "out_proj_weight", "A")
