@@ -230,3 +230,9 @@ def test_compare_sums_up_ours_and_the_others(
     after.write_text(json.dumps({**record, "schema": 7}))
     with pytest.raises(ValueError, match=r"b.json has schema 7; this version reads 1"):
         compare.run(before, after)
+
+
+def test_results_that_cannot_be_written_are_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"--out .*file/results: results cannot be written there: Not a dir"):
+        _results.check_writable(tmp_path / "file" / "results")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilewright.demo import host, optim, plot, show, text, training
+from tilewright.demo import host, optim, plot, text, training
 from tilewright.demo.language_model import ByteLanguageModel
 from tilewright.demo.training import mean_loss
 
@@ -110,9 +110,3 @@ def test_a_validation_leaves_the_model_in_its_mode() -> None:
     for mode in (True, False):
         mean_loss(model.train(mode), batches, ByteLanguageModel.loss)
         assert model.training is mode
-
-
-def test_results_that_cannot_be_written_are_said_at_once(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"--out .*file/results: results cannot be written there: Not a dir"):
-        show.check_writable(tmp_path / "file" / "results")
