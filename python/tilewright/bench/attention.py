@@ -122,12 +122,16 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, **few)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int = 0) -> Tensor:
+def _flash(causal: bool, window: int = 0) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """flash-attn's: (batch, length, heads, head_dim), and a window that counts the keys left of a query's."""
     attend = peer("flash_attn", "flash_attn_func")
     left = {"window_size": (window - 1, 0)} if window else {}
-    out: Tensor = attend(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal, **left)
-    return out.transpose(1, 2)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = attend(*(t.transpose(1, 2) for t in (q, k, v)), causal=causal, **left)
+        return out.transpose(1, 2)
+
+    return call
 
 
 def _call(inputs: _Inputs, grad: bool, attend: Callable[[Tensor, Tensor, Tensor], Any]) -> Call:
@@ -178,7 +182,7 @@ def _window(inputs: _Inputs, window: int, compiled: bool = True) -> Case:
         Contender(OURS, ours),
         *([Contender("torch, FlexAttention compiled", flex)] if compiled else []),
         Contender("torch, SDPA with a mask", dense),
-        Contender("flash-attn", lambda: _call(inputs, False, lambda q, k, v: _flash(q, k, v, True, window))),
+        Contender("flash-attn", lambda: _call(inputs, False, _flash(True, window))),
     ]
     seen = min(window, length)
     share = (seen * length - seen * (seen - 1) / 2) / length**2
@@ -201,7 +205,7 @@ def _full(inputs: _Inputs, grad: bool = False, causal: bool = False) -> Case:
     contenders = [
         Contender(OURS, ours),
         Contender("torch, SDPA", lambda: _call(inputs, grad, lambda q, k, v: _dense(q, k, v, causal=causal))),
-        Contender("flash-attn", lambda: _call(inputs, grad, lambda q, k, v: _flash(q, k, v, causal))),
+        Contender("flash-attn", lambda: _call(inputs, grad, _flash(causal))),
     ]
     kind, words = ("-backward", "backward") if grad else ("", "forward")
     what, share = ("causal", (1 + 1 / inputs.shape[2]) / 2) if causal else ("all blocks", 1.0)
