@@ -1,4 +1,6 @@
 // The extension module. Nothing here, and nothing at import, touches CUDA: a process may fork afterwards.
+#include <dlfcn.h>
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -92,6 +94,15 @@ py::dict cuda_runtime() {
   return result;
 }
 
+// A fork copies none of the threads that OpenMP keeps for its next region: the child would wait for them
+// forever. They end before the fork instead, and start again when they are needed. Looked up by name, since
+// runtimes older than OpenMP 5.0 do not have it.
+void end_idle_threads() {
+  static const auto pause = reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
+  constexpr int kSoft = 1;
+  if (pause != nullptr) pause(kSoft);
+}
+
 void bind_cpu_levels(py::module_& m) {
   m.def("cpu_level", [] { return std::string(name_of(cpu_level())); }, "The CPU level in use.");
   m.def("set_cpu_level", &set_cpu_level, py::arg("level"), "Chooses the CPU level, for tests.");
@@ -111,6 +122,7 @@ void bind_cpu_levels(py::module_& m) {
 PYBIND11_MODULE(TILEWRIGHT_MODULE_NAME, m) {
   m.doc() = "Compiled kernels of tilewright. Use the Python functions; they check and explain.";
   py::register_exception_translator(&tilewright::translate_errors);
+  pthread_atfork(&tilewright::end_idle_threads, nullptr, nullptr);
   m.def("build_info", &tilewright::build_info);
   m.def("cuda_runtime", &tilewright::cuda_runtime, "Driver and runtime versions; never raises.");
   tilewright::bind_cpu_levels(m);

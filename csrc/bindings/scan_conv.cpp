@@ -206,6 +206,7 @@ void update(py::handle x, py::handle conv_state, py::handle weight, py::handle b
   check_value(s.shape[1] == p.conv.dim && s.shape[2] >= p.conv.width - 1,
               "conv_state: must have shape (batch or slots, dim, at least width - 1) with dim = ", p.conv.dim,
               " and width = ", p.conv.width, ", got ", s.sizes());
+  check_written(s, "conv_state");
   p.state = {s.data, s.stride(0), s.stride(1), s.stride(2)};
   p.slots = s.shape[0];
   p.state_length = s.shape[2];

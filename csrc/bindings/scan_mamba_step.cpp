@@ -3,6 +3,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/families.h"
+#include "bindings/scan_slots.h"
 #include "core/dispatch.h"
 #include "scan/mamba_step.h"
 
@@ -141,6 +142,7 @@ void read_convolution(StepReader& reader, MambaStepParams& p, const Sizes& sizes
   check_value(state.shape[2] >= conv.width - 1,
               "conv_state: its length must be at least width - 1 = ", conv.width - 1, ", got ",
               state.shape[2]);
+  check_written(state, "conv_state");
   p.conv.state = {state.data, state.stride(0), state.stride(1), state.stride(2)};
   p.conv.slots = reader.batch();
   p.conv.state_length = state.shape[2];
@@ -159,6 +161,7 @@ void read_recurrence(StepReader& reader, MambaStepParams& p, const Sizes& sizes,
                      py::handle A_log, py::handle D, py::handle dt_bias) {
   const TensorView state = reader.of_recurrence(ssm_state, "ssm_state", "(batch, dim, N)",
                                                 {reader.batch(), sizes.dim, sizes.states});
+  check_written(state, "ssm_state");
   p.scan.state = {state.data, state.stride(0), 0, state.stride(1), state.stride(2), state.dtype};
   p.scan.A = of_channels(reader.of_recurrence(A_log, "A_log", "(dim, N)", {sizes.dim, sizes.states}));
   if (!D.is_none()) p.scan.D = of_channels(reader.of_recurrence(D, "D", "(dim,)", {sizes.dim}));

@@ -1,9 +1,19 @@
-// Slot numbers of decode caches: checked where they can be read.
+// Decode caches: their memory, and the slot numbers of sequences, checked where they can be read.
 #pragma once
 
 #include "core/check.h"
+#include "core/tensor.h"
 
 namespace tilewright {
+
+// Of an expanded state, one sequence would read what another has already written.
+inline void check_written(const TensorView& state, const char* name) {
+  for (int32_t axis = 0; state.numel() != 0 && axis < state.ndim; ++axis) {
+    check_value(state.stride(axis) != 0 || state.shape[axis] <= 1, name, ": is written to, so its ",
+                state.shape[axis], " entries along axis ", axis,
+                " must not be one place in memory; clone it");
+  }
+}
 
 // A sequence's slot is below `slots`, or negative for padding; without indices there is one a sequence.
 // Numbers on a GPU cannot be looked at without waiting for it: the kernels give NaN for those out of range.

@@ -29,6 +29,7 @@ class StepReader {
                ", allowed: float32, float16, bfloat16, float64");
     check_type(!on_gpu_ || dtype_ != DType::kFloat64,
                "state: got dtype float64, which the CUDA kernels do not take: float32, float16, bfloat16");
+    check_written(state, "state");
     p.slots = state.shape[0];
     p.heads = has_heads_ ? state.shape[1] : 1;
     p.dim = state.shape[state.ndim - 2];

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _backend
 
@@ -26,6 +27,17 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"tilewright::{name}", fake, lib=_library)
+
+
+def differentiates(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call must go through its autograd function: someone may ask for a gradient or a tangent.
+
+    An op alone would give a result without the tangent, which forward mode takes for a tangent of zero; the
+    function refuses it.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def nothing(*arguments: Any) -> None:

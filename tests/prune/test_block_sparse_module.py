@@ -186,6 +186,16 @@ def test_autocast(backend: Backend) -> None:
     assert layer.values.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_double_and_integers_alone() -> None:
+    """As torch.nn.functional.linear: the one is not cast, the other is refused."""
+    layer = BlockSparseLinear.from_linear(blocky())
+    x = torch.ones(10, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"must have the dtype of the layer's values, .*got torch.int32"):
+            layer(x.int())
+        assert layer.double()(x.double()).dtype == torch.float64
+
+
 def test_moves() -> None:
     """dtype moves take the parameters and leave the places."""
     layer = BlockSparseLinear.from_linear(blocky()).bfloat16()
@@ -199,6 +209,15 @@ def test_moves() -> None:
 def test_wrong_arguments() -> None:
     """Each with what is allowed."""
     full = torch.ones(4, 6, dtype=torch.bool)
+    layer = BlockSparseLinear(96, 64, full, 16)
+    for x, error, message in (
+        (None, TypeError, "x must be a tensor, got NoneType"),
+        (torch.tensor(1.0), ValueError, r"x must have shape \(\*, 96\), got \(\)"),
+        (torch.ones(2, 96).to_sparse(), ValueError, "x must be a dense tensor"),
+        (torch.ones(2, 96, device="meta"), ValueError, "x must be on a CPU or CUDA device, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(x)
     with pytest.raises(ValueError, match=r"block_mask must have shape \(4, 6\) for 64 x 96"):
         BlockSparseLinear(96, 64, full.T, 16)
     with pytest.raises(ValueError, match="block must be one or two of 8, 16, 32, 64, 128, got 12"):

@@ -228,6 +228,10 @@ def test_bad_inputs():
         layer(random(2, 24, dtype=torch.bfloat16))
     with pytest.raises(TypeError, match=r"x must be a tensor, got list"):
         layer([1.0] * 24)
+    with pytest.raises(ValueError, match=r"x must be on a CPU or CUDA device, got meta"):
+        layer(torch.ones(2, 24, device="meta"))
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=r"x has dtype torch.int64"):
+        layer(torch.ones(2, 24, dtype=torch.int64))
 
 
 # ---- torch's own form ----

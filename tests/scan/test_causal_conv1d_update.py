@@ -349,6 +349,11 @@ GOOD = make(2, 6, 3, 4, 4)
             ValueError,
             "entry 1 is 2, but conv_state has 2 slots",
         ),
+        (
+            {"conv_state": GOOD["conv_state"][:1].clone().expand(2, 6, -1)},
+            ValueError,
+            "conv_state: is written to, so its 2 entries along axis 0 must not be one place in memory",
+        ),
         ({"activation": "gelu"}, ValueError, "activation must be 'silu', 'swish' or None, got 'gelu'"),
         (
             {"weight": GOOD["weight"].clone().requires_grad_()},

@@ -274,6 +274,8 @@ def _changed(name: str, value: Any) -> dict[str, Any]:
         (_changed("conv1d_weight", torch.zeros(33, 9)), ValueError, "width must be 1 to 8, got 9"),
         (_changed("conv_state", torch.zeros(2, 33, 2)), ValueError, "at least width - 1 = 3, got 2"),
         (_changed("conv_state", torch.zeros(3, 33, 3)), ValueError, "conv_state: must have shape"),
+        (_changed("conv_state", torch.zeros(1, 33, 3).expand(2, 33, 3)), ValueError, "conv_state: is writ"),
+        (_changed("ssm_state", torch.zeros(2, 1, 16).expand(2, 33, 16)), ValueError, "ssm_state: is writ"),
         (_changed("ssm_state", torch.zeros(2, 33, 15)), ValueError, "ssm_state: must have shape"),
         (_changed("ssm_state", torch.zeros(2, 33, 16).double()), TypeError, "ssm_state: got dtype float64"),
         (_changed("x_proj_weight", torch.zeros(38, 33)), ValueError, "with rank = 5, got"),

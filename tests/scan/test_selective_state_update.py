@@ -393,6 +393,15 @@ def test_refuses(arguments: dict[str, Any], error: type[Exception], message: str
     assert torch.equal(state, GOOD["state"])
 
 
+@pytest.mark.parametrize("axis", range(4))
+def test_an_expanded_state_cannot_be_written(axis: int) -> None:
+    """Rows would read what others had written."""
+    state = GOOD["state"]
+    message = f"state: is written to, so its {state.shape[axis]} entries along axis {axis} must not be"
+    with pytest.raises(ValueError, match=message):
+        selective_state_update(**{**GOOD, "state": state.narrow(axis, 0, 1).clone().expand_as(state)})
+
+
 def test_without_grad_mode_parameters_are_welcome() -> None:
     arguments = make(2, None, 9, 16)
     arguments["A"].requires_grad_()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from .._checks import check_choice, check_type
+from .._checks import check_choice, check_tensor, check_type
 from ..prune import block_pattern
 from ..prune.block_pattern import BLOCK_SIZES
 from ..prune.masked import mask_of
@@ -200,11 +200,13 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x ``(*, in_features)``."""
-        if x.shape[-1] != self.in_features:
+        check_tensor("x", x)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape (*, {self.in_features}), got {tuple(x.shape)}")
         values: Tensor = self.values
         bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(x.device.type):
+        is_cast = x.is_floating_point() and torch.float64 not in (x.dtype, values.dtype)
+        if is_cast and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values = x.to(dtype), values.to(dtype)
             bias = None if bias is None else bias.to(dtype)

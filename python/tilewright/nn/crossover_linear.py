@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 
-from .._checks import check_count
+from .._checks import check_count, check_tensor
 
 
 class CrossoverLinear(nn.Module):
@@ -78,6 +78,7 @@ class CrossoverLinear(nn.Module):
                 "a CrossoverLinear holds its weights in several forms, and training would tear them apart: "
                 "freeze it with requires_grad_(False), or train its to_linear()"
             )
+        check_tensor("x", x)
         tokens = 1
         for length in x.shape[:-1]:
             tokens = tokens * length

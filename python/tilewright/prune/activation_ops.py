@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
-from .._library import define
+from .._library import define, differentiates
 
 FEW_TOKENS = 8
 
@@ -85,9 +85,7 @@ class ActivationSparse(torch.autograd.Function):
 
 def activation_sparse_linear(x: Tensor, keep: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
     """ActivationSparse, or the op alone where nobody asks for a gradient."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight_t.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if differentiates(x, weight_t, bias):
         result: Tensor = ActivationSparse.apply(x, keep, weight_t, bias)  # type: ignore[no-untyped-call]
     else:
         result = _fwd(x, keep, weight_t, bias)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_choice, check_device, check_dtype, check_shape, check_tensor
+from .._library import differentiates
 from .ops import conv as ops
 
 MAX_WIDTH = 8
@@ -82,8 +83,7 @@ def causal_conv1d(
         _check_final_states_out(final_states_out, return_final_states, x, states_shape)
     weight, bias = one_dtype(weight, bias)
     arguments = (x, weight, bias, seq_idx, initial_states, silu, return_final_states)
-    differentiable = (x, weight, bias, initial_states)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+    if differentiates(x, weight, bias, initial_states):
         out, final = ops.CausalConv1d.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         out, final = _fwd(*arguments)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from .._library import differentiates
 from .ops import conv, selective  # noqa: F401  (they register the ops used below)
 
 _conv_fwd = torch.ops.tilewright.causal_conv1d_fwd.default
@@ -99,7 +100,7 @@ def mamba_inner(
     tensors = _cast(tensors)
     eps = float(b_c_dt_rms_eps)
     with torch.autocast(device, enabled=False):
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        if differentiates(*tensors):
             result: Tensor = _MambaInner.apply(delta_softplus, checkpoint_lvl > 0, eps, *tensors)  # type: ignore[no-untyped-call]
             return result
         return _forward(tensors, delta_softplus, eps, keep=False)[0]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_cu_seqlens, check_device, check_dtype, check_flag, check_shape, check_tensor
+from .._library import differentiates
 from .ops.linear import LinearScan
 from .ops.linear import forward as _forward
 
@@ -73,8 +74,7 @@ def linear_scan(
         _check_packing(cu_seqlens, b, dim)
     if h0 is not None:
         h0 = _checked_state(h0, b, dim, cu_seqlens)
-    needs_grad = a.requires_grad or b.requires_grad or (h0 is not None and h0.requires_grad)
-    if needs_grad and torch.is_grad_enabled():
+    if differentiates(a, b, h0):
         differentiable: Tensor = LinearScan.apply(  # type: ignore[no-untyped-call]
             a, b, h0, cu_seqlens, dim, reverse
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._library import define
+from ..._library import define, differentiates
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _FORWARD, _INPUT, _WEIGHT = range(3)
@@ -135,7 +135,7 @@ def block_sparse_linear(
 ) -> Tensor:
     """y of x (tokens, in), with gradients where any input needs one."""
     arguments = (x, values, pattern, bias, out_features, activation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias)):
+    if differentiates(x, values, bias):
         y: Tensor = BlockSparseLinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         y, _ = _fwd(*arguments, False)

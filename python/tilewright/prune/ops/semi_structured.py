@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._library import define
+from ..._library import define, differentiates
 from .block_sparse import ACTIVATIONS, activation_gradient
 
 _FORWARD, _INPUT, _WEIGHT = range(3)
@@ -173,7 +173,7 @@ def linear(
     x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None, n: int, m: int, activation: str
 ) -> Tensor:
     """y of x (tokens, in), with gradients where any input needs one."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias)):
+    if differentiates(x, values, bias):
         result: Tensor = SemiStructuredLinearFunction.apply(  # type: ignore[no-untyped-call]
             x, values, indices, bias, n, m, activation
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._checks import check_boundaries
-from ..._library import define
+from ..._library import define, differentiates
 from .sequences import chunk_count, sequence_count
 
 _INPUTS = (
@@ -195,7 +195,7 @@ def selective_scan(
     inputs: Sequence[Tensor | None], delta_softplus: bool, reverse: bool, last_state: bool
 ) -> tuple[Tensor, Tensor]:
     """out and the last states (empty unless asked for), of the inputs in the order of the schema."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if differentiates(*inputs):
         result: tuple[Tensor, Tensor] = _SelectiveScan.apply(delta_softplus, reverse, last_state, *inputs)  # type: ignore[no-untyped-call]
         return result
     out, ends, _ = _forward_op(*inputs, delta_softplus, reverse, last_state, False)
