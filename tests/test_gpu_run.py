@@ -1,4 +1,4 @@
-"""`make gpu` where something hangs, crashes or loses the GPU: what it found stays, and the rest still runs."""
+"""`make gpu` where something hangs, crashes or loses the GPU: what it found stays, the rest still runs."""
 
 from __future__ import annotations
 
