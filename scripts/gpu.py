@@ -4,8 +4,8 @@ Usage: python scripts/gpu.py --family optim,scan --stages build,check,test,bench
 
     build     for this GPU's architecture alone (sm_90a where there is none), these families alone
     check     `tilewright info --check`: each op once
-    test      the tests marked `cuda`, the first case of each test first; after a hang, a crash or a lost
-              context they go on behind the test that caused it
+    test      the tests marked `cuda`, by four processes, the first case of each test first; after a hang, a
+              crash or a lost context a process goes on behind the test that caused it
     sanitize  the first case of each test under compute-sanitizer's memcheck and racecheck, where it is
     bench     `tilewright bench`, a JSON that grows case by case
 
@@ -27,8 +27,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TextIO
 
 from build_tree import ROOT, commands, environment, lay_out
 
@@ -38,7 +40,8 @@ TREE = ROOT / "build" / "gpu"
 TAIL_LINES = 60
 QUIET_SECONDS = 120
 TEST_SECONDS = 60  # then the test is given up; compiling what it tests is counted in
-STARTS = 12  # of the tests of a family
+SHARDS = 4  # that a family's tests are dealt out to: references in Python leave a GPU idle
+STARTS = 12  # of a shard
 OUT_OF_TIME = 124
 
 
@@ -48,11 +51,19 @@ class Run:
     def __init__(self, family: str, gpu: dict[str, str] | None, out: Path, end: float) -> None:
         self.family, self.gpu, self.out, self.end = family, gpu, out, end
         self.tail: list[str] = []
-        self.log = None
+        self.log: TextIO | None = None
+        self.echoes = True
+
+    def shard(self, number: int) -> "Run":
+        """One of several that run side by side: what they print goes into their logs alone."""
+        run = Run(self.family, self.gpu, self.out, self.end)
+        run.log = (self.out / f"{self.family}-test-{number}.log").open("w")
+        run.echoes = False
+        return run
 
     def command(self, command: list[str], **variables: str) -> int:
         """Its status; OUT_OF_TIME if it was killed at the end of the time, or having been quiet too long."""
-        print("+", " ".join(command), flush=True)
+        self.say("+ " + " ".join(command))
         env = {**environment(TREE), **variables}
         env["PYTHONPATH"] += os.pathsep + str(ROOT / "scripts")  # the plugins of pytest
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -63,7 +74,7 @@ class Run:
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
-            self._say("gpu: it does not die: the driver holds it")
+            self.say("gpu: it does not die: the driver holds it")
         return OUT_OF_TIME
 
     def _echo(self, process: subprocess.Popen) -> bool:
@@ -73,16 +84,18 @@ class Run:
             while True:
                 left = self.end - time.monotonic()
                 if left <= 0 or not selector.select(min(left, QUIET_SECONDS)):
-                    self._say("gpu: " + ("no time is left" if left <= QUIET_SECONDS else "too long quiet"))
+                    self.say("gpu: " + ("no time is left" if left <= QUIET_SECONDS else "too long quiet"))
                     return False
                 piece = os.read(process.stdout.fileno(), 1 << 16)
                 if not piece:
                     return True
-                self._say(piece.decode(errors="replace"), end="")
+                self.say(piece.decode(errors="replace"), end="")
 
-    def _say(self, text: str, end: str = "\n") -> None:
-        print(text, end=end, flush=True)
+    def say(self, text: str, end: str = "\n") -> None:
+        if self.echoes:
+            print(text, end=end, flush=True)
         self.log.write(text + end)
+        self.log.flush()
         self.tail = ("\n".join(self.tail) + text + end).split("\n")[-TAIL_LINES:]
 
 
@@ -127,18 +140,29 @@ def pytest(*options: str) -> list[str]:
 def test(run: Run) -> int:
     from gpu_tests import read
 
-    progress = run.out / f"{run.family}-tests.jsonl"
+    with ThreadPoolExecutor(SHARDS) as pool:
+        status = max(pool.map(lambda number: test_shard(run.shard(number), number), range(SHARDS)))
+    found = [read(run.out / f"{run.family}-tests-{number}.jsonl") for number in range(SHARDS)]
+    return summarise(run, {name: entry for tests in found for name, entry in tests.items()}, status)
+
+
+def test_shard(run: Run, number: int) -> int:
+    from gpu_tests import read
+
+    progress = run.out / f"{run.family}-tests-{number}.jsonl"
     progress.unlink(missing_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // SHARDS))
     for start in range(STARTS):
-        support = run.out / f"{run.family}{f'-{start}' if start else ''}-support.json"
+        support = run.out / f"{run.family}-{number}-{start}-support.json"
         record = ["--progress", str(progress), "-p", "support_matrix", "--support", str(support)]
         before = len(read(progress))
-        status = run.command(pytest(*record, f"tests/{run.family}"))
+        shard = ["--shard", f"{number}/{SHARDS}", f"tests/{run.family}"]
+        status = run.command(pytest(*record, *shard), OMP_NUM_THREADS=threads)
         # What pytest itself has to say ends in one of these; "tests failed" is also how a hung test ends it.
         ended = status in (0, 2, 3, 4, 5) or (status == 1 and not stuck(read(progress)))
         if ended or time.monotonic() >= run.end or len(read(progress)) == before:
             break
-    return summarise(run, read(progress), status)
+    return 0 if status == 5 else status  # 5: none were left
 
 
 def stuck(tests: dict[str, dict]) -> list[str]:
@@ -152,18 +176,18 @@ def summarise(run: Run, tests: dict[str, dict], status: int) -> int:
     bad = {name: entry for name, entry in tests.items() if entry["outcome"] in ("failed", "started")}
     for name, entry in bad.items():
         why = [line for line in entry["why"].splitlines() if line.startswith("E ")] or ["hung or crashed"]
-        run._say(f"gpu: {name}: {why[0][:200]}")
+        run.say(f"gpu: {name}: {why[0][:200]}")
     counts = ", ".join(
         f"{outcomes.count(word)} {word}" for word in ("passed", "skipped", "failed", "started")
     )
-    run._say(f"gpu: {run.family}: {counts}; pytest ended with {status}")
+    run.say(f"gpu: {run.family}: {counts}; pytest ended with {status}")
     return 1 if bad else status
 
 
 def sanitize(run: Run) -> int:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
-        run._say("gpu: no compute-sanitizer here")
+        run.say("gpu: no compute-sanitizer here")
         return 0
     status = 0
     for check in ("memcheck", "racecheck"):

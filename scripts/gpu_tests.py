@@ -26,11 +26,14 @@ CONTEXT_LOST = 86  # exit status: start again
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--progress", type=Path, metavar="JSONL", help="what each test came to, line by line")
     parser.addoption("--cases", type=int, metavar="N", help="of each test function the first N cases")
+    parser.addoption("--shard", default="0/1", metavar="I/N", help="every N-th test, from number I on")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--progress"):
-        config.pluginmanager.register(Progress(config.getoption("--progress"), config.getoption("--cases")))
+        shard, shards = map(int, config.getoption("--shard").split("/"))
+        progress = Progress(config.getoption("--progress"), config.getoption("--cases"), shard, shards)
+        config.pluginmanager.register(progress)
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -48,8 +51,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 class Progress:
     """Writes the lines, and leaves out the tests that have some."""
 
-    def __init__(self, path: Path, cases: int | None) -> None:
-        self.cases = cases
+    def __init__(self, path: Path, cases: int | None, shard: int, shards: int) -> None:
+        self.cases, self.shard, self.shards = cases, shard, shards
         self.known = read(path)
         self.file = path.open("a", buffering=1, encoding="utf-8")
         self.failed = False
@@ -71,7 +74,7 @@ class Progress:
         order = sorted(places())
         if self.cases is not None:
             order = [place for place in order if place[0] < self.cases]
-        chosen = [items[index] for *_, index in order]
+        chosen = [items[index] for *_, index in order[self.shard :: self.shards]]
         items[:] = [item for item in chosen if item.nodeid not in self.known]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
