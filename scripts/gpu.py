@@ -5,7 +5,8 @@ Usage: python scripts/gpu.py --family optim,scan --stages build,check,test,bench
     build     for this GPU's architecture alone (sm_90a where there is none), these families alone
     check     `tilewright info --check`: each op once
     test      the tests marked `cuda`, by four processes, the first case of each test first; after a hang, a
-              crash or a lost context a process goes on behind the test that caused it
+              crash or a lost context a process goes on behind the test that caused it; then those whose
+              tensors fill the GPU (`nightly`), by one
     sanitize  the first case of each test under compute-sanitizer's memcheck and racecheck, where it is
     bench     `tilewright bench`, a JSON that grows case by case
 
@@ -41,6 +42,7 @@ TAIL_LINES = 60
 QUIET_SECONDS = 120
 TEST_SECONDS = 60  # then the test is given up; compiling what it tests is counted in
 SHARDS = 4  # that a family's tests are dealt out to: references in Python leave a GPU idle
+SHARED = "cuda and not nightly"  # the tests that this is for
 STARTS = 12  # of a shard
 OUT_OF_TIME = 124
 
@@ -50,14 +52,16 @@ class Run:
 
     def __init__(self, family: str, gpu: dict[str, str] | None, out: Path, end: float) -> None:
         self.family, self.gpu, self.out, self.end = family, gpu, out, end
+        self.name = family
         self.tail: list[str] = []
         self.log: TextIO | None = None
         self.echoes = True
 
-    def shard(self, number: int) -> "Run":
+    def part(self, name: str) -> "Run":
         """One of several that run side by side: what they print goes into their logs alone."""
         run = Run(self.family, self.gpu, self.out, self.end)
-        run.log = (self.out / f"{self.family}-test-{number}.log").open("w")
+        run.name = f"{self.family}-{name}"
+        run.log = (self.out / f"{run.name}.log").open("w")
         run.echoes = False
         return run
 
@@ -130,34 +134,36 @@ def check(run: Run) -> int:
     return run.command([sys.executable, "-m", "tilewright", "info", "--check"])
 
 
-def pytest(*options: str) -> list[str]:
+def pytest(*options: str, marked: str = SHARED) -> list[str]:
     """The limit of a test is faulthandler's: a thread of C, which nothing that Python waits for holds up."""
     limit = ["-o", f"faulthandler_timeout={TEST_SECONDS}", "-o", "faulthandler_exit_on_timeout=true"]
-    marked = ["-m", "cuda and not nightly", "--tb=short", "-v", "-p", "no:cacheprovider"]
-    return [sys.executable, "-m", "pytest", *limit, *marked, "-p", "gpu_tests", *options]
+    usual = ["-m", marked, "--tb=short", "-v", "-p", "no:cacheprovider", "-p", "gpu_tests"]
+    return [sys.executable, "-m", "pytest", *limit, *usual, *options]
 
 
 def test(run: Run) -> int:
     from gpu_tests import read
 
+    each = [["--shard", f"{number}/{SHARDS}"] for number in range(SHARDS)]
     with ThreadPoolExecutor(SHARDS) as pool:
-        status = max(pool.map(lambda number: test_shard(run.shard(number), number), range(SHARDS)))
-    found = [read(run.out / f"{run.family}-tests-{number}.jsonl") for number in range(SHARDS)]
-    return summarise(run, {name: entry for tests in found for name, entry in tests.items()}, status)
+        statuses = list(pool.map(lambda i: run_part(run.part(str(i)), each[i], SHARED), range(SHARDS)))
+    statuses.append(run_part(run.part("large"), [], "cuda and nightly"))
+    found = [read(path) for path in sorted(run.out.glob(f"{run.family}-*-tests.jsonl"))]
+    return summarise(run, {name: entry for tests in found for name, entry in tests.items()}, max(statuses))
 
 
-def test_shard(run: Run, number: int) -> int:
+def run_part(run: Run, options: list[str], marked: str) -> int:
     from gpu_tests import read
 
-    progress = run.out / f"{run.family}-tests-{number}.jsonl"
+    progress = run.out / f"{run.name}-tests.jsonl"
     progress.unlink(missing_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // SHARDS))
     for start in range(STARTS):
-        support = run.out / f"{run.family}-{number}-{start}-support.json"
-        record = ["--progress", str(progress), "-p", "support_matrix", "--support", str(support)]
+        record = ["--progress", str(progress), "-p", "support_matrix"]
+        record += ["--support", str(run.out / f"{run.name}-{start}-support.json")]
         before = len(read(progress))
-        shard = ["--shard", f"{number}/{SHARDS}", f"tests/{run.family}"]
-        status = run.command(pytest(*record, *shard), OMP_NUM_THREADS=threads)
+        command = pytest(*record, *options, f"tests/{run.family}", marked=marked)
+        status = run.command(command, OMP_NUM_THREADS=threads)
         # What pytest itself has to say ends in one of these; "tests failed" is also how a hung test ends it.
         ended = status in (0, 2, 3, 4, 5) or (status == 1 and not stuck(read(progress)))
         if ended or time.monotonic() >= run.end or len(read(progress)) == before:

@@ -48,6 +48,15 @@ def test_small_grids(
     check(backend, make(1, 1, 1, 200, 210, head_dim, 16), visible, (144, 256), torch.bfloat16, causal=True)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("block", [(128, 128), (96, 48)])
+def test_tiles_that_are_not_cut(backend: Backend, block: tuple[int, int], head_dim: int) -> None:
+    """Thread blocks for all multiprocessors of a large GPU: with fewer, it never sees the largest tiles."""
+    batch, heads = (2, 24) if backend.name == "cuda" else (1, 1)
+    visible = random_mask(1, 1, 389, 400, *block, seed=head_dim)
+    check(backend, make(batch, heads, heads, 389, 400, head_dim, head_dim), visible, block, torch.bfloat16)
+
+
 @pytest.mark.parametrize("block_kv", [16, 48, 64, 128, 144, 256])
 @pytest.mark.parametrize("block_q", [16, 48, 64, 128, 144, 256])
 def test_block_sizes(backend: Backend, block_q: int, block_kv: int) -> None:
