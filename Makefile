@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 FAMILY ?=
-STAGES ?= build,test,bench
+STAGES ?= build,check,test,bench
 OUT ?= bench/results/h200
 PYTEST_FLAGS ?=
 SANITIZED ?= tests/emulator tests/optim tests/attention/test_block_sparse_sm90.py tests/prune/test_block_sparse_linear.py \

@@ -38,7 +38,7 @@ def lay_out(directory: Path) -> None:
     package.mkdir(parents=True)
     for source in (ROOT / "python" / "tilewright").iterdir():
         if source.suffix != ".so" and source.name != "__pycache__":
-            (package / source.name).symlink_to(source)
+            (package / source.name).symlink_to(os.path.relpath(source, package))  # so that the tree can move
     for module in (directory / "cmake").glob("_C*.so"):
         shutil.copy2(module, package)
 

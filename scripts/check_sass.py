@@ -13,7 +13,11 @@ from check_binary import cuobjdump, output
 VERBATIM = argparse.RawDescriptionHelpFormatter
 ARCH = "sm_90a"
 # What must be there and what must not: a kernel on a slower path computes the same.
-WANTED = {"HGMMA": "products of a warpgroup", "UTMALDG": "tiles by the copy engine"}
+WANTED = {
+    "HGMMA": "products of a warpgroup",
+    "UTMALDG": "tiles by the copy engine",
+    "USETMAXREG": "registers that warpgroups hand over",
+}
 UNWANTED = {"HMMA": "products of a warp", "LDL": "loads of spilled registers", "STL": "stores of them"}
 
 

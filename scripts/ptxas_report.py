@@ -1,6 +1,9 @@
 """Registers, spills and shared memory of each CUDA kernel, as `ptxas -v` told them when it was compiled.
 
 Usage: python scripts/ptxas_report.py [--no-spills] PATH...    (build trees or log files)
+
+What ptxas warns of is shown last: that it runs products of warpgroups one by one (C7510 and its neighbours),
+or passes over setmaxnreg (C7508). Such a kernel computes the same, far slower.
 """
 
 import argparse
@@ -12,6 +15,7 @@ from pathlib import Path
 
 VERBATIM = argparse.RawDescriptionHelpFormatter
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+ADVICE = re.compile(r"\((C75\d\d)\).*|setmaxnreg ignored.*")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -52,9 +56,11 @@ def logs(paths: list[Path]) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=VERBATIM)
     parser.add_argument("paths", nargs="+", type=Path, help="build trees or log files")
-    parser.add_argument("--no-spills", action="store_true", help="fail if a kernel spills or there is none")
+    parser.add_argument("--no-spills", action="store_true", help="fail at spills, warnings, or no kernel")
     options = parser.parse_args()
-    kernels = [kernel for log in logs(options.paths) for kernel in parse(log.read_text())]
+    texts = [log.read_text() for log in logs(options.paths)]
+    kernels = [kernel for text in texts for kernel in parse(text)]
+    advice = [found[0] for text in texts for found in ADVICE.finditer(text)]
     if not kernels:
         print("ptxas_report: no kernel was compiled here", file=sys.stderr)
         return 1 if options.no_spills else 0
@@ -63,8 +69,10 @@ def main() -> int:
         sizes = f"{kernel.registers:9}  {kernel.spills:7}  {kernel.stack:5}  {kernel.shared:6}"
         print(f"{sizes}  {kernel.arch:7}  {name}")
     spilling = sum(kernel.spills > 0 for kernel in kernels)
-    print(f"ptxas_report: {len(kernels)} kernels, {spilling} with spills")
-    return 1 if options.no_spills and spilling else 0
+    for line in advice:
+        print(f"ptxas: {line}")
+    print(f"ptxas_report: {len(kernels)} kernels, {spilling} with spills, {len(advice)} warnings")
+    return 1 if options.no_spills and (spilling or advice) else 0
 
 
 if __name__ == "__main__":

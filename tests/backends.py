@@ -29,3 +29,10 @@ class Backend:
 
 CPU_BACKENDS = [f"cpu-{level}" for level in _C.cpu_levels()]
 BACKENDS = [*CPU_BACKENDS, "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+# For tests whose tensors fill a GPU: there they run one at a time, and by night.
+LARGE = pytest.mark.parametrize(
+    "backend",
+    ["emulated", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.nightly])],
+    indirect=True,
+)

@@ -118,11 +118,9 @@ void write_lists(const ListsKernelParams& p, Stream stream) {
   if (lists == 0) return;
   if (p.list_stride == 1 && p.entry_stride != 1) {
     const int64_t groups = p.all_heads * ((p.lists + device::kWarpSize - 1) / device::kWarpSize);
-    device::preload(lists_across_kernel<Code>);
     device::launch(lists_across_kernel<Code>, dim3(unsigned(groups)), dim3(kThreads), sizeof(Smem), stream,
                    p);
   } else {
-    device::preload(lists_along_kernel<Code>);
     device::launch(lists_along_kernel<Code>, dim3(unsigned((lists + kWarps - 1) / kWarps)), dim3(kThreads), 0,
                    stream, p);
   }
@@ -163,7 +161,6 @@ __global__ void __launch_bounds__(kThreads) codes_kernel(const __grid_constant__
 
 template <class Code>
 void write_codes(const BlockCodesParams& p, Stream stream) {
-  device::preload(codes_kernel<Code>);
   device::fill_zero(p.codes, size_t(p.rows * p.blocks) * sizeof(Code), stream);
   device::launch(codes_kernel<Code>, dim3(unsigned((p.rows + kWarps - 1) / kWarps)), dim3(kThreads), 0,
                  stream, p);

@@ -369,7 +369,6 @@ void launch_grads(device::Kernel<KernelParams> kernel, KernelParams k, const Axi
                   Stream stream) {
   const int warps = cut_blocks(k, axis, Shape::kMostRows, Shape::kSlabs * kSlab, device);
   const size_t bytes = sizeof(Smem<T, kDim>) + 2 * size_t(k.rows) * kDim * sizeof(T);
-  device::preload(kernel);
   device::launch(kernel, dim3(grid_of(k, axis)), dim3(unsigned(warps * device::kWarpSize)), bytes, stream, k);
 }
 
@@ -391,7 +390,6 @@ template <class T>
 void choose_backward(const KernelParams& k, int device, Stream stream) {
   const BlockSparseParams& p = k.p;
   const int64_t rows = p.batch * p.heads * p.q_len;
-  device::preload(delta_kernel<T>);
   device::launch(delta_kernel<T>, dim3(unsigned(divide_up(rows, kDeltaWarps))),
                  dim3(kDeltaWarps * device::kWarpSize), 0, stream, k);
   const int64_t dim = larger(p.head_dim, p.value_dim);

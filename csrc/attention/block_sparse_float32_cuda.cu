@@ -373,7 +373,6 @@ __global__ void __launch_bounds__(kThreads) key_grads_kernel(const __grid_consta
 void launch(device::Kernel<KernelParams> kernel, KernelParams k, const Axis& axis, int tiles, int device,
             Stream stream) {
   cut_blocks(k, axis, kRows, kRows, device);
-  device::preload(kernel);
   device::launch(kernel, dim3(grid_of(k, axis)), dim3(kThreads), shared_bytes(k.p, tiles), stream, k);
 }
 
@@ -386,7 +385,6 @@ void block_sparse_fwd_float32(const BlockSparseParams& p, int device, Stream str
 void block_sparse_bwd_float32(const BlockSparseParams& p, int device, Stream stream) {
   const KernelParams k = backward_params(p);
   const int64_t rows = p.batch * p.heads * p.q_len;
-  device::preload(delta_kernel);
   device::launch(delta_kernel, dim3(unsigned(divide_up(rows, kThreads))), dim3(kThreads), 0, stream, k);
   launch(key_grads_kernel, k, keys_of(p), 4, device, stream);
   launch(query_grads_kernel, k, queries_of(p), 4, device, stream);

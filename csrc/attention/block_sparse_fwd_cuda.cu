@@ -241,7 +241,6 @@ void launch_forward(KernelParams k, int device, Stream stream) {
   const Axis queries = queries_of(k.p);
   const int warps = cut_blocks(k, queries, S::kMostRows, S::kSlabs * kSlab, device);
   const size_t bytes = sizeof(Smem<T, kDim>) + size_t(k.rows) * kDim * sizeof(T);
-  device::preload(forward_kernel<T, kDim>);
   device::launch(forward_kernel<T, kDim>, dim3(grid_of(k, queries)),
                  dim3(unsigned(warps * device::kWarpSize)), bytes, stream, k);
 }

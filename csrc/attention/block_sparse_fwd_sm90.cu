@@ -354,24 +354,25 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kernel(const __grid_constant_
 int32_t tiles_of(const BlockSparseParams& p) { return int32_t((p.q_len + kQueries - 1) / kQueries); }
 int64_t items_of(const BlockSparseParams& p) { return p.batch * p.heads * tiles_of(p); }
 
-// A stride that the copy engine takes; that of an axis of one element does not matter, and 0 is made up for.
-bool stride_fits(int64_t stride, int64_t size, bool may_be_zero) {
+// A stride that the copy engine takes, of rows that do not overlap; that of an axis of one element does not
+// matter, and 0 is made up for.
+bool stride_fits(int64_t stride, int64_t size, int64_t dim, bool may_be_zero) {
   constexpr int64_t kMaxElements = (int64_t{1} << 40) / 2;
   if (size == 1 || (stride == 0 && may_be_zero)) return true;
-  return stride > 0 && stride % 8 == 0 && stride < kMaxElements;
+  return stride >= dim && stride % 8 == 0 && stride < kMaxElements;
 }
 
-bool tensor_fits(const HeadsTensor& t, int64_t batch, int64_t heads, int64_t rows) {
-  return device::is_aligned(t.data, 16) && t.inner == 1 && stride_fits(t.row, rows, false) &&
-         stride_fits(t.head, heads, true) && stride_fits(t.batch, batch, true);
+bool tensor_fits(const HeadsTensor& t, int64_t batch, int64_t heads, int64_t rows, int64_t dim) {
+  return device::is_aligned(t.data, 16) && t.inner == 1 && stride_fits(t.row, rows, dim, false) &&
+         stride_fits(t.head, heads, dim, true) && stride_fits(t.batch, batch, dim, true);
 }
 
 template <class T>
 device::TensorMap heads_map(const HeadsTensor& t, int64_t batch, int64_t heads, int64_t rows, int64_t dim,
                             int32_t box_rows) {
-  const auto axis = [](int64_t size, int64_t stride) {
+  const auto axis = [dim](int64_t size, int64_t stride) {
     const bool is_one = size == 1 || stride == 0;
-    return device::TensorAxis{is_one ? 1 : size, is_one ? 8 : stride, 1};
+    return device::TensorAxis{is_one ? 1 : size, is_one ? dim : stride, 1};
   };
   device::TensorAxis row = axis(rows, t.row);
   row.box = box_rows;
@@ -408,7 +409,6 @@ void run(const BlockSparseParams& p, int device, Stream stream) {
   const auto kernel = fwd_kernel<T, kDim>;
   FwdParams f = fwd_params<T>(p);
   const OrderWorkspace workspace(p.workspace, f.items);
-  device::preload(kernel);
   device::fill_zero(p.workspace, OrderWorkspace::kZeroBytes, stream);
   f.next_item = workspace.next_item;
   const int32_t blocks = std::min(f.items, int32_t(device::multiprocessor_count(device)));
@@ -446,8 +446,9 @@ bool block_sparse_fwd_sm90_fits(const BlockSparseParams& p) {
       p.out.data == nullptr || (p.out.inner == 1 && device::is_aligned(p.out.data, 4) && p.out.row % 2 == 0 &&
                                 p.out.head % 2 == 0 && p.out.batch % 2 == 0);
   return (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16) && sizes && blocks && out &&
-         tensor_fits(p.q, p.batch, p.heads, p.q_len) && tensor_fits(p.k, p.batch, p.kv_heads, p.kv_len) &&
-         tensor_fits(p.v, p.batch, p.kv_heads, p.kv_len);
+         tensor_fits(p.q, p.batch, p.heads, p.q_len, p.head_dim) &&
+         tensor_fits(p.k, p.batch, p.kv_heads, p.kv_len, p.head_dim) &&
+         tensor_fits(p.v, p.batch, p.kv_heads, p.kv_len, p.value_dim);
 }
 
 int64_t block_sparse_fwd_workspace_sm90(const BlockSparseParams& p) {

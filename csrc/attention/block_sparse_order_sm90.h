@@ -105,8 +105,6 @@ inline void order_items(const BlockSparseParams& p, const OrderWorkspace& w, int
   const OrderParams params{
       p, q_tiles, items, int32_t(kGroups * blocks), w.counts, w.counts + kBuckets, w.buckets, w.order};
   const dim3 grid(unsigned((items + kBuckets - 1) / kBuckets));
-  device::preload(count_kernel);
-  device::preload(place_kernel);
   device::launch(count_kernel, grid, kBuckets, 0, stream, params);
   device::launch(place_kernel, grid, kBuckets, sizeof(OrderSmem), stream, params);
 }

@@ -97,7 +97,6 @@ __global__ void __launch_bounds__(kThreads) tables_kernel(const __grid_constant_
 template <class Code>
 void select(const SelectBlocksParams& p, Stream stream) {
   const int64_t rows = p.batch * p.heads * p.rows;
-  device::preload(select_kernel<Code>);
   device::launch(select_kernel<Code>, dim3(unsigned((rows + kWarps - 1) / kWarps)), dim3(kThreads), 0, stream,
                  p);
 }
@@ -113,7 +112,6 @@ void select_blocks_cuda(const SelectBlocksParams& p, int device, Stream stream) 
 void position_tables_cuda(const PositionTablesParams& p, int device, Stream stream) {
   if (p.all_heads * p.pair_count == 0) return;
   const device::DeviceGuard guard(device);
-  device::preload(tables_kernel);
   device::launch(tables_kernel, dim3(unsigned(p.all_heads * p.pair_count)), dim3(kThreads), 0, stream, p);
 }
 

@@ -35,9 +35,6 @@ void launch(Kernel<Params> kernel, dim3 grid, dim3 block, size_t shared_bytes, S
   emulator::run({grid, block, shared_bytes, run_thread, reinterpret_cast<void*>(kernel), &params});
 }
 
-template <class Params>
-void preload(Kernel<Params>) {}
-
 inline int multiprocessor_count(int) { return emulator::multiprocessors(); }
 
 inline int compute_capability(int) { return emulator::compute_capability(); }
@@ -85,17 +82,32 @@ inline size_t shared_memory_limit(int device) {
   return size_t(most);
 }
 
-// Shared memory beyond 48 KiB has to be asked for, kernel by kernel. It is always all that the device has:
-// launches of one kernel may need different amounts, from several threads at once.
+// Loads the kernel's code. Left to the launch, that would fall into a caller's graph capture, where only the
+// relaxed mode permits it.
 template <class Params>
-void allow_shared_memory(Kernel<Params> kernel, size_t bytes) {
+cudaFuncAttributes load_code(Kernel<Params> kernel) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
+  cudaFuncAttributes attributes;
+  const cudaError_t loaded = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
+  check_cuda(loaded, "loading a kernel");
+  return attributes;
+}
+
+// What a kernel needs before it is launched: its code, and shared memory beyond 48 KiB, which has to be asked
+// for, kernel by kernel. It is always all that the device has: launches of one kernel may need different
+// amounts, from several threads at once.
+template <class Params>
+void prepare(Kernel<Params> kernel, size_t shared_bytes) {
   constexpr size_t kGrantedUnasked = 48 * 1024;
-  if (bytes <= kGrantedUnasked) return;
+  load_code(kernel);
+  if (shared_bytes <= kGrantedUnasked) return;
   int device = 0;
   check_cuda(cudaGetDevice(&device), "current device");
   const size_t most = shared_memory_limit(device);
-  if (bytes > most) {
-    fail(ErrorKind::kRuntime, "this needs ", bytes,
+  if (shared_bytes > most) {
+    fail(ErrorKind::kRuntime, "this needs ", shared_bytes,
          " bytes of shared memory in a thread block, the device has ", most);
   }
   check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -108,23 +120,11 @@ void launch(Kernel<Params> kernel, dim3 grid, dim3 block, size_t shared_bytes, S
             const std::type_identity_t<Params>& params) {
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= kMaxParamsBytes);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  allow_shared_memory(kernel, shared_bytes);
+  prepare(kernel, shared_bytes);
   void* arguments[] = {const_cast<Params*>(&params)};
   check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes,
                               static_cast<cudaStream_t>(stream)),
              "kernel launch");
-}
-
-// Loads the kernel's code now. Done lazily, the load would fall into a caller's graph capture, where
-// only the relaxed mode permits it.
-template <class Params>
-void preload(Kernel<Params> kernel) {
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
-  cudaFuncAttributes attributes;
-  const cudaError_t loaded = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "capture mode");
-  check_cuda(loaded, "loading a kernel");
 }
 
 inline int multiprocessor_count(int device) {
@@ -152,16 +152,14 @@ inline int compute_capability(int device) {
 // made of an older architecture's PTX is not.
 template <class Params>
 bool is_native(Kernel<Params> kernel, int capability) {
-  preload(kernel);
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "loading a kernel");
+  const cudaFuncAttributes attributes = load_code(kernel);
   return attributes.binaryVersion == capability && attributes.ptxVersion == capability;
 }
 
 // Blocks of the kernel that one multiprocessor of the current device holds at once.
 template <class Params>
 int resident_blocks(Kernel<Params> kernel, int threads, size_t shared_bytes) {
-  allow_shared_memory(kernel, shared_bytes);
+  prepare(kernel, shared_bytes);
   int blocks = 0;
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel),
                                                            threads, shared_bytes),

@@ -25,7 +25,8 @@ namespace tilewright::device {
 
 inline constexpr int kSwizzleBytes = 128;
 
-// Innermost first. Strides in elements, of the innermost 1, of others positive multiples of 16 bytes.
+// Innermost first. Strides in elements, of the innermost 1, of others multiples of 16 bytes, so large that
+// rows of the innermost do not overlap.
 struct TensorAxis {
   int64_t size, stride;
   int32_t box;

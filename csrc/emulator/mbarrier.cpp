@@ -237,8 +237,8 @@ TensorMap encode_tensor_map(const void* data, int item_bytes, int axes, const in
     if (sizes[axis] < 1 || sizes[axis] > kMaxSize) refuse("axis ", axis, " has size ", sizes[axis]);
     if (box[axis] < 1 || box[axis] > 256) refuse("axis ", axis, " has a box of ", box[axis]);
     const int64_t stride = strides[axis] * item_bytes;
-    const bool fits =
-        axis == 0 ? stride == item_bytes : stride > 0 && stride % 16 == 0 && stride < kMaxStride;
+    const bool fits = axis == 0 ? stride == item_bytes
+                                : stride >= sizes[0] * item_bytes && stride % 16 == 0 && stride < kMaxStride;
     if (!fits) refuse("axis ", axis, " has a stride of ", stride, " bytes");
     map.sizes[axis] = uint32_t(sizes[axis] - 1);
     map.strides[axis] = stride;

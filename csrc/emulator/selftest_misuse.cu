@@ -231,7 +231,6 @@ Bytes copy_and_fill(const Bytes& values) {
 }
 
 std::vector<int> device_properties() {
-  preload(body_kernel);
   return {multiprocessor_count(0), resident_blocks(body_kernel, 128, sizeof(Shared))};
 }
 

@@ -116,7 +116,6 @@ __global__ void __launch_bounds__(kThreads, kEncode ? 4 : 1)
 void launch_over_blocks(device::Kernel<QuantizeParams> kernel, const QuantizeParams& p, int device,
                         Stream stream) {
   const device::DeviceGuard guard(device);
-  device::preload(kernel);
   const int64_t portion = int64_t{kWarps} * (p.block_size > kWarpElements ? p.block_size : kWarpElements);
   const int64_t needed = (p.numel + portion - 1) / portion;
   const int64_t resident =

@@ -513,11 +513,6 @@ void step_cuda(const UpdateParams& p, const Group* groups, int64_t num_groups, c
                void* workspace, bool upload, int device, Stream stream) {
   const device::DeviceGuard guard(device);
   const device::Kernel<Slice> usual = kernel_of<false>(p.algorithm), general = kernel_of<true>(p.algorithm);
-  device::preload(usual);
-  device::preload(general);
-  device::preload(upload_kernel);
-  device::preload(norm_kernel);
-  device::preload(coefficients_kernel);
   const Layout layout(workspace, p.num_rows);
   if (upload) launch_upload(p, layout, stream);
   const int64_t partials = params.max_grad_norm >= 0 ? launch_norm(p, layout, device, stream) : 0;

@@ -307,9 +307,6 @@ template <int T, class W>
 void multiply(KernelParams k, Stream stream) {
   k.tiles = divide_up(k.p.out, Lane<W>::kTile);
   k.vectors = device::is_aligned(k.p.weight, 16) && k.p.weight_row % Lane<W>::kOutputs == 0;
-  device::preload(compact_kernel);
-  device::preload(multiply_kernel<T, W>);
-  device::preload(add_kernel<W>);
   device::launch(compact_kernel, dim3(1), dim3(kListThreads), sizeof(ListSmem), stream, k);
   device::launch(multiply_kernel<T, W>, dim3(unsigned(k.tiles * k.splits)), dim3(kThreads),
                  sizeof(MultiplySmem), stream, k);
@@ -340,7 +337,6 @@ int64_t activation_sparse_linear_workspace_cuda(int64_t tokens, int64_t in, int6
 
 void keep_inputs_cuda(const KeepInputsParams& p, int device, Stream stream) {
   const device::DeviceGuard guard(device);
-  device::preload(keep_kernel);
   device::launch(keep_kernel, dim3(unsigned(p.tokens)), dim3(kListThreads), sizeof(KeepSmem), stream, p);
 }
 

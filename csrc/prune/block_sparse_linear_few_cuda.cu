@@ -168,7 +168,6 @@ template <class T>
 void launch_few(const Product& p, Stream stream) {
   const int64_t blocks = p.lists * p.slices;
   check_value(blocks <= 0x7fffffff, "weight: too many block rows for one launch");
-  device::preload(few_kernel<T>);
   device::launch(few_kernel<T>, dim3(unsigned(blocks)), dim3(kMostThreads), sizeof(Smem), stream, p);
 }
 

@@ -134,7 +134,6 @@ void launch_product(Product p, bool transposed, Stream stream) {
   p.token_tiles = int32_t(divide_up(p.tokens, Shape<kColumns>::kRows));
   const int64_t blocks = p.lists * p.slices * p.token_tiles;
   check_value(blocks <= 0x7fffffff, "x: too many tokens for one launch");
-  device::preload(product_kernel<kColumns>);
   device::launch(product_kernel<kColumns>, dim3(unsigned(blocks)), dim3(kThreads), sizeof(Smem<kColumns>),
                  stream, {p, transposed});
 }
@@ -194,7 +193,6 @@ void launch_weight(WeightProduct p, Stream stream) {
   p.together_bits = int32_t(larger(log2_of(Shape<kColumns>::kRows) - p.column_bits, 0));
   const int64_t blocks = groups_of(p) * p.slices * p.across;
   check_value(blocks <= 0x7fffffff, "weight: too many blocks for one launch");
-  device::preload(weight_kernel<kColumns>);
   device::launch(weight_kernel<kColumns>, dim3(unsigned(blocks)), dim3(kThreads), sizeof(Smem<kColumns>),
                  stream, p);
 }

@@ -168,7 +168,6 @@ void launch_product(const Product& p, Stream stream) {
   const size_t bytes = sizeof(Smem<T, kColumns>) + size_t(kStages * p.token_tile * kDepth) * sizeof(T);
   const unsigned blocks = thread_blocks_of(p);
   const int warps = p.token_tile / S::kWarpRows * S::kAcross;
-  device::preload(product_kernel<T, kColumns, kTransposed>);
   device::launch(product_kernel<T, kColumns, kTransposed>, dim3(blocks),
                  dim3(unsigned(warps * device::kWarpSize)), bytes, stream, p);
 }

@@ -177,7 +177,6 @@ void launch_product(const Product& p, int64_t blocks, int device, Stream stream)
   k.values = map_of<T>(p.values, columns, blocks * rows, columns, kTransposed ? kDepth : kColumns);
   k.items = thread_blocks_of(p);
   const auto kernel = product_kernel<T, kColumns, kTransposed>;
-  device::preload(kernel);
   const int64_t resident = smaller(k.items, device::multiprocessor_count(device));
   device::launch(kernel, dim3(unsigned(resident)), dim3(kHopperThreads), sizeof(Smem<T, kColumns>), stream,
                  k);

@@ -57,18 +57,19 @@ __device__ __forceinline__ int own_group() {
   return device::warp_id() * device::kWarpSize / device::kWarpgroup - 1;
 }
 
-// Whether the copy engine can address so many rows of 16-bit elements.
+// Whether the copy engine can address so many rows of 16-bit elements, which do not overlap.
 inline bool is_addressable(const Access& matrix, int64_t rows) {
   constexpr int64_t kMostStride = (int64_t{1} << 40) / 2, kMostRows = int64_t{1} << 30;
   const Matrix& at = matrix.at;
-  const bool stride = rows == 1 || (at.row > 0 && at.row % 8 == 0 && at.row < kMostStride);
+  const bool stride = rows == 1 || (at.row >= matrix.columns && at.row % 8 == 0 && at.row < kMostStride);
   return at.column == 1 && stride && rows <= kMostRows && device::is_aligned(at.data, 16);
 }
 
 template <class T>
 device::TensorMap map_of(const void* data, int64_t columns, int64_t rows, int64_t row, int32_t box_rows) {
-  const int64_t stride = rows == 1 ? 8 : row;  // it does not matter then
-  return device::tensor_map<T>(data, {{columns, 1, kPanel}, {rows, stride, box_rows}, {1, 8, 1}, {1, 8, 1}});
+  const int64_t dense = divide_up(columns, 8) * 8;  // that of an axis of one element does not matter
+  return device::tensor_map<T>(
+      data, {{columns, 1, kPanel}, {rows, rows == 1 ? dense : row, box_rows}, {1, dense, 1}, {1, dense, 1}});
 }
 
 }  // namespace tilewright::prune::blocks

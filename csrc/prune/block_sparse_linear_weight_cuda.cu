@@ -105,7 +105,6 @@ void launch_weight(const WeightProduct& p, int warps, Stream stream) {
   const int64_t blocks = groups_of(p);
   check_value(blocks <= 0x7fffffff, "weight: too many blocks for one launch");
   const size_t bytes = sizeof(Smem<T, kRows>) + sizeof(T) * size_t(kStages * kDepth * warps * 32);
-  device::preload(weight_kernel<T, kRows>);
   device::launch(weight_kernel<T, kRows>, dim3(unsigned(blocks)), dim3(unsigned(warps * device::kWarpSize)),
                  bytes, stream, p);
 }

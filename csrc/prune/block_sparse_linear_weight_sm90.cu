@@ -173,7 +173,6 @@ void launch_weight(const WeightProduct& p, int device, Stream stream) {
   k.x = map_of<T>(p.x.at.data, p.x.columns, p.tokens, p.x.at.row, kDepth);
   k.items = uint32_t(groups_of(p));
   const auto kernel = weight_kernel<T, kRows>;
-  device::preload(kernel);
   const int64_t resident = smaller(k.items, device::multiprocessor_count(device));
   device::launch(kernel, dim3(unsigned(resident)), dim3(kHopperThreads), sizeof(Smem<T, kRows>), stream, k);
 }

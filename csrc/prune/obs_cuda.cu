@@ -67,7 +67,6 @@ __global__ void __launch_bounds__(kThreads) panel_kernel(const __grid_constant__
 
 void obs_panel_cuda(const ObsParams& p, int device, Stream stream) {
   const device::DeviceGuard guard(device);
-  device::preload(panel_kernel);
   device::launch(panel_kernel, dim3(unsigned((p.rows + kWarps - 1) / kWarps)), dim3(kThreads), sizeof(Smem),
                  stream, p);
 }

@@ -155,7 +155,6 @@ __global__ void __launch_bounds__(kThreads) random_kernel(const __grid_constant_
 
 template <class Params>
 void run(device::Kernel<Params> kernel, int64_t blocks, size_t shared_bytes, Stream stream, const Params& p) {
-  device::preload(kernel);
   device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), shared_bytes, stream, p);
 }
 

@@ -268,7 +268,6 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const __grid_constant_
 
 template <class Params>
 void run(device::Kernel<Params> kernel, int64_t blocks, int threads, Stream stream, const Params& p) {
-  device::preload(kernel);
   device::launch(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), sizeof(Smem), stream, p);
 }
 

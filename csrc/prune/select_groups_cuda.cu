@@ -63,7 +63,6 @@ void select_groups_cuda(const SelectGroupsParams& p, int device, Stream stream) 
   const int64_t blocks = divide_up(p.rows * divide_up(p.columns, span), kWarps * kSpans);
   with_type(p.dtype, [&](auto type) {
     constexpr auto kernel = groups_kernel<decltype(type)>;
-    device::preload(kernel);
     device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
   });
 }

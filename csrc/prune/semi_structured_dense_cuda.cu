@@ -201,7 +201,6 @@ template <class T>
 void launch_kernel(device::Kernel<DenseParams> kernel, const DenseParams& d, Stream stream) {
   const int64_t blocks = divide_up(d.rows, kRows) * d.column_tiles;
   check_value(blocks <= 0x7fffffff, "x: too many tokens for one launch");
-  device::preload(kernel);
   device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), sizeof(Smem<T>), stream, d);
 }
 

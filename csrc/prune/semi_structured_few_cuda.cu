@@ -110,7 +110,6 @@ bool launch_few(const SemiStructuredLinearParams& p, Stream stream) {
                                                                             : few_kernel<T, kFewTokens>;
   const int64_t blocks = divide_up(p.weight.out, kWarps);
   check_value(blocks <= 0x7fffffff, "values: too many rows for one launch");
-  device::preload(kernel);
   device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
   return true;
 }

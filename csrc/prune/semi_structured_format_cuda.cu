@@ -90,7 +90,6 @@ void run(const SemiStructuredFormatParams& p, bool compress, int device, Stream 
   const int64_t blocks = divide_up(p.weight.out * units, kThreads);
   check_value(blocks <= 0x7fffffff, "dense: too large for one launch");
   const device::Kernel<FormatParams> kernel = compress ? compress_kernel<T> : decompress_kernel<T>;
-  device::preload(kernel);
   device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, {p, columns, units});
 }
 

@@ -265,7 +265,6 @@ void launch_sparse(const SemiStructuredLinearParams& p, Stream stream) {
                     by_vectors(p.z, w.out)};
   const int64_t blocks = m.row_tiles * divide_up(p.tokens, kTokens);
   check_value(blocks <= 0x7fffffff, "x: too many tokens for one launch");
-  device::preload(sparse_kernel<T, kTokens>);
   device::launch(sparse_kernel<T, kTokens>, dim3(unsigned(blocks)), dim3(kThreads), sizeof(Smem<T, kTokens>),
                  stream, m);
 }

@@ -252,7 +252,6 @@ template <class T, int kTaps, bool kPacked>
 void launch_rows(const CausalConv1dParams& p, Stream stream) {
   const auto kernel = backward_rows<T, kTaps, kPacked>;
   const int64_t warps = p.batch * p.dim * row_segments(p);
-  device::preload<CausalConv1dParams>(kernel);
   device::launch<CausalConv1dParams>(kernel, dim3(unsigned((warps + kWarps - 1) / kWarps)), dim3(kThreads), 0,
                                      stream, p);
 }
@@ -260,7 +259,6 @@ void launch_rows(const CausalConv1dParams& p, Stream stream) {
 template <class T, int kChannels, int kTaps, bool kPacked>
 void launch_columns(const CausalConv1dParams& p, Stream stream) {
   const auto kernel = backward_columns<T, kChannels, kTaps, kPacked>;
-  device::preload<CausalConv1dParams>(kernel);
   device::launch<CausalConv1dParams>(kernel, column_blocks(p, kChannels), dim3(kThreads), 0, stream, p);
 }
 
@@ -298,7 +296,6 @@ void causal_conv1d_bwd_cuda(const CausalConv1dParams& p, int device, Stream stre
       conv::backward<fp16>(p, stream);
   }
   const int64_t blocks = (p.dim + conv::kReduceChannels - 1) / conv::kReduceChannels;
-  device::preload(conv::reduce_kernel);
   device::launch(conv::reduce_kernel, dim3(unsigned(blocks), unsigned(p.width + 1)),
                  dim3(conv::kReduceSlices * conv::kReduceChannels), sizeof(conv::Smem), stream, p);
 }

@@ -127,7 +127,6 @@ template <class T, int kTaps, bool kPacked>
 void launch_rows(const CausalConv1dParams& p, Stream stream) {
   const auto kernel = forward_rows<T, kTaps, kPacked>;
   const int64_t warps = p.batch * p.dim * ((p.length + kRun + kForwardTile - 1) / kForwardTile);
-  device::preload<CausalConv1dParams>(kernel);
   device::launch<CausalConv1dParams>(kernel, dim3(unsigned((warps + kWarps - 1) / kWarps)), dim3(kThreads), 0,
                                      stream, p);
 }
@@ -135,7 +134,6 @@ void launch_rows(const CausalConv1dParams& p, Stream stream) {
 template <class T, int kChannels, int kTaps, bool kPacked>
 void launch_columns(const CausalConv1dParams& p, Stream stream) {
   const auto kernel = forward_columns<T, kChannels, kTaps, kPacked>;
-  device::preload<CausalConv1dParams>(kernel);
   device::launch<CausalConv1dParams>(kernel, column_blocks(p, kChannels), dim3(kThreads), 0, stream, p);
 }
 
@@ -159,7 +157,6 @@ void forward(const CausalConv1dParams& p, Stream stream) {
 void prepare_reach(const CausalConv1dParams& p, Stream stream) {
   if (p.seq_idx == nullptr) return;
   const int64_t blocks = (p.batch * p.length + kThreads - 1) / kThreads;
-  device::preload(reach_kernel);
   device::launch(reach_kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
 }
 

@@ -120,7 +120,6 @@ void update(const CausalConv1dUpdateParams& p, Stream stream) {
   check_value(blocks <= INT32_MAX && p.state_length <= INT32_MAX,
               "causal_conv1d_update: got a batch and channels for ", blocks, " thread blocks, a state of ",
               p.state_length, " steps, allowed: ", INT32_MAX);
-  device::preload(causal_conv1d_update_kernel<T>);
   device::launch(causal_conv1d_update_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream,
                  {p, uint32_t(of_sequence)});
 }

@@ -86,7 +86,6 @@ void linear(const TokenLinearParams& p, Stream stream) {
   const bool vectors = p.weight_column == 1 && p.columns % kCount == 0 && p.weight_row % kCount == 0 &&
                        p.x_row % kCount == 0 && device::is_aligned(p.weight, 16) &&
                        device::is_aligned(p.x, 16);
-  device::preload(token_linear_kernel<T>);
   device::launch(token_linear_kernel<T>, dim3(unsigned((p.rows + kWarps - 1) / kWarps)), dim3(kThreads), 0,
                  stream, LinearParams{p, vectors});
 }
@@ -117,7 +116,6 @@ __global__ void __launch_bounds__(kSegments* device::kWarpSize)
 template <class T>
 void norm(const SegmentNormParams& p, Stream stream) {
   if (p.tokens == 0) return;
-  device::preload(segment_norm_kernel<T>);
   device::launch(segment_norm_kernel<T>, dim3(unsigned(p.tokens)), dim3(kSegments * device::kWarpSize), 0,
                  stream, p);
 }

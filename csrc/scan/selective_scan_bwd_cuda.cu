@@ -526,7 +526,6 @@ void selective_scan_bwd_cuda(const SelectiveScanParams& p, int device, Stream st
   const device::DeviceGuard guard(device);
   with_backward_tile(p, [&](auto tile) {
     using TileOf = decltype(tile);
-    device::preload(gradient_kernel<TileOf>);
     ScanLaunch l = plan<TileOf>(p, true, device);
     place(l, true);
     run_carry(l, true, stream);

@@ -189,8 +189,6 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
 template <class TileOf>
 void launch_parts(ScanLaunch l, Stream stream) {
   plan_tiles<TileOf>(l);
-  device::preload(part_kernel<TileOf>);
-  device::preload(combine_kernel);
   if (l.part_chunks == 0) return;
   launch_blocks(part_kernel<TileOf>, l, threads_of<TileOf>(l), sizeof(Smem<TileOf>), stream);
   const int64_t sequences = l.p.cu_seqlens != nullptr ? l.p.sequences : l.p.batch;

@@ -230,7 +230,6 @@ void selective_scan_fwd_cuda(const SelectiveScanParams& p, int device, Stream st
   const device::DeviceGuard guard(device);
   with_forward_tile(p, [&](auto tile) {
     using TileOf = decltype(tile);
-    device::preload(scan_kernel<TileOf>);
     ScanLaunch l = plan<TileOf>(p, false, device);
     place(l, false);
     run_carry(l, false, stream);

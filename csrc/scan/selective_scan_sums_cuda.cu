@@ -90,8 +90,6 @@ void launch_sum(device::Kernel<ScanLaunch> kernel, const ScanLaunch& l, int64_t 
 
 void run_sums(const ScanLaunch& l, Stream stream) {
   const SelectiveScanParams& p = l.p;
-  device::preload(weights_kernel);
-  device::preload(rows_kernel);
   launch_sum(weights_kernel, l, p.dim * p.states, stream);
   if (l.dB_rows != nullptr || l.dC_rows != nullptr)
     launch_sum(rows_kernel, l, p.groups * p.batch * p.length * p.states, stream);

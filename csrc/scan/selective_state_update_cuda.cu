@@ -172,7 +172,6 @@ void update(const SelectiveStateUpdateParams& p, Stream stream) {
               "selective_state_update: got a batch and channels for ", blocks, " thread blocks, ",
               p.heads * p.dim, " channels a sequence, allowed: ", INT32_MAX);
   k.blocks = uint32_t(of_sequence);
-  device::preload(state_update_kernel<T>);
   device::launch(state_update_kernel<T>, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, k);
 }
 

@@ -502,17 +502,13 @@ void ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, int device, Stream str
   lay_out(params);
   using Kernel = device::Kernel<BackwardParams>;
   const auto pick = [&](Kernel float32, Kernel half, Kernel brain) {
-    const Kernel kernel = by_dtype<BackwardParams>(p.dtype, float32, half, brain);
-    device::preload(kernel);
-    return kernel;
+    return by_dtype<BackwardParams>(p.dtype, float32, half, brain);
   };
   const Kernel chunk_gradients =
       pick(chunk_gradients_kernel<float>, chunk_gradients_kernel<fp16>, chunk_gradients_kernel<bf16>);
   const Kernel differentiate =
       pick(differentiate_kernel<float>, differentiate_kernel<fp16>, differentiate_kernel<bf16>);
   const Kernel sum_states = pick(sum_states_kernel<float>, sum_states_kernel<fp16>, sum_states_kernel<bf16>);
-  for (const Kernel kernel : {Kernel{pass_gradients_kernel}, Kernel{sum_heads_kernel}})
-    device::preload(kernel);
 
   const auto blocks_for = [](int64_t elements, int64_t each) { return (elements + each - 1) / each; };
   const int64_t chunks = ssd_chunk_count(p), numel = int64_t{p.states} * p.head_dim;

@@ -184,8 +184,6 @@ void ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, int device, Stream str
                                                    chunk_states_kernel<fp16>, chunk_states_kernel<bf16>);
   const auto outputs = by_dtype<SsdChunkScanParams>(p.dtype, outputs_kernel<float>, outputs_kernel<fp16>,
                                                     outputs_kernel<bf16>);
-  for (const auto kernel : {states, outputs}) device::preload(kernel);
-  device::preload<SsdChunkScanParams>(pass_states_kernel);
   const int64_t tasks = ssd_chunk_count(p) * p.heads;
   const int64_t across = (p.head_dim + kTile - 1) / kTile, down = (p.states + kTile - 1) / kTile;
   const int64_t elements = p.sequences * p.heads * p.states * p.head_dim;

@@ -16,7 +16,6 @@ from torch import Tensor
 import tilewright.testing
 from backends import Backend
 from reference.attention import attention
-from tilewright import _C_emulated
 from tilewright.attention import BlockMask, block_sparse_attention
 
 GPU = ["emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -25,21 +24,38 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def full_tiles() -> Iterator[None]:
-    """One multiprocessor, so that small grids are not cut into smaller tiles."""
+def set_multiprocessors(backend: Backend) -> Iterator[Callable[[int], None]]:
+    """One, so that small grids are not cut into smaller tiles; a GPU has its own number."""
+    if backend.name == "cuda":  # and the emulated module is not built there
+        yield lambda count: None
+        return
+    from tilewright import _C_emulated
+
     before = _C_emulated.emulator_multiprocessors()
     _C_emulated.emulator_set_multiprocessors(1)
-    yield
+    yield _C_emulated.emulator_set_multiprocessors
     _C_emulated.emulator_set_multiprocessors(before)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 100])
 @pytest.mark.parametrize("head_dim", [16, 72, 136])
-def test_small_grids(backend: Backend, head_dim: int, multiprocessors: int) -> None:
+def test_small_grids(
+    backend: Backend, set_multiprocessors: Callable[[int], None], head_dim: int, multiprocessors: int
+) -> None:
     """Thread blocks of fewer rows, where larger ones would leave multiprocessors without any."""
-    _C_emulated.emulator_set_multiprocessors(multiprocessors)
+    set_multiprocessors(multiprocessors)
     visible = random_mask(1, 1, 200, 210, 144, 256, seed=head_dim)
     check(backend, make(1, 1, 1, 200, 210, head_dim, 16), visible, (144, 256), torch.bfloat16, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("block", [(128, 128), (96, 48)])
+def test_tiles_that_are_not_cut(backend: Backend, block: tuple[int, int], head_dim: int) -> None:
+    """Thread blocks for all multiprocessors of a large GPU: with fewer, it never sees the largest tiles."""
+    batch, heads, q_len, kv_len = (2, 24, 389, 400) if backend.name == "cuda" else (1, 1, 133, 140)
+    visible = random_mask(1, 1, q_len, kv_len, *block, seed=head_dim)
+    inputs = make(batch, heads, heads, q_len, kv_len, head_dim, head_dim)
+    check(backend, inputs, visible, block, torch.bfloat16)
 
 
 @pytest.mark.parametrize("block_kv", [16, 48, 64, 128, 144, 256])

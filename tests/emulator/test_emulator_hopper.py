@@ -117,6 +117,7 @@ def test_stores_of_tiles(sizes, box, at, order):
     [
         ((64, 8, 1, 1), (1, 60, 64, 64), (64, 8, 1, 1), "axis 1 has a stride of 120 bytes"),
         ((64, 8, 1, 1), (1, 64, 0, 64), (64, 8, 1, 1), "axis 2 has a stride of 0 bytes"),
+        ((64, 8, 1, 1), (1, 56, 64, 64), (64, 8, 1, 1), "axis 1 has a stride of 112 bytes"),
         ((64, 8, 1, 1), (2, 64, 64, 64), (64, 8, 1, 1), "axis 0 has a stride of 4 bytes"),
         ((64, 0, 1, 1), (1, 64, 64, 64), (64, 8, 1, 1), "axis 1 has size 0"),
         ((64, 8, 1, 1), (1, 64, 64, 64), (64, 300, 1, 1), "axis 1 has a box of 300"),

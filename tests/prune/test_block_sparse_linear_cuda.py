@@ -147,6 +147,16 @@ def test_hopper(dtype: torch.dtype, block: tuple[int, int]) -> None:
         check_layer(layer, 300, "none", False)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("block", LARGE, ids=lambda b: f"{b[0]}x{b[1]}")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sizes_that_hopper_is_for(dtype: torch.dtype, block: tuple[int, int]) -> None:
+    """Work for 132 multiprocessors in each of the products; what is smaller, other kernels do there too."""
+    layer = make_layer(24 * block[0] - 24, 24 * block[1] + 40, block, 0.7, dtype, "cuda")
+    check_layer(layer, 1300, "silu", True)
+    check_layer(layer, 140 + 20 * 256, "none", False)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 def test_hopper_takes_several_items(multiprocessors: int) -> None:
     """Thread blocks that go from one result to the next, some without any block."""

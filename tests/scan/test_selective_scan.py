@@ -138,6 +138,13 @@ def test_states(backend, case: str, states: int) -> None:
     check(backend.device, **{**CASES[case], "states": states, "batch": 1, "length": 5})
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", ["everything", "complex", "constant", "tiles_of_channels_usual"])
+def test_sequences_that_no_gpu_splits(case: str) -> None:
+    """Channels for all multiprocessors of a large GPU: else it splits even short sequences."""
+    check(torch.device("cuda"), **{**CASES[case], "batch": 4, "dim": 2400, "length": 200})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [2047, 2049])
 def test_long(length: int) -> None:

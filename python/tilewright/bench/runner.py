@@ -248,7 +248,8 @@ def _run_cases(
     bar = (BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f}%"))
     columns = (*bar, TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(cases))
+        total = len(cases)
+        task = progress.add_task("", total=total)
 
         def on_round(fraction: float) -> None:
             progress.update(task, completed=len(record["cases"]) + fraction)
@@ -257,6 +258,8 @@ def _run_cases(
             progress.update(task, description=cases[0].title)
             record["cases"].append(run_case(cases[0], setting, on_round))
             _write(path, record)
+            if not console.is_terminal:  # where there is no bar, whoever waits sees that it goes on
+                console.print(f"{len(record['cases'])}/{total} {cases[0].name}", highlight=False)
             # A case owns the tensors its contenders share: they go before the next one allocates its own.
             del cases[0]
             gc.collect()
