@@ -82,8 +82,7 @@ inline size_t shared_memory_limit(int device) {
   return size_t(most);
 }
 
-// Loads the kernel's code. Left to the launch, that would fall into a caller's graph capture, where only the
-// relaxed mode permits it.
+// Loads the kernel's code, which only the relaxed mode permits within a graph capture.
 template <class Params>
 cudaFuncAttributes load_code(Kernel<Params> kernel) {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
@@ -95,13 +94,17 @@ cudaFuncAttributes load_code(Kernel<Params> kernel) {
   return attributes;
 }
 
-// What a kernel needs before it is launched: its code, and shared memory beyond 48 KiB, which has to be asked
-// for, kernel by kernel. It is always all that the device has: launches of one kernel may need different
-// amounts, from several threads at once.
+inline bool is_captured(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "capture status");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// Shared memory beyond 48 KiB has to be asked for, kernel by kernel. It is always all that the device has:
+// launches of one kernel may need different amounts, from several threads at once.
 template <class Params>
-void prepare(Kernel<Params> kernel, size_t shared_bytes) {
+void allow_shared_memory(Kernel<Params> kernel, size_t shared_bytes) {
   constexpr size_t kGrantedUnasked = 48 * 1024;
-  load_code(kernel);
   if (shared_bytes <= kGrantedUnasked) return;
   int device = 0;
   check_cuda(cudaGetDevice(&device), "current device");
@@ -120,7 +123,8 @@ void launch(Kernel<Params> kernel, dim3 grid, dim3 block, size_t shared_bytes, S
             const std::type_identity_t<Params>& params) {
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= kMaxParamsBytes);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  prepare(kernel, shared_bytes);
+  if (is_captured(stream)) load_code(kernel);  // else the launch itself does
+  allow_shared_memory(kernel, shared_bytes);
   void* arguments[] = {const_cast<Params*>(&params)};
   check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared_bytes,
                               static_cast<cudaStream_t>(stream)),
