@@ -36,7 +36,8 @@ constexpr int kTokens = 2 * kLanes;      // of a panel
 constexpr int kGroupPanels = 8;          // panels that go through a chunk of weights together
 constexpr int64_t kChunkWords = 131072;  // of weights: a quarter of a second-level cache
 constexpr int64_t kFew = 8;
-constexpr int64_t kAhead = 4096;  // bytes: the hardware alone stays too close
+constexpr int64_t kAhead = 4096;          // bytes: the hardware alone stays too close
+constexpr int64_t kRowAheadWords = 8192;  // of weights: what the first-level cache has room for
 constexpr int kMaxBlock = 128;
 
 // ---- y and dx: which blocks, and how they are read ----
@@ -92,7 +93,8 @@ inline int panel_width(int64_t tokens, int64_t panel) {
   return tokens - panel * kTokens > kLanes ? kTokens : kLanes;
 }
 
-// A panel's words [k][token]; tokens that are not there are zeros.
+// A panel's words [k][token], asking for the rows' next pieces meanwhile; tokens that are not there are
+// zeros.
 template <class T>
 void pack_panel(const BlockSparseLinearParams& p, const Matrix& from, int64_t depth_width, int64_t words,
                 float* to, int64_t panel) {
@@ -107,27 +109,29 @@ void pack_panel(const BlockSparseLinearParams& p, const Matrix& from, int64_t de
     for (int64_t i = 0; i < width; ++i) {
       const T* row = element<T>(from, token + smaller(i, count - 1), column);
       read_words<Units>(stage + i * kStride, row, from.column, i < count ? left : 0, piece);
+      if (from.column == 1) fetch(row + kPiece * Units::kPerUnit, kPiece * Units::kPerUnit);
     }
     transpose(to + k * width, width, stage, kStride, width, piece);
   }
 }
 
-// The blocks of a block row as words [k][height] (pairs along k), one behind the other.
+// The blocks of a block row as words [k][height] (pairs along k), one behind the other. They lie anywhere in
+// memory, so the blocks that follow, of the next rows too, are asked for.
 template <class T>
 void convert_row(const BlockSparseLinearParams& p, const Side& side, int64_t row, float* to) {
   using Units = typename UnitsOf<T>::Type;
   const T* values = static_cast<const T*>(p.values);
-  const int64_t size = side.block_size();
+  const int64_t size = side.block_size(), last = side.first[side.rows] - 1;
+  const int64_t ahead = larger(1, kAhead / (size * int64_t(sizeof(T))));
   for (int64_t at = side.first[row]; at < side.first[row + 1]; ++at) {
     const T* from = values + side.block_of(at) * size;
+    const T* later = values + side.block_of(smaller(at + ahead, last)) * size;
+    fetch(later, size);
     if constexpr (Units::kPerUnit == 1) {
       read_words<Units>(to, from, 1, size, size);
     } else {
-      for (int64_t k = 0; k < side.depth; k += 2) {
-        const T *low = from + k * side.height, *high = low + side.height;
-        uint32_t* words = reinterpret_cast<uint32_t*>(to) + k / 2 * side.height;
-        for (int64_t j = 0; j < side.height; ++j) words[j] = uint32_t(high[j].bits) << 16 | low[j].bits;
-      }
+      for (int64_t k = 0; k < side.depth; k += 2, from += 2 * side.height)
+        pair_rows(to + k / 2 * side.height, from, from + side.height, side.height);
     }
     to += size / Units::kPerUnit;
   }
@@ -185,18 +189,20 @@ __attribute__((noinline)) void multiply_row(const BlockSparseLinearParams& p, co
   Operands o = walk<T>(side);
   o.b_stride = kVectors * kLanes;
   const int64_t step = o.depth * o.b_stride;
-  // Blocks ahead: for weights from memory 64 steps of the sum, for tokens from the caches 16.
-  const int64_t far = larger(1, 64 / o.depth), near = larger(1, 16 / o.depth);
-  const auto number = [&](int64_t at) { return converted != nullptr ? at - begin : side.block_of(at); };
+  // Tokens are asked for 16 steps of the sum ahead. Weights 64; a whole row of them where that is little, for
+  // tiles jump from block to block, and no nearer distance comes in time.
+  const int64_t near = larger(1, 16 / o.depth), far = larger(1, 64 / o.depth);
+  const bool row_ahead = converted == nullptr && !side.transposed && (end - begin) * size <= kRowAheadWords;
+  const auto start = [&](int64_t at) { return blocks + (converted ? at - begin : side.block_of(at)) * size; };
+  const float* next_row = blocks + end * size;
   for (int64_t j = 0; j < side.height; j += kRows) {
     Tile<kVectors> tile;
     tile.each([](Float& x, int, int) { x = splat(0.0f); });
-    for (int64_t at = begin; at < end; ++at) {
-      const int64_t soon = smaller(at + near, end - 1), later = smaller(at + far, end - 1);
-      o.a = blocks + number(at) * size + j * o.row_step;
+    for (int64_t at = begin; at < end; ++at, next_row += o.depth * kRows) {
+      o.a = start(at) + j * o.row_step;
       o.b = panel + side.across[at] * step;
-      o.later_a = blocks + number(later) * size + j * o.row_step;
-      o.later_b = panel + side.across[soon] * step;
+      o.later_a = row_ahead ? next_row : start(smaller(at + far, end - 1)) + j * o.row_step;
+      o.later_b = panel + side.across[smaller(at + near, end - 1)] * step;
       tile.template add_product<Units, true>(o);
     }
     tile.each([&](Float& x, int r, int v) { store(sums + (j + r) * o.b_stride + v, x); });
