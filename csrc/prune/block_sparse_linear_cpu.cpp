@@ -40,8 +40,7 @@ constexpr int kTokens = 2 * kLanes;      // of a panel
 constexpr int kGroupPanels = 8;          // panels that go through a chunk of weights together
 constexpr int64_t kChunkWords = 131072;  // of weights: a quarter of a second-level cache
 constexpr int64_t kFew = 8;
-constexpr int64_t kAhead = 4096;          // bytes: the hardware alone stays too close
-constexpr int64_t kRowAheadWords = 8192;  // of weights: what the first-level cache has room for
+constexpr int64_t kAhead = 4096;  // bytes: the hardware alone stays too close
 constexpr int kMaxBlock = 128;
 
 // ---- y and dx: which blocks, and how they are read ----
@@ -193,19 +192,23 @@ __attribute__((noinline)) void multiply_row(const BlockSparseLinearParams& p, co
   Operands o = walk<T>(side);
   o.b_stride = kVectors * kLanes;
   const int64_t step = o.depth * o.b_stride;
-  // Tokens are asked for 16 steps of the sum ahead. Weights 64; a whole row of them where that is little, for
-  // tiles jump from block to block, and no nearer distance comes in time.
-  const int64_t near = larger(1, 16 / o.depth), far = larger(1, 64 / o.depth);
-  const bool row_ahead = converted == nullptr && !side.transposed && (end - begin) * size <= kRowAheadWords;
+  // Weights are asked for 128 steps of the sum ahead, tokens 16: after a tile's last block comes the next
+  // tile's first, after the last tile the next row.
+  const int64_t near = larger(1, 16 / o.depth), far = larger(1, 128 / o.depth), count = end - begin;
+  const int64_t last = converted ? end - 1 : side.first[side.rows] - 1;
   const auto start = [&](int64_t at) { return blocks + (converted ? at - begin : side.block_of(at)) * size; };
-  const float* next_row = blocks + end * size;
+  const auto later = [&](int64_t at, int64_t j) {
+    if (at < end) return start(at) + j * o.row_step;
+    if (j + kRows >= side.height) return start(smaller(at, last));
+    return start(smaller(at - count, end - 1)) + (j + kRows) * o.row_step;
+  };
   for (int64_t j = 0; j < side.height; j += kRows) {
     Tile<kVectors> tile;
     tile.each([](Float& x, int, int) { x = splat(0.0f); });
-    for (int64_t at = begin; at < end; ++at, next_row += o.depth * kRows) {
+    for (int64_t at = begin; at < end; ++at) {
       o.a = start(at) + j * o.row_step;
       o.b = panel + side.across[at] * step;
-      o.later_a = row_ahead ? next_row : start(smaller(at + far, end - 1)) + j * o.row_step;
+      o.later_a = later(at + far, j);
       o.later_b = panel + side.across[smaller(at + near, end - 1)] * step;
       tile.template add_product<Units, true>(o);
     }
