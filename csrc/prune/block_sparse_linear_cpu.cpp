@@ -1,5 +1,5 @@
-// The block-sparse linear layer on a CPU, for float32 and the 16-bit floats. All three products are made of
-// one: a register tile of kRows rows times up to two vectors,
+// The block-sparse linear layer on a CPU, for float32 and the 16-bit floats: y and dx. Both products are made
+// of one: a register tile of kRows rows times up to two vectors,
 //
 //   c[i][lane] += sum_k a[i][k] b[k][lane],
 //
@@ -7,7 +7,6 @@
 //
 //   y, dx   a: a block of W or its transpose, in place; b: a panel of kTokens tokens of x or dz, tokens along
 //           the lanes. A tile's sums stay in registers along all blocks of a block row.
-//   dW      a: dz, b: x, in panels as wide as a block, tokens along k.
 //   y of up to kFew tokens   W streams by once, vectors along the columns.
 //
 // Work is handed out in chunks of block rows whose weights fit the second-level cache, times groups of
@@ -19,12 +18,17 @@
 
 #include "prune/linear_simd.h"
 #include "prune/register_tile.h"
+#include "prune/segment_cpu.h"
 
 namespace tilewright::TW_ISA {
 
 // float64, untuned; block_sparse_linear_float64_cpu.cpp
 void block_sparse_linear_float64_cpu(const prune::BlockSparseLinearParams&, prune::BlockSparseCall,
                                      int threads);
+
+// dW; block_sparse_linear_weight_cpu.cpp
+int64_t block_sparse_linear_weight_workspace_cpu(const prune::BlockSparseLinearParams&);
+void block_sparse_linear_weight_cpu(const prune::BlockSparseLinearParams&, int threads);
 
 namespace {
 
@@ -92,7 +96,8 @@ inline int panel_width(int64_t tokens, int64_t panel) {
   return tokens - panel * kTokens > kLanes ? kTokens : kLanes;
 }
 
-// A panel's words [k][token]; tokens that are not there are zeros.
+// A panel's words [k][token], asking for the rows' next pieces meanwhile; tokens that are not there are
+// zeros.
 template <class T>
 void pack_panel(const BlockSparseLinearParams& p, const Matrix& from, int64_t depth_width, int64_t words,
                 float* to, int64_t panel) {
@@ -107,27 +112,29 @@ void pack_panel(const BlockSparseLinearParams& p, const Matrix& from, int64_t de
     for (int64_t i = 0; i < width; ++i) {
       const T* row = element<T>(from, token + smaller(i, count - 1), column);
       read_words<Units>(stage + i * kStride, row, from.column, i < count ? left : 0, piece);
+      if (from.column == 1) fetch(row + kPiece * Units::kPerUnit, kPiece * Units::kPerUnit);
     }
     transpose(to + k * width, width, stage, kStride, width, piece);
   }
 }
 
-// The blocks of a block row as words [k][height] (pairs along k), one behind the other.
+// The blocks of a block row as words [k][height] (pairs along k), one behind the other. They lie anywhere in
+// memory, so the blocks that follow, of the next rows too, are asked for.
 template <class T>
 void convert_row(const BlockSparseLinearParams& p, const Side& side, int64_t row, float* to) {
   using Units = typename UnitsOf<T>::Type;
   const T* values = static_cast<const T*>(p.values);
-  const int64_t size = side.block_size();
+  const int64_t size = side.block_size(), last = side.first[side.rows] - 1;
+  const int64_t ahead = larger(1, kAhead / (size * int64_t(sizeof(T))));
   for (int64_t at = side.first[row]; at < side.first[row + 1]; ++at) {
     const T* from = values + side.block_of(at) * size;
+    const T* later = values + side.block_of(smaller(at + ahead, last)) * size;
+    fetch(later, size);
     if constexpr (Units::kPerUnit == 1) {
       read_words<Units>(to, from, 1, size, size);
     } else {
-      for (int64_t k = 0; k < side.depth; k += 2) {
-        const T *low = from + k * side.height, *high = low + side.height;
-        uint32_t* words = reinterpret_cast<uint32_t*>(to) + k / 2 * side.height;
-        for (int64_t j = 0; j < side.height; ++j) words[j] = uint32_t(high[j].bits) << 16 | low[j].bits;
-      }
+      for (int64_t k = 0; k < side.depth; k += 2, from += 2 * side.height)
+        pair_rows(to + k / 2 * side.height, from, from + side.height, side.height);
     }
     to += size / Units::kPerUnit;
   }
@@ -185,18 +192,24 @@ __attribute__((noinline)) void multiply_row(const BlockSparseLinearParams& p, co
   Operands o = walk<T>(side);
   o.b_stride = kVectors * kLanes;
   const int64_t step = o.depth * o.b_stride;
-  // Blocks ahead: for weights from memory 64 steps of the sum, for tokens from the caches 16.
-  const int64_t far = larger(1, 64 / o.depth), near = larger(1, 16 / o.depth);
-  const auto number = [&](int64_t at) { return converted != nullptr ? at - begin : side.block_of(at); };
+  // Weights are asked for 128 steps of the sum ahead, tokens 16: after a tile's last block comes the next
+  // tile's first, after the last tile the next row.
+  const int64_t near = larger(1, 16 / o.depth), far = larger(1, 128 / o.depth), count = end - begin;
+  const int64_t last = converted ? end - 1 : side.first[side.rows] - 1;
+  const auto start = [&](int64_t at) { return blocks + (converted ? at - begin : side.block_of(at)) * size; };
+  const auto later = [&](int64_t at, int64_t j) {
+    if (at < end) return start(at) + j * o.row_step;
+    if (j + kRows >= side.height) return start(smaller(at, last));
+    return start(smaller(at - count, end - 1)) + (j + kRows) * o.row_step;
+  };
   for (int64_t j = 0; j < side.height; j += kRows) {
     Tile<kVectors> tile;
     tile.each([](Float& x, int, int) { x = splat(0.0f); });
     for (int64_t at = begin; at < end; ++at) {
-      const int64_t soon = smaller(at + near, end - 1), later = smaller(at + far, end - 1);
-      o.a = blocks + number(at) * size + j * o.row_step;
+      o.a = start(at) + j * o.row_step;
       o.b = panel + side.across[at] * step;
-      o.later_a = blocks + number(later) * size + j * o.row_step;
-      o.later_b = panel + side.across[soon] * step;
+      o.later_a = later(at + far, j);
+      o.later_b = panel + side.across[smaller(at + near, end - 1)] * step;
       tile.template add_product<Units, true>(o);
     }
     tile.each([&](Float& x, int r, int v) { store(sums + (j + r) * o.b_stride + v, x); });
@@ -410,110 +423,10 @@ void stream_all(const BlockSparseLinearParams& p, int threads) {
   });
 }
 
-// ---- dW ----
-
-// A matrix (tokens, width) as panels [width / block][tokens][block] of words, pairs along tokens.
-template <class T>
-void pack_columns(const BlockSparseLinearParams& p, const Matrix& from, int64_t width, int32_t block,
-                  int64_t depth, float* to, int64_t k) {
-  using Units = typename UnitsOf<T>::Type;
-  alignas(64) T lines[2][kMaxBlock] = {};
-  for (int64_t first = 0; first < width; first += block) {
-    const int64_t count = smaller(width - first, block);
-    float* words = to + (first / block * depth + k) * block;
-    if constexpr (Units::kPerUnit == 1) {
-      read_words<Units>(words, element<T>(from, k, first), from.column, count, block);
-    } else {
-      for (int64_t i = 0; i < 2; ++i) {
-        const bool there = 2 * k + i < p.tokens;
-        const T* row = element<T>(from, there ? 2 * k + i : 0, first);
-        for (int64_t j = 0; j < block; ++j) lines[i][j] = there && j < count ? row[j * from.column] : T{};
-      }
-      auto* pairs = reinterpret_cast<uint32_t*>(words);
-      for (int64_t j = 0; j < block; ++j) pairs[j] = uint32_t(lines[1][j].bits) << 16 | lines[0][j].bits;
-    }
-  }
-}
-
-template <class T, int kVectors>
-__attribute__((noinline)) void weight_block(const BlockPattern& w, Operands o, const float* dz,
-                                            const float* x, T* to) {
-  using Units = typename UnitsOf<T>::Type;
-  for (int64_t i = 0; i < w.block_columns; i += kVectors * kLanes) {
-    for (int64_t j = 0; j < w.block_rows; j += kRows) {
-      o.a = dz + j;
-      o.b = x + i;
-      Tile<kVectors> tile;
-      tile.each([](Float& sum, int, int) { sum = splat(0.0f); });
-      tile.template add_product<Units, false>(o);
-      tile.each([&](Float& sum, int r, int v) {
-        T* at = to + (j + r) * w.block_columns + i + v;
-        w.block_columns < kLanes ? store_some(at, sum, w.block_columns) : store_fast(at, sum);
-      });
-    }
-  }
-}
-
-// Zeros where a block sticks out of the weight: what is infinite in dz or x has made NaN of them.
-template <class T>
-void clear_outside(const BlockSparseLinearParams& p, int64_t block, T* to) {
-  const BlockPattern& w = p.pattern;
-  const int64_t rows = p.out - int64_t{w.row[block]} * w.block_rows;
-  const int64_t columns = p.in - int64_t{w.column[block]} * w.block_columns;
-  if (rows >= w.block_rows && columns >= w.block_columns) return;
-  for (int64_t j = 0; j < w.block_rows; ++j) {
-    for (int64_t i = j < rows ? columns : 0; i < w.block_columns; ++i) to[j * w.block_columns + i] = T{};
-  }
-}
-
-template <class T>
-struct ColumnPanels {
-  int64_t depth;
-  float *dz, *x;
-  int64_t bytes;
-
-  // Vectors may reach past the last panel's last row.
-  ColumnPanels(const BlockSparseLinearParams& p, void* base) {
-    const BlockPattern& w = p.pattern;
-    depth = divide_up(p.tokens, UnitsOf<T>::Type::kPerUnit);
-    Arena arena{static_cast<char*>(base)};
-    dz = arena.take<float>(w.rows * depth * w.block_rows);
-    x = arena.take<float>(w.columns * depth * w.block_columns + 2 * kLanes);
-    bytes = arena.used;
-  }
-};
-
-template <class T>
-void weight_gradient(const BlockSparseLinearParams& p, int threads) {
-  const BlockPattern& w = p.pattern;
-  const ColumnPanels<T> panels(p, p.workspace);
-  constexpr int64_t kPieces = 8;
-  parallel_chunks(divide_up(panels.depth, kPieces), threads, [&](int64_t piece) {
-    for (int64_t k = piece * kPieces; k < smaller((piece + 1) * kPieces, panels.depth); ++k) {
-      pack_columns<T>(p, p.y, p.out, w.block_rows, panels.depth, panels.dz, k);
-      pack_columns<T>(p, p.x, p.in, w.block_columns, panels.depth, panels.x, k);
-    }
-  });
-  Operands o{};
-  o.row_step = 1, o.depth_step = w.block_rows, o.b_stride = w.block_columns, o.depth = int(panels.depth);
-  const int64_t size = int64_t{w.block_rows} * w.block_columns;
-  const int64_t at_once = larger(1, 16384 / size);
-  parallel_chunks(divide_up(w.blocks, at_once), threads, [&](int64_t chunk) {
-    for (int64_t block = chunk * at_once; block < smaller((chunk + 1) * at_once, w.blocks); ++block) {
-      const float* dz = panels.dz + w.row[block] * panels.depth * w.block_rows;
-      const float* x = panels.x + w.column[block] * panels.depth * w.block_columns;
-      T* to = static_cast<T*>(p.values) + block * size;
-      w.block_columns > kLanes ? weight_block<T, 2>(w, o, dz, x, to) : weight_block<T, 1>(w, o, dz, x, to);
-      clear_outside<T>(p, block, to);
-    }
-  });
-}
-
 // ---- dispatch ----
 
 template <class T>
 int64_t workspace_bytes(const BlockSparseLinearParams& p, BlockSparseCall call, int threads) {
-  if (call == BlockSparseCall::kWeight) return ColumnPanels<T>(p, nullptr).bytes;
   const Side side(p, call);
   if (call == BlockSparseCall::kForward && p.tokens <= kFew) {
     Arena arena{nullptr};
@@ -526,9 +439,7 @@ int64_t workspace_bytes(const BlockSparseLinearParams& p, BlockSparseCall call, 
 
 template <class T>
 void run(const BlockSparseLinearParams& p, BlockSparseCall call, int threads) {
-  if (call == BlockSparseCall::kWeight) {
-    weight_gradient<T>(p, threads);
-  } else if (call == BlockSparseCall::kForward && p.tokens <= kFew) {
+  if (call == BlockSparseCall::kForward && p.tokens <= kFew) {
     stream_all<T>(p, threads);
   } else {
     multiply_all<T>(p, call, threads);
@@ -539,29 +450,20 @@ void run(const BlockSparseLinearParams& p, BlockSparseCall call, int threads) {
 
 int64_t block_sparse_linear_workspace_cpu(const BlockSparseLinearParams& p, BlockSparseCall call,
                                           int threads) {
-  switch (p.dtype) {
-    case DType::kBFloat16:
-      return workspace_bytes<bf16>(p, call, threads);
-    case DType::kFloat16:
-      return workspace_bytes<fp16>(p, call, threads);
-    case DType::kFloat64:
-      return 0;
-    default:
-      return workspace_bytes<float>(p, call, threads);
-  }
+  if (call == BlockSparseCall::kWeight) return block_sparse_linear_weight_workspace_cpu(p);
+  int64_t bytes = 0;
+  with_type(p.dtype, [&]<class T>(T) {
+    if constexpr (!std::is_same_v<T, double>) bytes = workspace_bytes<T>(p, call, threads);
+  });
+  return bytes;
 }
 
 void block_sparse_linear_cpu(const BlockSparseLinearParams& p, BlockSparseCall call, int threads) {
-  switch (p.dtype) {
-    case DType::kBFloat16:
-      return run<bf16>(p, call, threads);
-    case DType::kFloat16:
-      return run<fp16>(p, call, threads);
-    case DType::kFloat64:
-      return block_sparse_linear_float64_cpu(p, call, threads);
-    default:
-      return run<float>(p, call, threads);
-  }
+  if (p.dtype == DType::kFloat64) return block_sparse_linear_float64_cpu(p, call, threads);
+  if (call == BlockSparseCall::kWeight) return block_sparse_linear_weight_cpu(p, threads);
+  with_type(p.dtype, [&]<class T>(T) {
+    if constexpr (!std::is_same_v<T, double>) run<T>(p, call, threads);
+  });
 }
 
 }  // namespace tilewright::TW_ISA

@@ -21,6 +21,12 @@ T* element(const Matrix& m, int64_t row, int64_t column) {
   return static_cast<T*>(m.data) + row * m.row + column * m.column;
 }
 
+// Asks for memory that is needed soon; it may reach past the end of what is there.
+template <class T>
+void fetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i);
+}
+
 // Elements from[0], from[stride], ... as words, with zeros up to `words` of them.
 template <class Units, class T>
 void read_words(float* to, const T* from, int64_t stride, int64_t count, int64_t words) {
@@ -39,6 +45,18 @@ void read_words(float* to, const T* from, int64_t stride, int64_t count, int64_t
     }
     for (; i < count; ++i) halves[i] = from[i * stride];
     if (i < 2 * words) std::memset(halves + i, 0, size_t(2 * words - i) * sizeof(T));
+  }
+}
+
+// Words of two rows' elements: low[0] | high[0], low[1] | high[1], ...
+template <class T>
+void pair_rows(float* to, const T* low, const T* high, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(to + i, from_bits(load_halves(&low[i].bits) | load_halves(&high[i].bits) << 16));
+  for (; i < count; ++i) {
+    const uint16_t halves[2] = {low[i].bits, high[i].bits};
+    std::memcpy(to + i, halves, sizeof halves);
   }
 }
 

@@ -1,4 +1,5 @@
-// The register tile of the sparse layers' matrix products: kRows rows of sums times one or two vectors.
+// The register tile of the sparse layers' matrix products: kRows rows of sums times two vectors, or so many
+// rows more times one.
 #pragma once
 
 #include "core/simd.h"
@@ -21,14 +22,14 @@ struct Operands {
   const float *later_a, *later_b;  // what comes some blocks on, to be fetched meanwhile; null: nothing
 };
 
-template <int kVectors>
+template <int kVectors, int kTileRows = kRows>
 struct Tile {
-  Float sums[kRows][kVectors];
+  Float sums[kTileRows][kVectors];
 
   template <class Body>
   __attribute__((always_inline)) void each(const Body& body) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) body(sums[r][v], r, v * kLanes);
     }
@@ -38,7 +39,7 @@ struct Tile {
   __attribute__((always_inline)) void add_product(const Operands& o) {
     const float *a = o.a, *b = o.b, *later_a = o.later_a, *later_b = o.later_b;
     // The rows of a tile are neighbours in a block, one way or the other.
-    const int64_t later_step = o.depth_step == 1 ? kRows : o.depth_step;
+    const int64_t later_step = o.depth_step == 1 ? kTileRows : o.depth_step;
     const int64_t row_step = o.row_step, depth_step = o.depth_step, b_stride = o.b_stride;
     for (int k = o.depth; k > 0; --k, a += depth_step, b += b_stride) {
       Float columns[kVectors];
@@ -52,8 +53,8 @@ struct Tile {
         later_a += later_step;
         later_b += b_stride;
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
         const Float factor = splat(a[r * row_step]);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sums[r][v] = Units::step(factor, columns[v], sums[r][v]);

@@ -212,9 +212,10 @@ class BlockSparseLinear(nn.Module):
             bias = None if bias is None else bias.to(dtype)
         elif x.dtype != values.dtype:
             raise ValueError(f"x must have the dtype of the layer's values, {values.dtype}, got {x.dtype}")
-        rows = x.reshape(-1, self.in_features)
+        flat = x.dim() == 2
+        rows = x if flat else x.reshape(-1, self.in_features)
         y = block_sparse_linear(rows, values, self._pattern, bias, self.out_features, self.activation)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if flat else y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Sizes, block, how much is there."""
