@@ -1,21 +1,20 @@
 // The activation-sparse linear layer on the CPU; compiled once per instruction-set level.
 //
-//   keep:     the k-th largest |x| * scale by counting its bits' digits from the top, 11 at a time
+//   keep:     the best of a row are those of `select_rows_cpu`
 //   product:  y_t = bias + sum over kept i of x_ti W_i
 //
 // Roofline of the product: bytes = rows read * out * itemsize, 2 FLOPs an element and token. A unit of work
 // is a block of active rows and a slice of outputs whose sums stay in the L1 cache. It walks kRows rows at
-// once, so that sums are loaded and stored once for as many loads of weights, and asks for the next kRows
-// rows ahead of time: which row comes next is known here, and to no prefetcher. The split into units depends
-// on the shapes alone, and partial sums are added in the order of the rows: the same bits for any number of
-// threads.
-#include <cmath>
-
+// once, so that sums are loaded and stored once for as many loads of weights, and asks ahead of time for what
+// comes next: which row that is is known here, and to no prefetcher. The split into units depends on the shapes
+// alone, and partial sums are added in the order of the rows: the same bits for any number of threads.
 #include "core/half.h"
 #include "core/integers.h"
 #include "core/simd.h"
 #include "core/threads.h"
 #include "prune/activation_sparse_linear.h"
+#include "prune/segment_cpu.h"
+#include "prune/select.h"
 
 namespace tilewright::TW_ISA {
 namespace {
@@ -24,113 +23,20 @@ using namespace ::tilewright::prune;
 
 // ---- which inputs a token keeps ----
 
-constexpr int kDigitBits = 11;
-
-template <class T>
-struct ScoreOf {
-  using Score = float;
-  using Key = uint32_t;
-};
-template <>
-struct ScoreOf<double> {
-  using Score = double;
-  using Key = uint64_t;
-};
-
-// The bits of a score >= 0 ascend as it does, and those of a NaN are above all.
-uint32_t key_of(float score) { return bits_of(score) & 0x7fffffffu; }
-uint64_t key_of(double score) {
-  uint64_t bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  return bits << 1 >> 1;
-}
-
-template <class T, class Key>
-void score_row(const T* x, int64_t step, const typename ScoreOf<T>::Score* scale, int64_t in, Key* keys) {
-  int64_t i = 0;
-  if constexpr (sizeof(Key) == 4) {
-    for (; step == 1 && i + kLanes <= in; i += kLanes) {
-      const Int bits_of_scores = bits(load(x + i) * load(scale + i)) & 0x7fffffff;
-      std::memcpy(keys + i, &bits_of_scores, sizeof bits_of_scores);
-    }
-  }
-  for (; i < in; ++i) keys[i] = key_of(widen(x[i * step]) * scale[i]);
-}
-
-template <class Key>
-struct Threshold {
-  Key key;       // kept is what is above it,
-  int64_t ties;  // and the first so many of those that equal it
-};
-
-// The count-th largest of the keys, 1 <= count <= in; `left` is scratch.
-template <class Key>
-Threshold<Key> threshold_of(const Key* keys, int64_t in, int64_t count, Key* left) {
-  int bits_below = int(sizeof(Key)) * 8, digit_bits = kDigitBits;
-  Key prefix = 0;
-  int64_t candidates = in;
-  const Key* from = keys;
-  while (bits_below > 0) {
-    if (digit_bits > bits_below) digit_bits = bits_below;
-    bits_below -= digit_bits;
-    const Key mask = (Key{1} << digit_bits) - 1;
-    uint32_t bins[1 << kDigitBits];
-    for (int64_t b = 0; b <= int64_t(mask); ++b) bins[b] = 0;
-    for (int64_t i = 0; i < candidates; ++i) ++bins[from[i] >> bits_below & mask];
-    Key digit = mask;
-    for (; bins[digit] < count; --digit) count -= bins[digit];
-    prefix |= digit << bits_below;
-    int64_t survivors = 0;
-    for (int64_t i = 0; i < candidates; ++i) {
-      left[survivors] = from[i];
-      survivors += (from[i] >> bits_below & mask) == digit;
-    }
-    candidates = survivors;
-    from = left;
-  }
-  return {prefix, count};
-}
-
-template <class T>
-void keep_largest(const KeepInputsParams& p, int64_t token, void* workspace) {
-  using Key = typename ScoreOf<T>::Key;
-  using Score = typename ScoreOf<T>::Score;
-  Key *keys = static_cast<Key*>(workspace), *left = keys + p.in;
-  uint8_t* keep = p.keep + token * p.in;
-  if (p.count <= 0 || p.count >= p.in) {
-    std::memset(keep, p.count > 0, size_t(p.in));
-    return;
-  }
-  const T* x = static_cast<const T*>(p.x.data) + token * p.x.row;
-  score_row(x, p.x.column, static_cast<const Score*>(p.scale), p.in, keys);
-  const Threshold<Key> threshold = threshold_of(keys, p.in, p.count, left);
-  int64_t seen = 0;
-  for (int64_t i = 0; i < p.in; ++i) {
-    const bool equal = keys[i] == threshold.key;
-    keep[i] = uint8_t((keys[i] > threshold.key) | (equal & (seen < threshold.ties)));
-    seen += equal;
-  }
-}
-
 template <class T>
 void keep_above(const KeepInputsParams& p, int64_t token) {
-  using Score = typename ScoreOf<T>::Score;
   const T* x = static_cast<const T*>(p.x.data) + token * p.x.row;
-  const Score threshold = *static_cast<const Score*>(p.threshold);
+  const auto threshold = *static_cast<const Real<T>*>(p.threshold);
   uint8_t* keep = p.keep + token * p.in;
-  for (int64_t i = 0; i < p.in; ++i) {
-    const Score value = widen(x[i * p.x.column]);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<Real<T>, float>) {
+    for (; p.x.column == 1 && i + kLanes <= p.in; i += kLanes)
+      store_bytes(keep + i, ~(Int)(abs(load(x + i)) <= splat(threshold)) & 1);
+  }
+  for (; i < p.in; ++i) {
+    const Real<T> value = widen(x[i * p.x.column]);
     keep[i] = uint8_t(!((value < 0 ? -value : value) <= threshold));
   }
-}
-
-template <class T>
-void keep_inputs(const KeepInputsParams& p, int threads) {
-  parallel_slots(p.tokens, threads, [&](int64_t token, int slot) {
-    if (p.scale == nullptr) return keep_above<T>(p, token);
-    keep_largest<T>(p, token,
-                    static_cast<char*>(p.workspace) + slot * keep_inputs_workspace(p.in, sizeof(T), 1));
-  });
 }
 
 // ---- the product ----
@@ -332,7 +238,7 @@ void add_sums(const double* sums, int64_t blocks, int64_t stride, const double* 
 
 template <int T, class W>
 void multiply(const ActivationSparseLinearParams& p, int threads) {
-  using Sum = typename ScoreOf<W>::Score;
+  using Sum = Real<W>;
   const Active active = active_rows(p);
   const int64_t blocks = divide_up(active.count, active_rows_per_sum(p.tokens));
   const int64_t width = slice_outputs(T, p.out), slices = divide_up(p.out, width);
@@ -364,29 +270,19 @@ void multiply_tokens(const ActivationSparseLinearParams& p, int threads) {
 }  // namespace
 
 void keep_inputs_cpu(const KeepInputsParams& p, int threads) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return keep_inputs<float>(p, threads);
-    case DType::kBFloat16:
-      return keep_inputs<bf16>(p, threads);
-    case DType::kFloat16:
-      return keep_inputs<fp16>(p, threads);
-    default:
-      return keep_inputs<double>(p, threads);
+  if (p.scale == nullptr) {
+    with_type(p.dtype, [&](auto type) {
+      parallel_chunks(p.tokens, threads, [&](int64_t token) { keep_above<decltype(type)>(p, token); });
+    });
+    return;
   }
+  int32_t invalid = 0;  // here what is not finite has its place in the order
+  const int64_t count = p.count < 0 ? 0 : smaller(p.count, p.in);
+  select_rows_cpu({p.scale, p.x, p.keep, &invalid, p.workspace, p.tokens, p.in, count, p.dtype}, threads);
 }
 
 void activation_sparse_linear_cpu(const ActivationSparseLinearParams& p, int threads) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return multiply_tokens<float>(p, threads);
-    case DType::kBFloat16:
-      return multiply_tokens<bf16>(p, threads);
-    case DType::kFloat16:
-      return multiply_tokens<fp16>(p, threads);
-    default:
-      return multiply_tokens<double>(p, threads);
-  }
+  with_type(p.dtype, [&](auto type) { multiply_tokens<decltype(type)>(p, threads); });
 }
 
 }  // namespace tilewright::TW_ISA
