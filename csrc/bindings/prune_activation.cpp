@@ -133,8 +133,9 @@ void linear(py::handle x_object, py::handle keep, py::handle weight, py::handle 
             py::handle workspace, int threads) {
   Arguments arguments;
   const TensorView x = read_x(arguments, x_object);
+  const uint8_t* kept = read_keep(arguments, keep, x, Access::kRead);
   ActivationSparseLinearParams p = read_product(arguments, x, weight, bias, y);
-  p.keep = read_keep(arguments, keep, x, Access::kRead);
+  p.keep = kept;
   p.workspace = read_workspace(arguments, workspace, layout_of(x, p.out, threads));
   const Stream stream = arguments.current_stream(x.device);
   py::gil_scoped_release released;
