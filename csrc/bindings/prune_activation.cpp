@@ -31,8 +31,8 @@ uint8_t* read_keep(Arguments& arguments, py::handle object, const TensorView& x,
 }
 
 // All of the choice but where it goes.
-KeepInputsParams read_choice(Arguments& arguments, const TensorView& x, py::handle scale, py::handle threshold,
-                             int64_t count) {
+KeepInputsParams read_choice(Arguments& arguments, const TensorView& x, py::handle scale,
+                             py::handle threshold, int64_t count) {
   const DType wide = x.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   KeepInputsParams p{};
   p.x = {x.data, x.stride(0), x.stride(1)};

@@ -6,8 +6,8 @@
 // Roofline of the product: bytes = rows read * out * itemsize, 2 FLOPs an element and token. A unit of work
 // is a block of active rows and a slice of outputs whose sums stay in the L1 cache. It walks kRows rows at
 // once, so that sums are loaded and stored once for as many loads of weights, and asks ahead of time for what
-// comes next: which row that is is known here, and to no prefetcher. The split into units depends on the shapes
-// alone, and partial sums are added in the order of the rows: the same bits for any number of threads.
+// comes next: which row that is is known here, and to no prefetcher. The split into units depends on the
+// shapes alone, and partial sums are added in the order of the rows: the same bits for any number of threads.
 #include "core/half.h"
 #include "core/integers.h"
 #include "core/simd.h"
@@ -50,9 +50,9 @@ int64_t slice_outputs(int tokens, int64_t out) {
   return divide_up(divide_up(out, divide_up(out, most)), 64) * 64;
 }
 
-// A cache line's elements as vectors. Of bfloat16, of each two vectors the first has the elements at even places
-// and the second those at odd ones: that takes a shift and a mask, and no shuffle, as long as all that is added
-// to them is in the same order.
+// A cache line's elements as vectors. Of bfloat16, of each two vectors the first has the elements at even
+// places and the second those at odd ones: that takes a shift and a mask, and no shuffle, as long as all that
+// is added to them is in the same order.
 template <class T>
 constexpr int kLine = 64 / int(sizeof(T));
 template <class T>
@@ -99,8 +99,8 @@ Float add_products(Float sum, const Float* w, const float* x) {
   return sum + (even + odd);
 }
 
-// sums[t][j] += x[0][t] rows[0][j] + ... + x[R - 1][t] rows[R - 1][j], lines in the order of load_line; asks for
-// what comes soon, in these rows and then in the `next`.
+// sums[t][j] += x[0][t] rows[0][j] + ... + x[R - 1][t] rows[R - 1][j], lines in the order of load_line; asks
+// for what comes soon, in these rows and then in the `next`.
 template <int R, int T, class W>
 void add_rows(const W* const* rows, const W* const* next, const float* x, float* sums, int64_t stride,
               int64_t count) {
