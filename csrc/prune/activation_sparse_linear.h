@@ -2,7 +2,7 @@
 //
 //   y_t = bias + sum over kept i of x_ti W_i,   W_i: row i of the weight's transpose (in, out).
 //
-// The choice of inputs and the product are two calls.
+// The choice of inputs and the product are two calls, for what needs the choice itself; a step is both.
 #pragma once
 
 #include <cstdint>
@@ -25,13 +25,8 @@ struct KeepInputsParams {
   uint8_t* keep;          // [tokens][in], 0 or 1; overwritten
   int64_t tokens, in, count;
   DType dtype;      // of x: float32, float16, bfloat16; float64 on the CPU
-  void* workspace;  // keep_inputs_workspace bytes; none on a GPU
+  void* workspace;  // select_rows_workspace(in, threads) bytes; none on a GPU
 };
-
-// Two keys an input, a thread.
-constexpr int64_t keep_inputs_workspace(int64_t in, int64_t item, int threads) {
-  return int64_t{threads < 1 ? 1 : threads} * in * 2 * (item == 8 ? 8 : 4);
-}
 
 constexpr int64_t kMaxActiveTokens = 8;  // of one call
 

@@ -1,21 +1,20 @@
 // The activation-sparse linear layer on the CPU; compiled once per instruction-set level.
 //
-//   keep:     the k-th largest |x| * scale by counting its bits' digits from the top, 11 at a time
+//   keep:     the best of a row are those of `select_rows_cpu`
 //   product:  y_t = bias + sum over kept i of x_ti W_i
 //
 // Roofline of the product: bytes = rows read * out * itemsize, 2 FLOPs an element and token. A unit of work
 // is a block of active rows and a slice of outputs whose sums stay in the L1 cache. It walks kRows rows at
-// once, so that sums are loaded and stored once for as many loads of weights, and asks for the next kRows
-// rows ahead of time: which row comes next is known here, and to no prefetcher. The split into units depends
-// on the shapes alone, and partial sums are added in the order of the rows: the same bits for any number of
-// threads.
-#include <cmath>
-
+// once, so that sums are loaded and stored once for as many loads of weights, and asks ahead of time for what
+// comes next: which row that is is known here, and to no prefetcher. The split into units depends on the
+// shapes alone, and partial sums are added in the order of the rows: the same bits for any number of threads.
 #include "core/half.h"
 #include "core/integers.h"
 #include "core/simd.h"
 #include "core/threads.h"
 #include "prune/activation_sparse_linear.h"
+#include "prune/segment_cpu.h"
+#include "prune/select.h"
 
 namespace tilewright::TW_ISA {
 namespace {
@@ -24,113 +23,20 @@ using namespace ::tilewright::prune;
 
 // ---- which inputs a token keeps ----
 
-constexpr int kDigitBits = 11;
-
-template <class T>
-struct ScoreOf {
-  using Score = float;
-  using Key = uint32_t;
-};
-template <>
-struct ScoreOf<double> {
-  using Score = double;
-  using Key = uint64_t;
-};
-
-// The bits of a score >= 0 ascend as it does, and those of a NaN are above all.
-uint32_t key_of(float score) { return bits_of(score) & 0x7fffffffu; }
-uint64_t key_of(double score) {
-  uint64_t bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  return bits << 1 >> 1;
-}
-
-template <class T, class Key>
-void score_row(const T* x, int64_t step, const typename ScoreOf<T>::Score* scale, int64_t in, Key* keys) {
-  int64_t i = 0;
-  if constexpr (sizeof(Key) == 4) {
-    for (; step == 1 && i + kLanes <= in; i += kLanes) {
-      const Int bits_of_scores = bits(load(x + i) * load(scale + i)) & 0x7fffffff;
-      std::memcpy(keys + i, &bits_of_scores, sizeof bits_of_scores);
-    }
-  }
-  for (; i < in; ++i) keys[i] = key_of(widen(x[i * step]) * scale[i]);
-}
-
-template <class Key>
-struct Threshold {
-  Key key;       // kept is what is above it,
-  int64_t ties;  // and the first so many of those that equal it
-};
-
-// The count-th largest of the keys, 1 <= count <= in; `left` is scratch.
-template <class Key>
-Threshold<Key> threshold_of(const Key* keys, int64_t in, int64_t count, Key* left) {
-  int bits_below = int(sizeof(Key)) * 8, digit_bits = kDigitBits;
-  Key prefix = 0;
-  int64_t candidates = in;
-  const Key* from = keys;
-  while (bits_below > 0) {
-    if (digit_bits > bits_below) digit_bits = bits_below;
-    bits_below -= digit_bits;
-    const Key mask = (Key{1} << digit_bits) - 1;
-    uint32_t bins[1 << kDigitBits];
-    for (int64_t b = 0; b <= int64_t(mask); ++b) bins[b] = 0;
-    for (int64_t i = 0; i < candidates; ++i) ++bins[from[i] >> bits_below & mask];
-    Key digit = mask;
-    for (; bins[digit] < count; --digit) count -= bins[digit];
-    prefix |= digit << bits_below;
-    int64_t survivors = 0;
-    for (int64_t i = 0; i < candidates; ++i) {
-      left[survivors] = from[i];
-      survivors += (from[i] >> bits_below & mask) == digit;
-    }
-    candidates = survivors;
-    from = left;
-  }
-  return {prefix, count};
-}
-
-template <class T>
-void keep_largest(const KeepInputsParams& p, int64_t token, void* workspace) {
-  using Key = typename ScoreOf<T>::Key;
-  using Score = typename ScoreOf<T>::Score;
-  Key *keys = static_cast<Key*>(workspace), *left = keys + p.in;
-  uint8_t* keep = p.keep + token * p.in;
-  if (p.count <= 0 || p.count >= p.in) {
-    std::memset(keep, p.count > 0, size_t(p.in));
-    return;
-  }
-  const T* x = static_cast<const T*>(p.x.data) + token * p.x.row;
-  score_row(x, p.x.column, static_cast<const Score*>(p.scale), p.in, keys);
-  const Threshold<Key> threshold = threshold_of(keys, p.in, p.count, left);
-  int64_t seen = 0;
-  for (int64_t i = 0; i < p.in; ++i) {
-    const bool equal = keys[i] == threshold.key;
-    keep[i] = uint8_t((keys[i] > threshold.key) | (equal & (seen < threshold.ties)));
-    seen += equal;
-  }
-}
-
 template <class T>
 void keep_above(const KeepInputsParams& p, int64_t token) {
-  using Score = typename ScoreOf<T>::Score;
   const T* x = static_cast<const T*>(p.x.data) + token * p.x.row;
-  const Score threshold = *static_cast<const Score*>(p.threshold);
+  const auto threshold = *static_cast<const Real<T>*>(p.threshold);
   uint8_t* keep = p.keep + token * p.in;
-  for (int64_t i = 0; i < p.in; ++i) {
-    const Score value = widen(x[i * p.x.column]);
+  int64_t i = 0;
+  if constexpr (std::is_same_v<Real<T>, float>) {
+    for (; p.x.column == 1 && i + kLanes <= p.in; i += kLanes)
+      store_bytes(keep + i, ~(Int)(abs(load(x + i)) <= splat(threshold)) & 1);
+  }
+  for (; i < p.in; ++i) {
+    const Real<T> value = widen(x[i * p.x.column]);
     keep[i] = uint8_t(!((value < 0 ? -value : value) <= threshold));
   }
-}
-
-template <class T>
-void keep_inputs(const KeepInputsParams& p, int threads) {
-  parallel_slots(p.tokens, threads, [&](int64_t token, int slot) {
-    if (p.scale == nullptr) return keep_above<T>(p, token);
-    keep_largest<T>(p, token,
-                    static_cast<char*>(p.workspace) + slot * keep_inputs_workspace(p.in, sizeof(T), 1));
-  });
 }
 
 // ---- the product ----
@@ -138,37 +44,87 @@ void keep_inputs(const KeepInputsParams& p, int threads) {
 constexpr int kRows = kLanes == 16 ? 8 : 4;  // walked at once: as many as registers hold
 constexpr int64_t kMaxRowsPerSum = 512;
 
-constexpr int64_t slice_outputs(int tokens) { return tokens <= 1 ? 4096 : tokens <= 2 ? 2048 : 1024; }
+// Slices of about the same size, whose sums stay in the L1 cache.
+int64_t slice_outputs(int tokens, int64_t out) {
+  const int64_t most = tokens <= 1 ? 6144 : tokens <= 2 ? 3072 : 1024;
+  return divide_up(divide_up(out, divide_up(out, most)), 64) * 64;
+}
 
-// sums[t][j] += x[0][t] rows[0][j] + ... + x[R - 1][t] rows[R - 1][j]; `next` is asked for.
+// A cache line's elements as vectors. Of bfloat16, of each two vectors the first has the elements at even
+// places and the second those at odd ones: that takes a shift and a mask, and no shuffle, as long as all that
+// is added to them is in the same order.
+template <class T>
+constexpr int kLine = 64 / int(sizeof(T));
+template <class T>
+constexpr int kParts = kLine<T> / kLanes;
+
+template <class T>
+void load_line(const T* p, Float* parts) {
+  for (int v = 0; v < kParts<T>; v += 2) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      Int both;
+      std::memcpy(&both, p + v * kLanes, sizeof both);
+      parts[v] = from_bits(both << 16), parts[v + 1] = from_bits(both & -0x10000);
+    } else {
+      parts[v] = load(p + v * kLanes);
+      if constexpr (kParts<T> > 1) parts[v + 1] = load(p + (v + 1) * kLanes);
+    }
+  }
+}
+
+template <class T>
+void store_line(T* p, const Float* parts) {
+  for (int v = 0; v < kParts<T>; ++v) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      bf16 even[kLanes], odd[kLanes];
+      store(even, parts[v]), store(odd, parts[++v]);
+      const Int both = load_halves(&even->bits) | load_halves(&odd->bits) << 16;
+      std::memcpy(p + (v - 1) * kLanes, &both, sizeof both);
+    } else {
+      store(p + v * kLanes, parts[v]);
+    }
+  }
+}
+
+// sum + x[0] w[0] + ... + x[(R - 1) T] w[R - 1], in two chains.
+template <int R, int T>
+Float add_products(Float sum, const Float* w, const float* x) {
+  Float even = splat(x[0]) * w[0];
+  if constexpr (R == 1) return sum + even;
+  Float odd = splat(x[T]) * w[R > 1];
+  for (int r = 2; r < R; r += 2) {
+    even = fma(splat(x[r * T]), w[r], even);
+    odd = fma(splat(x[(r + 1) * T]), w[r + (R > 1)], odd);
+  }
+  return sum + (even + odd);
+}
+
+// sums[t][j] += x[0][t] rows[0][j] + ... + x[R - 1][t] rows[R - 1][j], lines in the order of load_line; asks
+// for what comes soon, in these rows and then in the `next`.
 template <int R, int T, class W>
 void add_rows(const W* const* rows, const W* const* next, const float* x, float* sums, int64_t stride,
               int64_t count) {
-  constexpr int kLine = 64 / int(sizeof(W)), kVectors = kLine > kLanes ? kLine / kLanes : 1;
-  constexpr int kStep = kVectors * kLanes;
-  constexpr int64_t kAhead =
-      sizeof(W) == 4 ? 16 * kLine : int64_t{1} << 40;  // further on, the CPU sees to it
-  const auto add = [&](const Float(&w)[R], int t, Float sum) {
-    Float even = splat(x[t]) * w[0];
-    if constexpr (R == 1) return sum + even;
-    Float odd = splat(x[T + t]) * w[R > 1];
-    for (int r = 2; r < R; r += 2) {
-      even = fma(splat(x[r * T + t]), w[r], even);
-      odd = fma(splat(x[(r + 1) * T + t]), w[r + (R > 1)], odd);
-    }
-    return sum + (even + odd);
-  };
+  // With few instructions a line the CPU's own window reaches far, but does not know where a row leads.
+  constexpr bool kStartsOnly = sizeof(W) == 4 && T == 1;
+  constexpr int64_t kAhead = 8 * kLine<W>, kStart = 16 * kLine<W>;
   int64_t j = 0;
-  for (; j + kStep <= count; j += kStep) {
-    Float w[kVectors][R];
+  for (; j + kLine<W> <= count; j += kLine<W>) {
+    const bool here = j + kAhead < count;
+    Float w[kParts<W>][R];
     for (int r = 0; r < R; ++r) {
-      if (j < kAhead) __builtin_prefetch(next[r] + j, 0, 2);
-      for (int v = 0; v < kVectors; ++v) w[v][r] = load(rows[r] + j + v * kLanes);
+      if constexpr (kStartsOnly) {
+        if (j < kStart) __builtin_prefetch(next[r] + j, 0, 2);
+      } else {
+        __builtin_prefetch(here ? rows[r] + j + kAhead : next[r] + (j + kAhead - count));
+      }
+      Float line[kParts<W>];
+      load_line(rows[r] + j, line);
+      for (int v = 0; v < kParts<W>; ++v) w[v][r] = line[v];
     }
     for (int t = 0; t < T; ++t) {
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kParts<W>; ++v) {
         float* to = sums + t * stride + j + v * kLanes;
-        store(to, add(w[v], t, load(to)));
+        store(to, add_products<R, T>(load(to), w[v], x + t));
       }
     }
   }
@@ -178,7 +134,7 @@ void add_rows(const W* const* rows, const W* const* next, const float* x, float*
     for (int r = 0; r < R; ++r) w[r] = load_some(rows[r] + j, some);
     for (int t = 0; t < T; ++t) {
       float* to = sums + t * stride + j;
-      store_some(to, add(w, t, load_some(to, some)), some);
+      store_some(to, add_products<R, T>(load_some(to, some), w, x + t), some);
     }
   }
 }
@@ -229,7 +185,8 @@ template <int T, class W, class Sum>
 void sum_block(const ActivationSparseLinearParams& p, const Active& active, int64_t block, int64_t slice) {
   const int64_t per_sum = active_rows_per_sum(p.tokens), begin = block * per_sum;
   const int64_t count = smaller(per_sum, active.count - begin);
-  const int64_t first = slice * slice_outputs(T), outputs = smaller(slice_outputs(T), p.out - first);
+  const int64_t first = slice * slice_outputs(T, p.out);
+  const int64_t outputs = smaller(slice_outputs(T, p.out), p.out - first);
   const int32_t* numbers = active.rows + begin;
   Sum values[kMaxRowsPerSum * T];
   gather_values<T, W>(p, numbers, count, values);
@@ -252,45 +209,48 @@ void sum_block(const ActivationSparseLinearParams& p, const Active& active, int6
   }
 }
 
-// y = bias + the partial sums, first to last.
-template <int T, class W, class Sum>
-void add_sums(const ActivationSparseLinearParams& p, const Active& active, int64_t blocks, int64_t slice) {
-  const int64_t first = slice * slice_outputs(T), end = smaller(first + slice_outputs(T), p.out);
-  const Sum* sums = static_cast<const Sum*>(active.sums);
-  const W* bias = static_cast<const W*>(p.bias);
-  for (int64_t t = 0; t < p.tokens; ++t) {
-    W* y = static_cast<W*>(p.y) + t * p.out;
-    int64_t j = first;
-    if constexpr (sizeof(Sum) == 4) {
-      for (; j + kLanes <= end; j += kLanes) {
-        Float sum = bias == nullptr ? splat(0.0f) : load(bias + j);
-        for (int64_t b = 0; b < blocks; ++b) sum = sum + load(sums + (b * T + t) * p.out + j);
-        store(y + j, sum);
-      }
-      for (; j < end; j += kLanes) {
-        const int64_t some = smaller(end - j, kLanes);
-        Float sum = bias == nullptr ? splat(0.0f) : load_some(bias + j, some);
-        for (int64_t b = 0; b < blocks; ++b) sum = sum + load_some(sums + (b * T + t) * p.out + j, some);
-        store_some(y + j, sum, some);
-      }
-    } else {
-      for (; j < end; ++j) {
-        y[j] = bias == nullptr ? Sum(0) : bias[j];
-        for (int64_t b = 0; b < blocks; ++b) y[j] += sums[(b * T + t) * p.out + j];
-      }
-    }
+// y = bias + the partial sums, first to last, which lie `stride` apart.
+template <class W>
+void add_sums(const float* sums, int64_t blocks, int64_t stride, const W* bias, W* y, int64_t count) {
+  int64_t j = 0;
+  for (; j + kLine<W> <= count; j += kLine<W>) {
+    Float line[kParts<W>] = {};
+    if (bias != nullptr) load_line(bias + j, line);
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int v = 0; v < kParts<W>; ++v) line[v] = line[v] + load(sums + b * stride + j + v * kLanes);
+    store_line(y + j, line);
+  }
+  for (; j < count; j += kLanes) {
+    const int64_t some = smaller(count - j, kLanes);
+    Float sum = bias == nullptr ? splat(0.0f) : load_some(bias + j, some);
+    for (int64_t b = 0; b < blocks; ++b) sum = sum + load_some(sums + b * stride + j, some);
+    store_some(y + j, sum, some);
+  }
+}
+
+void add_sums(const double* sums, int64_t blocks, int64_t stride, const double* bias, double* y,
+              int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    y[j] = bias == nullptr ? 0 : bias[j];
+    for (int64_t b = 0; b < blocks; ++b) y[j] += sums[b * stride + j];
   }
 }
 
 template <int T, class W>
 void multiply(const ActivationSparseLinearParams& p, int threads) {
-  using Sum = typename ScoreOf<W>::Score;
+  using Sum = Real<W>;
   const Active active = active_rows(p);
   const int64_t blocks = divide_up(active.count, active_rows_per_sum(p.tokens));
-  const int64_t slices = divide_up(p.out, slice_outputs(T));
+  const int64_t width = slice_outputs(T, p.out), slices = divide_up(p.out, width);
   parallel_chunks(blocks * slices, threads,
                   [&](int64_t unit) { sum_block<T, W, Sum>(p, active, unit / slices, unit % slices); });
-  parallel_chunks(slices, threads, [&](int64_t slice) { add_sums<T, W, Sum>(p, active, blocks, slice); });
+  const W* bias = static_cast<const W*>(p.bias);
+  parallel_chunks(p.tokens * slices, threads, [&](int64_t unit) {
+    const int64_t token = unit / slices, first = unit % slices * width;
+    const Sum* sums = static_cast<const Sum*>(active.sums) + token * p.out + first;
+    add_sums(sums, blocks, T * p.out, bias == nullptr ? nullptr : bias + first,
+             static_cast<W*>(p.y) + token * p.out + first, smaller(width, p.out - first));
+  });
 }
 
 template <class W>
@@ -310,29 +270,19 @@ void multiply_tokens(const ActivationSparseLinearParams& p, int threads) {
 }  // namespace
 
 void keep_inputs_cpu(const KeepInputsParams& p, int threads) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return keep_inputs<float>(p, threads);
-    case DType::kBFloat16:
-      return keep_inputs<bf16>(p, threads);
-    case DType::kFloat16:
-      return keep_inputs<fp16>(p, threads);
-    default:
-      return keep_inputs<double>(p, threads);
+  if (p.scale == nullptr) {
+    with_type(p.dtype, [&](auto type) {
+      parallel_chunks(p.tokens, threads, [&](int64_t token) { keep_above<decltype(type)>(p, token); });
+    });
+    return;
   }
+  int32_t invalid = 0;  // here what is not finite has its place in the order
+  const int64_t count = p.count < 0 ? 0 : smaller(p.count, p.in);
+  select_rows_cpu({p.scale, p.x, p.keep, &invalid, p.workspace, p.tokens, p.in, count, p.dtype}, threads);
 }
 
 void activation_sparse_linear_cpu(const ActivationSparseLinearParams& p, int threads) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return multiply_tokens<float>(p, threads);
-    case DType::kBFloat16:
-      return multiply_tokens<bf16>(p, threads);
-    case DType::kFloat16:
-      return multiply_tokens<fp16>(p, threads);
-    default:
-      return multiply_tokens<double>(p, threads);
-  }
+  with_type(p.dtype, [&](auto type) { multiply_tokens<decltype(type)>(p, threads); });
 }
 
 }  // namespace tilewright::TW_ISA

@@ -12,7 +12,8 @@ __all__: list[str] = [
     "SELECTIVE_SCAN_MAX_STATES",
     "SSD_CHUNK",
     "activation_sparse_linear",
-    "activation_sparse_linear_workspace",
+    "activation_sparse_step",
+    "activation_sparse_workspace",
     "block_codes",
     "block_lists",
     "block_sparse_bwd",
@@ -34,7 +35,6 @@ __all__: list[str] = [
     "dequantize_blockwise",
     "dynamic_map",
     "keep_inputs",
-    "keep_inputs_workspace",
     "linear_scan",
     "linear_scan_workspace",
     "mamba_step",
@@ -94,11 +94,28 @@ def activation_sparse_linear(
     Writes y of the inputs that are kept.
     """
 
-def activation_sparse_linear_workspace(
-    arg0: typing.Any, arg1: typing.SupportsInt | typing.SupportsIndex
+def activation_sparse_step(
+    arg0: typing.Any,
+    arg1: typing.Any,
+    arg2: typing.Any,
+    arg3: typing.SupportsInt | typing.SupportsIndex,
+    arg4: typing.Any,
+    arg5: typing.Any,
+    arg6: typing.Any,
+    arg7: typing.Any,
+    arg8: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Writes y of the inputs that each token keeps.
+    """
+
+def activation_sparse_workspace(
+    arg0: typing.Any,
+    arg1: typing.SupportsInt | typing.SupportsIndex,
+    arg2: typing.SupportsInt | typing.SupportsIndex,
 ) -> int:
     """
-    Bytes that activation_sparse_linear needs.
+    Bytes of workspace for so many outputs; keep_inputs has none.
     """
 
 def block_codes(
@@ -317,15 +334,6 @@ def keep_inputs(
 ) -> None:
     """
     Writes which inputs each token keeps.
-    """
-
-def keep_inputs_workspace(
-    arg0: typing.SupportsInt | typing.SupportsIndex,
-    arg1: typing.SupportsInt | typing.SupportsIndex,
-    arg2: typing.SupportsInt | typing.SupportsIndex,
-) -> int:
-    """
-    Bytes that keep_inputs needs on a CPU.
     """
 
 def linear_scan(

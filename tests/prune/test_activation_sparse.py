@@ -18,6 +18,7 @@ from tilewright.prune.activation_ops import FEW_TOKENS, ActivationSparse
 
 keep_inputs = torch.ops.tilewright.keep_inputs
 forward = torch.ops.tilewright.activation_sparse_fwd
+step = torch.ops.tilewright.activation_sparse_step
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, *HALVES]
 ATOL = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -248,6 +249,33 @@ def test_any_shapes(tokens, inputs, outputs, dtype, density, bias, turned) -> No
     assert_close(arguments)
 
 
+# ---- both at once ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 9])
+def test_a_step_is_the_choice_and_the_product(backend, tokens: int, dtype: torch.dtype) -> None:
+    """To the bit."""
+    for inputs, outputs in ((1, 1), (70, 33), (600, 65)):
+        x, _, weight_t, bias = make(tokens, inputs, outputs, dtype, backend.device).values()
+        scale = (normal(inputs, seed=1).abs() + 0.1).to(backend.device)
+        for choice in ((scale, None), (None, scale[:1])):
+            expected = forward(x, keep_inputs(x, *choice, inputs // 3), weight_t, bias)
+            assert torch.equal(step(x, *choice, inputs // 3, weight_t, bias), expected)
+
+
+def test_a_step_with_bad_input() -> None:
+    x, scale, weight_t = torch.zeros(2, 5), torch.ones(5), torch.zeros(5, 4)
+    for arguments, error, message in (
+        ((x, None, None, 2, weight_t, None), ValueError, "one of them must be given"),
+        ((x, scale, None, 2, weight_t[:4], None), ValueError, "weight_t: must have shape"),
+        ((x, scale.double(), None, 2, weight_t, None), TypeError, "scale: got dtype float64"),
+        ((x, scale, None, 2, weight_t, torch.zeros(3)), ValueError, "bias: got 3 elements"),
+    ):
+        with pytest.raises(error, match=message):
+            step(*arguments)
+
+
 # ---- as torch ops ----
 
 
@@ -283,6 +311,8 @@ def test_opcheck() -> None:
         torch.library.opcheck(forward.default, tuple(arguments.values()))
         torch.library.opcheck(keep_inputs.default, (arguments["x"], torch.rand(33), None, 9))
         torch.library.opcheck(keep_inputs.default, (arguments["x"], None, torch.tensor(0.5), 9))
+        step_arguments = (arguments["x"], torch.rand(33), None, 9, arguments["weight_t"], arguments["bias"])
+        torch.library.opcheck(step.default, step_arguments)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Bytes of a call, each once: the weights of the inputs that are kept, density * in * out elements (all of them
 for a dense layer); x, y and bias are small beside them. FLOPs: 2 a weight that is read and token.
-Every call gets other tokens, so that the rows of the last call are not those of the next.
+As in a model that decodes, a call is one of several layers that take turns, with weights that together are
+larger than any cache, and gets other tokens than the last one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .case import OURS, Call, Case, Contender, Plan, of_tokens, short
 from .prune_layers import sizes
 
 _VARIETY = 16  # different tokens that take turns
+_WEIGHTS = 2**28  # bytes of the layers that take turns
 
 
 def cases(plan: Plan) -> list[Case]:
@@ -39,27 +41,33 @@ def cases(plan: Plan) -> list[Case]:
 
 
 class _Problem:
-    """A layer and its inputs, made when a contender first asks for them."""
+    """The layers and their inputs, made when a contender first asks for them."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], sparsity: float, tokens: int
     ) -> None:
         self.device, self.dtype, self.shape, self.sparsity = device, dtype, shape, sparsity
         self.tokens = tokens
-        self._made: tuple[Any, list[Tensor]] | None = None
+        self.layers = max(2, _WEIGHTS // (shape[0] * shape[1] * dtype.itemsize))
+        self._made: tuple[list[Any], list[Tensor]] | None = None
 
-    def layer_and_inputs(self) -> tuple[Any, list[Tensor]]:
+    def layers_and_inputs(self) -> tuple[list[Any], list[Tensor]]:
         if self._made is None:
             from tilewright.nn import ActivationSparseLinear
 
             generator = torch.Generator(self.device).manual_seed(0)
             inputs, outputs = self.shape
-            layer = ActivationSparseLinear(
-                inputs, outputs, sparsity=self.sparsity, device=self.device, dtype=self.dtype
-            ).eval()
+            layers = [
+                ActivationSparseLinear(
+                    inputs, outputs, sparsity=self.sparsity, device=self.device, dtype=self.dtype
+                )
+                .eval()
+                .requires_grad_(False)
+                for _ in range(self.layers)
+            ]
             size = (_VARIETY, self.tokens, inputs)
             x = torch.randn(size, generator=generator, device=self.device).to(self.dtype)
-            self._made = layer.requires_grad_(False), list(x)
+            self._made = layers, list(x)
         return self._made
 
     def weights_read(self) -> float:
@@ -85,33 +93,41 @@ def _case(
         f"ActivationSparseLinear, {size}, {zeros} left out, {of_tokens(tokens)}, {kind}",
         contenders,
         2 * weights * problem.weights_read() * tokens,
+        calls=problem.layers,
         sizes={"in x out": size, "sparsity": sparsity, "tokens": tokens, "dtype": kind},
     )
 
 
-def _taking_turns(inputs: list[Tensor], call: Callable[[Tensor], object]) -> Call:
+def _taking_turns(layers: list[Callable[[Tensor], object]], inputs: list[Tensor]) -> Call:
     numbers = count()
-    return lambda: call(inputs[next(numbers) % len(inputs)])
+
+    def call() -> object:
+        number = next(numbers)
+        return layers[number % len(layers)](inputs[number % len(inputs)])
+
+    return call
 
 
 def _ours(problem: _Problem) -> Call:
-    layer, inputs = problem.layer_and_inputs()
-    return _taking_turns(inputs, layer)
+    return _taking_turns(*problem.layers_and_inputs())
 
 
 def _dense(problem: _Problem) -> Call:
-    layer, inputs = problem.layer_and_inputs()
-    return _taking_turns(inputs, layer.to_linear().requires_grad_(False))
+    layers, inputs = problem.layers_and_inputs()
+    return _taking_turns([layer.to_linear().requires_grad_(False) for layer in layers], inputs)
 
 
 def _masked(problem: _Problem) -> Call:
     """What one writes without a kernel: the mask of the largest scores, then the dense layer."""
-    layer, inputs = problem.layer_and_inputs()
-    dense, norms = layer.to_linear().requires_grad_(False), layer.column_norm
+    layers, inputs = problem.layers_and_inputs()
     kept = problem.shape[0] - round(problem.sparsity * problem.shape[0])
 
-    def masked(x: Tensor) -> Tensor:
-        best = (x.abs() * norms).topk(kept, dim=-1).indices
-        return F.linear(x * torch.zeros_like(x).scatter_(-1, best, 1.0), dense.weight, dense.bias)
+    def masked(dense: Any, norms: Tensor) -> Callable[[Tensor], object]:
+        def call(x: Tensor) -> Tensor:
+            best = (x.abs() * norms).topk(kept, dim=-1).indices
+            return F.linear(x * torch.zeros_like(x).scatter_(-1, best, 1.0), dense.weight, dense.bias)
 
-    return _taking_turns(inputs, masked)
+        return call
+
+    found = [masked(layer.to_linear().requires_grad_(False), layer.column_norm) for layer in layers]
+    return _taking_turns(found, inputs)

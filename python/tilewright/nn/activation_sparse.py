@@ -167,20 +167,26 @@ class ActivationSparseLinear(nn.Module):
     def kept_inputs(self, x: Tensor) -> Tensor:
         """Which inputs each token keeps: bool, of the shape of x."""
         self._check(x)
-        return self._keep(x.detach().reshape(-1, self.in_features).to(self.weight_t.dtype)).view(x.shape)
+        self._prepare()
+        rows = x.detach().reshape(-1, self.in_features).to(self.weight_t.dtype)
+        keep: Tensor = keep_inputs(rows, self.column_norm, self.threshold, self._count)
+        return keep.view(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``(..., in_features)`` of the weights' dtype to ``(..., out_features)``."""
         self._check(x)
-        dtype = self.weight_t.dtype
-        cast = dtype
+        weight, cast = self.weight_t, None
+        dtype = weight.dtype
         if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
             cast, x = torch.get_autocast_dtype(x.device.type), x.to(dtype)
         if x.dtype != dtype:
             raise TypeError(f"x must have the dtype of the weights, {_name(dtype)}, got {_name(x.dtype)}")
-        rows = x.reshape(-1, self.in_features)
-        y = activation_sparse_linear(rows, self._keep(rows), self.weight_t, self.bias)
-        return y.view(*x.shape[:-1], self.out_features).to(cast)
+        self._prepare()
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # at one token every op counts
+        y = activation_sparse_linear(rows, self.column_norm, self.threshold, self._count, weight, self.bias)
+        if rows is not x:
+            y = y.view(*x.shape[:-1], self.out_features)
+        return y if cast is None else y.to(cast)
 
     def refresh(self) -> None:
         """Computes the norms of the inputs' weights anew; runs by itself where weights are seen to change."""
@@ -230,14 +236,12 @@ class ActivationSparseLinear(nn.Module):
         _checks.check_dtype("x", x, _checks.FLOATS)
         _checks.check_device("x", x, self.weight_t.device, "the layer")
 
-    def _keep(self, rows: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            if self.training and torch.is_grad_enabled() and self.weight_t.requires_grad:
-                self.refresh()
-        else:
+    def _prepare(self) -> None:
+        """Sees to it that the norms are those of the weights."""
+        if not torch.compiler.is_compiling():
             self._follow_weights()
-        result: Tensor = keep_inputs(rows.detach(), self.column_norm, self.threshold, self._count)
-        return result
+        elif self.training and torch.is_grad_enabled() and self.weight_t.requires_grad:
+            self.refresh()
 
     def _weights_now(self) -> tuple[int, int]:
         weight = self.weight_t

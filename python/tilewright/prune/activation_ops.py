@@ -1,7 +1,8 @@
 """The activation-sparse linear layer as torch ops: schema, implementation, fake kernels, gradient.
 
-    tilewright::keep_inputs            which inputs each token keeps, bool (tokens, in)
-    tilewright::activation_sparse_fwd  (x * keep) @ weight_t + bias, reading the rows that are kept
+    tilewright::keep_inputs             which inputs each token keeps, bool (tokens, in)
+    tilewright::activation_sparse_fwd   (x * keep) @ weight_t + bias, reading the rows that are kept
+    tilewright::activation_sparse_step  both, for decoding: one token's product takes no longer than a few ops
 
 The first is not differentiable: a gradient takes the choice of inputs for given. Up to `FEW_TOKENS` tokens
 the kernel reads what any of them keeps; more of them keep nearly everything between them, so that product is
@@ -25,13 +26,14 @@ def _fake_keep(x: Tensor, scale: Tensor | None, threshold: Tensor | None, count:
     return x.new_empty(x.shape, dtype=torch.bool)
 
 
+def _workspace(x: Tensor, outputs: int, threads: int) -> Tensor:
+    room = _backend.C.activation_sparse_workspace(x, outputs, threads)
+    return x.new_empty(room, dtype=torch.uint8)
+
+
 def _keep(x: Tensor, scale: Tensor | None, threshold: Tensor | None, count: int) -> Tensor:
     keep, threads = _fake_keep(x, scale, threshold, count), _backend.num_threads()
-    room = 0
-    if scale is not None and not (x.is_cuda or _backend.is_emulated()):
-        room = _backend.C.keep_inputs_workspace(x.shape[1], x.itemsize, threads)
-    workspace = x.new_empty(room, dtype=torch.uint8)
-    _backend.C.keep_inputs(x, scale, threshold, count, keep, workspace, threads)
+    _backend.C.keep_inputs(x, scale, threshold, count, keep, _workspace(x, 0, threads), threads)
     return keep
 
 
@@ -43,10 +45,28 @@ def _forward(x: Tensor, keep: Tensor, weight_t: Tensor, bias: Tensor | None) -> 
     if x.shape[0] > FEW_TOKENS:
         masked = torch.where(keep, x, 0)
         return masked @ weight_t if bias is None else torch.addmm(bias, masked, weight_t)
-    y = _fake_forward(x, keep, weight_t, bias)
-    room = _backend.C.activation_sparse_linear_workspace(weight_t, x.shape[0])
-    workspace = x.new_empty(room, dtype=torch.uint8)
-    _backend.C.activation_sparse_linear(x, keep, weight_t, bias, y, workspace, _backend.num_threads())
+    y, threads = _fake_forward(x, keep, weight_t, bias), _backend.num_threads()
+    workspace = _workspace(x, y.shape[1], threads)
+    _backend.C.activation_sparse_linear(x, keep, weight_t, bias, y, workspace, threads)
+    return y
+
+
+def _fake_step(
+    x: Tensor, scale: Tensor | None, threshold: Tensor | None, count: int, weight_t: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], weight_t.shape[1]))
+
+
+def _step(
+    x: Tensor, scale: Tensor | None, threshold: Tensor | None, count: int, weight_t: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if x.shape[0] > FEW_TOKENS:
+        return _forward(x, _keep(x, scale, threshold, count), weight_t, bias)
+    y, threads = _fake_step(x, scale, threshold, count, weight_t, bias), _backend.num_threads()
+    workspace = _workspace(x, y.shape[1], threads)
+    _backend.C.activation_sparse_step(x, scale, threshold, count, weight_t, bias, y, workspace, threads)
     return y
 
 
@@ -56,9 +76,16 @@ define(
     _forward,
     _fake_forward,
 )
+define(
+    "activation_sparse_step(Tensor x, Tensor? scale, Tensor? threshold, int count, Tensor weight_t, "
+    "Tensor? bias) -> Tensor",
+    _step,
+    _fake_step,
+)
 
 keep_inputs = torch.ops.tilewright.keep_inputs.default
 _fwd = torch.ops.tilewright.activation_sparse_fwd.default
+_step_op = torch.ops.tilewright.activation_sparse_step.default
 
 
 class ActivationSparse(torch.autograd.Function):
@@ -83,10 +110,14 @@ class ActivationSparse(torch.autograd.Function):
         return dx, None, dweight, dy.sum(0) if needs_bias else None
 
 
-def activation_sparse_linear(x: Tensor, keep: Tensor, weight_t: Tensor, bias: Tensor | None) -> Tensor:
-    """ActivationSparse, or the op alone where nobody asks for a gradient."""
+def activation_sparse_linear(
+    x: Tensor, scale: Tensor | None, threshold: Tensor | None, count: int, weight_t: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """(x * keep_inputs(x)) @ weight_t + bias; one op where nobody asks for a gradient."""
     if differentiates(x, weight_t, bias):
+        keep = keep_inputs(x.detach(), scale, threshold, count)
         result: Tensor = ActivationSparse.apply(x, keep, weight_t, bias)  # type: ignore[no-untyped-call]
     else:
-        result = _fwd(x, keep, weight_t, bias)
+        result = _step_op(x, scale, threshold, count, weight_t, bias)
     return result
