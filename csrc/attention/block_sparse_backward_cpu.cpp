@@ -6,9 +6,9 @@
 // five products, each pair of query and key met once. The unit of work is a range of key blocks of one head
 // of k and v: its dK and dV are summed in one place, and dQ in the unit's own copy. How many ranges a head is
 // cut into, and where, depends on shapes and lists alone, so results do not depend on the threads. Units are
-// taken head by head, and who ends the last one of a head adds up its copies: so there need to be copies of no
-// more heads than threads, which are still in cache then. A tile takes its queries from several blocks of the
-// list, without those that see no key.
+// taken head by head, and who ends the last one of a head adds up its copies: so there need to be copies of
+// no more heads than threads, which are still in cache then. A tile takes its queries from several blocks of
+// the list, without those that see no key.
 //
 // Roofline: 10 D FLOPs a pair, 12 vector instructions of softmax beside 5 D / 16 of products: FMA-bound.
 #include "attention/block_sparse_simd.h"
@@ -360,12 +360,16 @@ void finish_queries(const BlockSparseParams& p, const Shared& shared, float* sum
                     int64_t in_group, int64_t block) {
   const int64_t start = block * p.mask.block_q, end = start + p.mask.block_q, width = dq_width(p);
   const int64_t head = unit.kv_head * group_of(p) + in_group, first = copy_at(p, unit, in_group, 0);
+  const float* copies[kEnoughUnits];
+  int count = 0;
+  for (int64_t copy = first; copy < first + range_count(p); ++copy) {
+    if (shared.touched[copy * p.mask.q2k.rows + block]) copies[count++] = shared.dq + copy * dq_size(p);
+  }
   for (int64_t i = start; i < end && i < p.q_len; ++i) {
-    std::memset(sums, 0, size_t(width) * sizeof(float));
-    for (int64_t copy = first; copy < first + range_count(p); ++copy) {
-      if (!shared.touched[copy * p.mask.q2k.rows + block]) continue;
-      const float* row = shared.dq + copy * dq_size(p) + i * width;
-      for (int64_t d = 0; d < width; d += kLanes) store(sums + d, load(sums + d) + load(row + d));
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Float sum_of = splat(0.0f);
+      for (int copy = 0; copy < count; ++copy) sum_of = sum_of + load(copies[copy] + i * width + d);
+      store(sums + d, sum_of);
     }
     write_row<T>(p.dq, unit.batch, head, i, sums, p.head_dim, float(p.scale));
   }
@@ -417,7 +421,8 @@ void backward(const BlockSparseParams& p, int threads) {
 
 int64_t block_sparse_bwd_workspace_cpu(const BlockSparseParams& p, int threads) {
   if (p.dtype == DType::kFloat64) return 0;
-  return Shared(p, nullptr, threads).arena.used + (threads > 1 ? threads : 1) * Scratch(p, nullptr).arena.used;
+  return Shared(p, nullptr, threads).arena.used +
+         (threads > 1 ? threads : 1) * Scratch(p, nullptr).arena.used;
 }
 
 void block_sparse_bwd_cpu(const BlockSparseParams& p, int threads) {
