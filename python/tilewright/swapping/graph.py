@@ -1,0 +1,153 @@
+"""Swapped attention inside of graphs that torch.compile makes, for whole sequences.
+
+    tilewright::model_blocks  the lists and tables of the mask of blocks that a layer gets
+
+A graph knows a `BlockSparse` by its number. Where lengths alone make the mask, the graph holds it. Else the op
+makes it, of what the graph hands on: q and k for an estimator, and which tokens are padding, or a mask of
+elements. So there is a graph for each batch size and length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._library import define
+from ..attention import BlockMask, BlockSparse, block_sparse_attention
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside(function: Function) -> Function:
+    """Left out of compiled graphs; where one is to be whole, torch says why it cannot be."""
+    reason = (
+        "graphs hold swapped attention of whole sequences: no decode steps, no verify, and no padding or "
+        "window of the model's with permuted_block_sparse_attention"
+    )
+    return torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def attention(
+    spec: BlockSparse, q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, scale: float, softcap: float
+) -> Tensor:
+    """(batch, heads, length, value_dim); `causal` says what a layer without a mask is."""
+    # Numbers, also where sizes are symbols.
+    batch, heads, length = (len(range(size)) for size in q.shape[:3])
+    if spec.takes == "attention":
+        return spec.attention(q, k, v, scale)
+    if spec.takes == "lengths" and mask is None:
+        blocks = _static_blocks(spec.number, length, causal, q.device)
+        return block_sparse_attention(q, k, v, blocks, scale=scale, softcap=softcap)  # type: ignore[return-value]
+    padding = elements = None
+    if isinstance(mask, Tensor):
+        elements, causal = mask, False
+    elif mask is not None:
+        if mask.plain is None:
+            elements = mask.for_implementation("sdpa", torch.float32)
+        else:
+            causal, padding = mask.plain, mask.padding
+    sizes = (1, heads, length, len(range(q.shape[3]))), (1, len(range(k.shape[1])))
+    mask_heads, *block = _static_sizes(spec.number, *sizes, q.dtype, q.device)
+    made = torch.ops.tilewright.model_blocks(
+        q.detach(), k.detach(), padding, elements, spec.number, causal, mask_heads, *block
+    )
+    blocks = BlockMask(*made, (block[0], block[1]), length, length)
+    within = causal and spec.takes == "tensors" and elements is None
+    return block_sparse_attention(q, k, v, blocks, scale=scale, softcap=softcap, causal=within)  # type: ignore[return-value]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _static_blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
+    """The mask of a specification for a compiled graph, made once, while the graph is."""
+    return _blocks(number, length, causal, device)
+
+
+@outside
+def _blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
+    spec = BlockSparse.of_number(number)
+    mask = spec.of_lengths(length, length, device)
+    return mask & BlockMask.causal(length, block_size=mask.block_size, device=device) if causal else mask
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _static_sizes(
+    number: int, q: tuple[int, ...], k: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[int, int, int]:
+    """Heads and block size of the masks of a specification, found by having it make one."""
+    return _sizes(number, q, k, dtype, device)
+
+
+@outside
+def _sizes(
+    number: int, q: tuple[int, ...], k: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[int, int, int]:
+    spec = BlockSparse.of_number(number)
+    if spec.takes == "lengths":
+        mask = spec.of_lengths(q[2], q[2], device)
+    else:
+        keys = torch.zeros(*k, *q[2:], dtype=dtype, device=device)
+        mask = spec.of_tensors(torch.zeros(q, dtype=dtype, device=device), keys, True)
+    return mask.shape[1], *mask.block_size
+
+
+def _model_blocks(
+    q: Tensor,
+    k: Tensor,
+    padding: Tensor | None,
+    elements: Tensor | None,
+    number: int,
+    causal: bool,
+    heads: int,
+    block_q: int,
+    block_kv: int,
+) -> tuple[Tensor, ...]:
+    from .model_mask import of_elements, plain_mask
+
+    spec = BlockSparse.of_number(number)
+    if elements is not None:
+        mask = of_elements(elements, spec, q, k, causal)
+    else:
+        made = plain_mask(q, k, causal, padding)
+        mask = made.estimated(spec.of_tensors(q, k, causal)) if spec.takes == "tensors" else made.blocks(spec)
+    if mask.shape[1] not in (1, heads) or mask.block_size != (block_q, block_kv):
+        raise ValueError(
+            f"{spec} returned a mask of {mask.shape[1]} heads and blocks of {mask.block_size} for tensors of a "
+            f"size for which it had returned one of {heads} heads and blocks of {(block_q, block_kv)}"
+        )
+    draft = mask._draft()
+    codes = draft.codes.expand(q.shape[0], heads, -1, -1)
+    rows, columns = codes.shape[2:]
+    lists = torch.ops.tilewright.block_lists(codes, max(1, columns), max(1, rows), True)
+    return (*lists, draft.tables.clone())
+
+
+def _fake_model_blocks(
+    q: Tensor,
+    k: Tensor,
+    padding: Tensor | None,
+    elements: Tensor | None,
+    number: int,
+    causal: bool,
+    heads: int,
+    block_q: int,
+    block_kv: int,
+) -> tuple[Tensor, ...]:
+    rows, columns = -(-q.shape[2] // block_q), -(-k.shape[2] // block_kv)
+    found = []
+    for counts, capacity in ((rows, columns), (columns, rows)):
+        shape = (q.shape[0], heads, counts)
+        listed = [q.new_empty((*shape, max(1, capacity)), dtype=torch.int32) for _ in range(2)]
+        found += [q.new_empty(shape, dtype=torch.int32), *listed]
+    tables = torch.library.get_ctx().new_dynamic_size()
+    return (*found, q.new_empty((tables, block_q, -(-block_kv // 32)), dtype=torch.int32))
+
+
+define(
+    "model_blocks(Tensor q, Tensor k, Tensor? padding, Tensor? elements, int number, bool causal, int heads, "
+    "int block_q, int block_kv) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _model_blocks,
+    _fake_model_blocks,
+)
