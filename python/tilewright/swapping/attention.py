@@ -13,13 +13,13 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import BlockMask, BlockSparse, block_sparse_attention
+from ..attention import BlockSparse, block_sparse_attention
 from ..attention.compose import from_elements, rows
 from . import graph
 

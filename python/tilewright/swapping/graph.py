@@ -2,9 +2,9 @@
 
     tilewright::model_blocks  the lists and tables of the mask of blocks that a layer gets
 
-A graph knows a `BlockSparse` by its number. Where lengths alone make the mask, the graph holds it. Else the op
-makes it, of what the graph hands on: q and k for an estimator, and which tokens are padding, or a mask of
-elements. So there is a graph for each batch size and length.
+A graph knows a `BlockSparse` by its number. Where lengths alone make the mask, the graph holds it. Else the
+op makes it, of what the graph hands on: q and k for an estimator, and which tokens are padding, or a mask of
+elements. There is a graph for each length.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ def attention(
     spec: BlockSparse, q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, scale: float, softcap: float
 ) -> Tensor:
     """(batch, heads, length, value_dim); `causal` says what a layer without a mask is."""
-    # Numbers, also where sizes are symbols.
-    batch, heads, length = (len(range(size)) for size in q.shape[:3])
+    heads, length, dim, kv_heads = (len(range(n)) for n in (*q.shape[1:], k.shape[1]))  # symbols to numbers
     if spec.takes == "attention":
         return spec.attention(q, k, v, scale)
     if spec.takes == "lengths" and mask is None:
@@ -49,8 +48,7 @@ def attention(
             elements = mask.for_implementation("sdpa", torch.float32)
         else:
             causal, padding = mask.plain, mask.padding
-    sizes = (1, heads, length, len(range(q.shape[3]))), (1, len(range(k.shape[1])))
-    mask_heads, *block = _static_sizes(spec.number, *sizes, q.dtype, q.device)
+    mask_heads, *block = _static_sizes(spec.number, heads, kv_heads, length, dim, q.dtype, q.device)
     made = torch.ops.tilewright.model_blocks(
         q.detach(), k.detach(), padding, elements, spec.number, causal, mask_heads, *block
     )
@@ -74,25 +72,26 @@ def _blocks(number: int, length: int, causal: bool, device: torch.device) -> Blo
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _static_sizes(
-    number: int, q: tuple[int, ...], k: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    number: int, heads: int, kv_heads: int, length: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int, int]:
     """Heads and block size of the masks of a specification, found by having it make one."""
-    return _sizes(number, q, k, dtype, device)
+    return _sizes(number, heads, kv_heads, length, dim, dtype, device)
 
 
 @outside
 def _sizes(
-    number: int, q: tuple[int, ...], k: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    number: int, heads: int, kv_heads: int, length: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int, int]:
     spec = BlockSparse.of_number(number)
     if spec.takes == "lengths":
-        mask = spec.of_lengths(q[2], q[2], device)
+        mask = spec.of_lengths(length, length, device)
     else:
-        keys = torch.zeros(*k, *q[2:], dtype=dtype, device=device)
-        mask = spec.of_tensors(torch.zeros(q, dtype=dtype, device=device), keys, True)
+        q, k = (torch.zeros(1, n, length, dim, dtype=dtype, device=device) for n in (heads, kv_heads))
+        mask = spec.of_tensors(q, k, True)
     return mask.shape[1], *mask.block_size
 
 
+@outside
 def _model_blocks(
     q: Tensor,
     k: Tensor,
@@ -114,14 +113,15 @@ def _model_blocks(
         mask = made.estimated(spec.of_tensors(q, k, causal)) if spec.takes == "tensors" else made.blocks(spec)
     if mask.shape[1] not in (1, heads) or mask.block_size != (block_q, block_kv):
         raise ValueError(
-            f"{spec} returned a mask of {mask.shape[1]} heads and blocks of {mask.block_size} for tensors of a "
-            f"size for which it had returned one of {heads} heads and blocks of {(block_q, block_kv)}"
+            f"{spec} returned a mask of {mask.shape[1]} heads and blocks of {mask.block_size}, but one of "
+            f"{heads} heads and blocks of {(block_q, block_kv)} when the graph was compiled"
         )
     draft = mask._draft()
     codes = draft.codes.expand(q.shape[0], heads, -1, -1)
     rows, columns = codes.shape[2:]
     lists = torch.ops.tilewright.block_lists(codes, max(1, columns), max(1, rows), True)
-    return (*lists, draft.tables.clone())
+    # A copy, for a graph may write over it, and one more: where all blocks are full there is none.
+    return (*lists, torch.nn.functional.pad(draft.tables, (0, 0, 0, 0, 0, 1)))
 
 
 def _fake_model_blocks(
