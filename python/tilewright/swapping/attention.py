@@ -267,7 +267,10 @@ def _model_mask(
         return None  # as for SDPA: causal if the layer is
     from .model_mask import ModelMask
 
-    return ModelMask(**arguments, attention_mask=attention_mask)
+    mask = ModelMask(**arguments, attention_mask=attention_mask)
+    if mask.plain is None:
+        mask.for_implementation("sdpa", torch.float32)  # kept by the mask: layers may have no side effects
+    return mask
 
 
 @graph.outside

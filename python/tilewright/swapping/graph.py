@@ -50,13 +50,10 @@ def attention(
             causal, padding = mask.plain, mask.padding
     mask_heads, *block = _static_sizes(spec.number, heads, kv_heads, length, dim, q.dtype, q.device)
 
-    def make() -> tuple[Tensor, ...]:
-        return torch.ops.tilewright.model_blocks(  # type: ignore[no-any-return]
-            q.detach(), k.detach(), padding, elements, spec.number, causal, mask_heads, *block
-        )
-
-    shared = spec.takes == "lengths" and not isinstance(mask, Tensor)  # by all layers of a pass
-    lists = mask.made(("lists", spec.number), make) if shared else make()
+    # Made for each layer: to keep it for the next is a side effect, which checkpointed layers must not have.
+    lists = torch.ops.tilewright.model_blocks(
+        q.detach(), k.detach(), padding, elements, spec.number, causal, mask_heads, *block
+    )
     blocks = BlockMask(*lists, (block[0], block[1]), length, length)
     within = causal and spec.takes == "tensors" and elements is None
     return block_sparse_attention(q, k, v, blocks, scale=scale, softcap=softcap, causal=within)  # type: ignore[return-value]
