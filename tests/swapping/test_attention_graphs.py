@@ -105,6 +105,19 @@ def test_graphs_of_other_sizes_and_after_unswap() -> None:
     torch.testing.assert_close(logits(compiled, tokens()), dense, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
+def test_checkpointed_layers_in_one_graph() -> None:
+    """Nothing that a layer makes is kept outside of it."""
+    model, ids = tiny("llama", num_hidden_layers=2).train(), tokens()
+    tw.swap(model, attention=WINDOW())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    given, parameters = {**padded(ids), "use_cache": False}, dict(model.named_parameters())
+    expected = step(model, ids, given, parameters)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for a, b in zip(step(compiled, ids, given, parameters), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_what_a_graph_does_not_hold() -> None:
     """Permuted attention of padded rows: whole graphs say so, others go round it."""
