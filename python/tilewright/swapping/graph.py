@@ -48,13 +48,17 @@ def attention(
             elements = mask.for_implementation("sdpa", torch.float32)
         else:
             causal, padding = mask.plain, mask.padding
-    mask_heads, *block = _static_sizes(spec.number, heads, kv_heads, length, dim, q.dtype, q.device)
+    mask_heads, block_q, block_kv = _static_sizes(
+        spec.number, heads, kv_heads, length, dim, q.dtype, q.device
+    )
 
     # Made for each layer: to keep it for the next is a side effect, which checkpointed layers must not have.
     lists = torch.ops.tilewright.model_blocks(
-        q.detach(), k.detach(), padding, elements, spec.number, causal, mask_heads, *block
+        q.detach(), k.detach(), padding, elements, spec.number, causal, mask_heads, block_q, block_kv
     )
-    blocks = BlockMask(*lists, (block[0], block[1]), length, length)
+    q_counts, q_indices, q_bits, k_counts, k_indices, k_bits, tables = lists
+    q2k, k2q = (q_counts, q_indices, q_bits), (k_counts, k_indices, k_bits)
+    blocks = BlockMask(*q2k, *k2q, tables, (block_q, block_kv), length, length)
     within = causal and spec.takes == "tensors" and elements is None
     return block_sparse_attention(q, k, v, blocks, scale=scale, softcap=softcap, causal=within)  # type: ignore[return-value]
 
