@@ -4,10 +4,11 @@
 //   S = K Q^T, dP = V dO^T, dS = P (dP - delta);  dV += P dO, dK += scale dS Q, dQ += scale dS^T K
 //
 // five products, each pair of query and key met once. The unit of work is a range of key blocks of one head
-// of k and v: its dK and dV are summed in one place, and dQ in the unit's own copy, which a second pass adds
-// up. How many ranges a head is cut into, and where, depends on shapes and lists alone, so results do not
-// depend on the threads. A tile takes its queries from several blocks of the list, without those that see no
-// key.
+// of k and v: its dK and dV are summed in one place, and dQ in the unit's own copy. How many ranges a head is
+// cut into, and where, depends on shapes and lists alone, so results do not depend on the threads. Units are
+// taken head by head, and who ends the last one of a head adds up its copies: so there need to be copies of
+// no more heads than threads, which are still in cache then. A tile takes its queries from several blocks of
+// the list, without those that see no key.
 //
 // Roofline: 10 D FLOPs a pair, 12 vector instructions of softmax beside 5 D / 16 of products: FMA-bound.
 #include "attention/block_sparse_simd.h"
@@ -30,19 +31,73 @@ int64_t range_count(const BlockSparseParams& p) {
   return wanted > 1 ? wanted : 1;
 }
 
+int64_t group_of(const BlockSparseParams& p) { return p.heads / p.kv_heads; }
+int64_t head_count(const BlockSparseParams& p) { return p.batch * p.kv_heads; }  // of k and v
+
+// Where the heads of k and v keep their copies of dQ: at a place that a head holds from its first unit to its
+// last. Units are taken in order, so no more heads than threads are at it at any time.
+struct Places {
+  struct Head {
+    int32_t place, units_left;
+  };
+  int32_t *free, *free_count;
+  int64_t* next;  // unit
+  Head* heads;
+
+  void reset(int64_t head_total, int64_t ranges, int64_t places) {
+    *next = 0;
+    *free_count = int32_t(places);
+    for (int64_t i = 0; i < places; ++i) free[i] = int32_t(places - 1 - i);
+    for (int64_t i = 0; i < head_total; ++i) heads[i] = {-1, int32_t(ranges)};
+  }
+
+  int64_t take_unit() { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+
+  int64_t place_of(int64_t head) {
+    int32_t place;
+#pragma omp critical(tilewright_block_sparse_places)
+    {
+      if (heads[head].place < 0) heads[head].place = free[--*free_count];
+      place = heads[head].place;
+    }
+    return place;
+  }
+
+  // Whether that was the head's last unit.
+  bool end_unit(int64_t head) {
+    bool last;
+#pragma omp critical(tilewright_block_sparse_places)
+    last = --heads[head].units_left == 0;
+    return last;
+  }
+
+  void leave(int64_t head) {
+#pragma omp critical(tilewright_block_sparse_places)
+    free[(*free_count)++] = heads[head].place;
+  }
+};
+
 // What lies in the workspace for all units.
 struct Shared {
   Arena arena;
   float *exponents, *deltas;  // [batch][heads][q_len]: lse as an exponent of 2 (inf for empty rows), delta
-  float* dq;                  // [batch][heads][range][q_len][dq_width]
-  uint8_t* touched;           // [batch][heads][range][blocks of queries]: whether dq is set there
+  float* dq;                  // [place][head of the group][range][q_len][dq_width]
+  uint8_t* touched;           // [place][head of the group][range][blocks of queries]: whether dq is set there
+  Places places;
+  int64_t place_count;
 
-  Shared(const BlockSparseParams& p, char* base) : arena{base} {
-    const int64_t rows = p.batch * p.heads, ranges = range_count(p);
+  Shared(const BlockSparseParams& p, char* base, int threads) : arena{base} {
+    const int64_t rows = p.batch * p.heads, heads = head_count(p);
+    place_count = threads < 1 ? 1 : threads < heads ? threads : heads;
+    const int64_t copies = place_count * group_of(p) * range_count(p);
     exponents = arena.take<float>(rows * p.q_len);
     deltas = arena.take<float>(rows * p.q_len);
-    dq = arena.take<float>(rows * ranges * dq_size(p));
-    touched = arena.take<uint8_t>(rows * ranges * p.mask.q2k.rows);
+    dq = arena.take<float>(copies * dq_size(p));
+    touched = arena.take<uint8_t>(copies * p.mask.q2k.rows);
+    places.free = arena.take<int32_t>(place_count);
+    places.free_count = arena.take<int32_t>(1);
+    places.next = arena.take<int64_t>(1);
+    places.heads = arena.take<Places::Head>(heads);
   }
 };
 
@@ -204,42 +259,41 @@ void weigh(const BlockSparseParams& p, Scratch& s, int keys, int lane) {
 // ---- a unit of work ----
 
 struct Unit {
-  int64_t batch, kv_head, range;
+  int64_t batch, kv_head, range, place;
 };
 
-float* dq_copy(const BlockSparseParams& p, const Shared& shared, int64_t row, int64_t range) {
-  return shared.dq + (row * range_count(p) + range) * dq_size(p);
+Unit unit_at(const BlockSparseParams& p, int64_t head, int64_t range, int64_t place) {
+  return {head / p.kv_heads, head % p.kv_heads, range, place};
 }
 
-uint8_t* touched_by(const BlockSparseParams& p, const Shared& shared, int64_t row, int64_t range) {
-  return shared.touched + (row * range_count(p) + range) * p.mask.q2k.rows;
+// A head's place among the copies, as a number of its group.
+int64_t copy_at(const BlockSparseParams& p, const Unit& unit, int64_t in_group, int64_t range) {
+  return (unit.place * group_of(p) + in_group) * range_count(p) + range;
 }
 
-void add_to_dq(const BlockSparseParams& p, const Shared& shared, const Scratch& s, int64_t row, int64_t range,
-               int keys) {
-  float* const dq = dq_copy(p, shared, row, range);
-  uint8_t* const touched = touched_by(p, shared, row, range);
+// As the first to write to a block of queries, the product sets it; what it does not reach is zeroed before.
+void add_to_dq(const BlockSparseParams& p, const Shared& shared, const Scratch& s, int64_t copy, int keys) {
   const int64_t width = dq_width(p);
+  float* const dq = shared.dq + copy * dq_size(p);
+  uint8_t* const touched = shared.touched + copy * p.mask.q2k.rows;
   for (int i = 0; i < s.tile->run_count; ++i) {
     const Run& run = s.tile->runs[i];
-    const int64_t block = run.first / p.mask.block_q;
-    if (!touched[block]) {
-      const int64_t start = block * p.mask.block_q, left = p.q_len - start;
-      const int64_t count = left < p.mask.block_q ? left : p.mask.block_q;
-      std::memset(dq + start * width, 0, size_t(count * width) * sizeof(float));
-      touched[block] = 1;
-    }
+    const int64_t block = run.first / p.mask.block_q, start = block * p.mask.block_q;
+    const int64_t left = p.q_len - start, count = left < p.mask.block_q ? left : p.mask.block_q;
+    const bool set = !touched[block] && run.count == count;
+    if (!touched[block] && !set) std::memset(dq + start * width, 0, size_t(count * width) * sizeof(float));
+    touched[block] = 1;
     multiply<Singles, TileColumns>(
-        {dq + run.first * width, width, s.dscores + run.offset, s.k, kStride, run.count, keys, true}, width);
+        {dq + run.first * width, width, s.dscores + run.offset, s.k, kStride, run.count, keys, !set}, width);
   }
 }
 
 template <class T>
-void run_tile(const BlockSparseParams& p, const Shared& shared, Scratch& s, const Unit& unit, int64_t head,
-              int keys) {
+void run_tile(const BlockSparseParams& p, const Shared& shared, Scratch& s, const Unit& unit,
+              int64_t in_group, int keys) {
   const int queries = s.tile->queries;
   const int64_t lanes = round_up(queries, kLanes);
-  pack_queries<T>(p, shared, s, unit.batch, head);
+  pack_queries<T>(p, shared, s, unit.batch, unit.kv_head * group_of(p) + in_group);
   multiply<Singles, PackedRows>({s.scores, kQueries, s.k, s.q_lanes, kQueries, keys, p.head_dim, false},
                                 lanes);
   multiply<Singles, PackedRows>({s.dscores, kQueries, s.v, s.dout_lanes, kQueries, keys, p.value_dim, false},
@@ -249,7 +303,7 @@ void run_tile(const BlockSparseParams& p, const Shared& shared, Scratch& s, cons
   multiply<Singles, TileRows>({s.dv, kStride, s.scores, s.dout, kStride, keys, queries, true},
                               round_up(p.value_dim, kLanes));
   multiply<Singles, TileRows>({s.dk, kStride, s.dscores, s.q, kStride, keys, queries, true}, dq_width(p));
-  add_to_dq(p, shared, s, unit.batch * p.heads + head, unit.range, keys);
+  add_to_dq(p, shared, s, copy_at(p, unit, in_group, unit.range), keys);
 }
 
 template <class T>
@@ -259,10 +313,9 @@ void run_keys(const BlockSparseParams& p, const Shared& shared, Scratch& s, cons
   read_rows<Singles, T>(s.v, p.v, unit.batch, unit.kv_head, keys.first, keys.count, p.value_dim);
   clear_rows(s.dk, keys.count, p.head_dim);
   clear_rows(s.dv, keys.count, p.value_dim);
-  const int64_t group = p.heads / p.kv_heads;
-  for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head) {
-    QueryList list(p, unit.batch, head, block, keys);
-    while (list.next(*s.tile)) run_tile<T>(p, shared, s, unit, head, keys.count);
+  for (int64_t in_group = 0; in_group < group_of(p); ++in_group) {
+    QueryList list(p, unit.batch, unit.kv_head * group_of(p) + in_group, block, keys);
+    while (list.next(*s.tile)) run_tile<T>(p, shared, s, unit, in_group, keys.count);
   }
   for (int64_t j = 0; j < keys.count; ++j) {
     write_row<T>(p.dk, unit.batch, unit.kv_head, keys.first + j, s.dk + j * kStride, p.head_dim,
@@ -273,7 +326,7 @@ void run_keys(const BlockSparseParams& p, const Shared& shared, Scratch& s, cons
 
 // Listed pairs of blocks of a block of keys, and one for the rest of its work.
 int64_t cost_of(const BlockSparseParams& p, int64_t batch, int64_t kv_head, int64_t block) {
-  const int64_t group = p.heads / p.kv_heads;
+  const int64_t group = group_of(p);
   int64_t cost = 1;
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
     cost += p.mask.k2q.counts[row_of(p.mask.k2q, batch, head, block)];
@@ -282,9 +335,9 @@ int64_t cost_of(const BlockSparseParams& p, int64_t batch, int64_t kv_head, int6
 
 template <class T>
 void run(const BlockSparseParams& p, const Shared& shared, Scratch& s, const Unit& unit) {
-  const int64_t blocks = p.mask.k2q.rows, ranges = range_count(p), group = p.heads / p.kv_heads;
-  for (int64_t head = unit.kv_head * group; head < (unit.kv_head + 1) * group; ++head)
-    std::memset(touched_by(p, shared, unit.batch * p.heads + head, unit.range), 0, size_t(p.mask.q2k.rows));
+  const int64_t blocks = p.mask.k2q.rows, ranges = range_count(p), rows = p.mask.q2k.rows;
+  for (int64_t in_group = 0; in_group < group_of(p); ++in_group)
+    std::memset(shared.touched + copy_at(p, unit, in_group, unit.range) * rows, 0, size_t(rows));
   int64_t total = 0, before = 0;
   for (int64_t block = 0; block < blocks; ++block) total += cost_of(p, unit.batch, unit.kv_head, block);
   for (int64_t block = 0; block < blocks; ++block) {
@@ -301,49 +354,75 @@ void run(const BlockSparseParams& p, const Shared& shared, Scratch& s, const Uni
   }
 }
 
-// The sum of the copies.
+// The sum of the copies for a block of queries of a head of q; unit: any of the head.
 template <class T>
-void finish_queries(const BlockSparseParams& p, const Shared& shared, float* sums, int64_t row,
-                    int64_t block) {
+void finish_queries(const BlockSparseParams& p, const Shared& shared, float* sums, const Unit& unit,
+                    int64_t in_group, int64_t block) {
   const int64_t start = block * p.mask.block_q, end = start + p.mask.block_q, width = dq_width(p);
-  for (int64_t i = start; i < end && i < p.q_len; ++i) {
-    std::memset(sums, 0, size_t(width) * sizeof(float));
-    for (int64_t range = 0; range < range_count(p); ++range) {
-      if (!touched_by(p, shared, row, range)[block]) continue;
-      const float* copy = dq_copy(p, shared, row, range) + i * width;
-      for (int64_t d = 0; d < width; d += kLanes) store(sums + d, load(sums + d) + load(copy + d));
-    }
-    write_row<T>(p.dq, row / p.heads, row % p.heads, i, sums, p.head_dim, float(p.scale));
+  const int64_t head = unit.kv_head * group_of(p) + in_group, first = copy_at(p, unit, in_group, 0);
+  const float* copies[kEnoughUnits];
+  int count = 0;
+  for (int64_t copy = first; copy < first + range_count(p); ++copy) {
+    if (shared.touched[copy * p.mask.q2k.rows + block]) copies[count++] = shared.dq + copy * dq_size(p);
   }
+  for (int64_t i = start; i < end && i < p.q_len; ++i) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Float sum_of = splat(0.0f);
+      for (int copy = 0; copy < count; ++copy) sum_of = sum_of + load(copies[copy] + i * width + d);
+      store(sums + d, sum_of);
+    }
+    write_row<T>(p.dq, unit.batch, head, i, sums, p.head_dim, float(p.scale));
+  }
+}
+
+// All units. Where every head has a place of its own, all threads together add up the copies at the end.
+template <class T>
+void run_all(const BlockSparseParams& p, Shared& shared, char* base, int64_t bytes, int threads) {
+  const int64_t heads = head_count(p), ranges = range_count(p), blocks = p.mask.q2k.rows;
+  const bool at_the_end = shared.place_count == heads;
+  shared.places.reset(heads, ranges, shared.place_count);
+  parallel_slots(threads > 1 ? threads : 1, threads, [&](int64_t, int slot) {
+    Scratch s(p, base + slot * bytes);
+    for (int64_t task; (task = shared.places.take_unit()) < heads * ranges;) {
+      const int64_t head = task / ranges;
+      const Unit unit = unit_at(p, head, task % ranges, shared.places.place_of(head));
+      run<T>(p, shared, s, unit);
+      if (!shared.places.end_unit(head) || at_the_end) continue;
+      for (int64_t i = 0; i < group_of(p) * blocks; ++i)
+        finish_queries<T>(p, shared, s.row, unit, i / blocks, i % blocks);
+      shared.places.leave(head);
+    }
+  });
+  if (!at_the_end) return;
+  parallel_slots(p.batch * p.heads * blocks, threads, [&](int64_t task, int slot) {
+    Scratch s(p, base + slot * bytes);
+    const int64_t row = task / blocks, head = row / group_of(p);
+    const Unit unit = unit_at(p, head, 0, shared.places.heads[head].place);
+    finish_queries<T>(p, shared, s.row, unit, row % group_of(p), task % blocks);
+  });
 }
 
 template <class T>
 void backward(const BlockSparseParams& p, int threads) {
-  const Shared shared(p, static_cast<char*>(p.workspace));
+  Shared shared(p, static_cast<char*>(p.workspace), threads);
   char* const base = shared.arena.base + shared.arena.used;
   const int64_t bytes = Scratch(p, nullptr).arena.used;
-  const int64_t rows = p.batch * p.heads, blocks = p.mask.q2k.rows, ranges = range_count(p);
-  parallel_slots(rows * blocks, threads, [&](int64_t task, int slot) {
+  const int64_t blocks = p.mask.q2k.rows;
+  parallel_slots(p.batch * p.heads * blocks, threads, [&](int64_t task, int slot) {
     Scratch s(p, base + slot * bytes);
     const int64_t start = task % blocks * p.mask.block_q, end = start + p.mask.block_q;
     for (int64_t i = start; i < end && i < p.q_len; ++i)
       prepare_query<T>(p, shared, s.row, s.q, task / blocks, i);
   });
-  parallel_slots(p.batch * p.kv_heads * ranges, threads, [&](int64_t task, int slot) {
-    Scratch s(p, base + slot * bytes);
-    run<T>(p, shared, s, {task / ranges / p.kv_heads, task / ranges % p.kv_heads, task % ranges});
-  });
-  parallel_slots(rows * blocks, threads, [&](int64_t task, int slot) {
-    Scratch s(p, base + slot * bytes);
-    finish_queries<T>(p, shared, s.row, task / blocks, task % blocks);
-  });
+  run_all<T>(p, shared, base, bytes, threads);
 }
 
 }  // namespace
 
 int64_t block_sparse_bwd_workspace_cpu(const BlockSparseParams& p, int threads) {
   if (p.dtype == DType::kFloat64) return 0;
-  return Shared(p, nullptr).arena.used + (threads > 1 ? threads : 1) * Scratch(p, nullptr).arena.used;
+  return Shared(p, nullptr, threads).arena.used +
+         (threads > 1 ? threads : 1) * Scratch(p, nullptr).arena.used;
 }
 
 void block_sparse_bwd_cpu(const BlockSparseParams& p, int threads) {

@@ -166,6 +166,23 @@ def test_long_windows(length: int) -> None:
     check(backend, make(1, 1, 1, length, length, 64, 64), visible, (64, 128), torch.bfloat16)
 
 
+# Of FlashAttention's tests: q_len, kv_len.
+FLASH = [
+    (64, 128), (128, 192), (256, 256), (239, 1), (799, 3), (113, 203), (113, 128), (128, 217), (113, 211),
+    (108, 256), (256, 512), (384, 256), (640, 128), (512, 256), (1024, 1024), (1023, 1024), (1024, 1023),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+def test_full_masks_are_dense_attention(causal: bool) -> None:
+    for q_len, kv_len in FLASH:
+        visible = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
+        inputs = make(1, 2, 1, q_len, kv_len, 64, 64)
+        for block, dtype in (((128, 128), torch.float32), ((64, 32), torch.bfloat16)):
+            check(Backend("cpu"), inputs, visible, block, dtype, causal=causal)
+
+
 def check_nothing_visible(backend: Backend, dtype: torch.dtype) -> None:
     inputs = tuple(t.to(dtype) for t in make(1, 2, 2, 33, 40, 16, 16))
     found = run(backend, inputs, lists_of(torch.zeros(1, 1, 33, 40).bool(), 16, 16))
@@ -282,11 +299,16 @@ def test_float64_is_the_formula() -> None:
         torch.testing.assert_close(value, exact[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(1, 4, 2), (2, 6, 3)])
 @pytest.mark.parametrize("dtype", LOW)
-def test_same_bits(backend: Backend, dtype: torch.dtype, threads: None) -> None:
-    """Repeated, and with any number of threads; ragged lists, so that units differ."""
-    inputs = tuple(t.to(dtype) for t in make(1, 4, 2, 300, 280, 32, 40))
-    mask = lists_of(random_mask(1, 4, 300, 280, 64, 32), 64, 32)
+def test_same_bits(
+    backend: Backend, dtype: torch.dtype, batch: int, heads: int, kv_heads: int, threads: None
+) -> None:
+    """Repeated, and with any number of threads, fewer or more than heads of k; ragged lists."""
+    if batch > 1 and backend.name == "emulated":
+        pytest.skip("threads are no matter of the kernels for GPUs")
+    inputs = tuple(t.to(dtype) for t in make(batch, heads, kv_heads, 300, 280, 32, 40))
+    mask = lists_of(random_mask(batch, heads, 300, 280, 64, 32), 64, 32)
     first: dict[str, Tensor] = {}
     for count in (1, 2, 3, 1):
         torch.set_num_threads(count)

@@ -546,37 +546,3 @@ def test_compiled_around_the_kernels() -> None:
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(logits(compiled, ids, attention_mask=mask), expected, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_compiled_as_one_graph(family: str) -> None:
-    """Where lengths alone make the mask; another length gets another graph."""
-    model = tiny(family)
-    tw.swap(model, attention=WINDOW())
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for ids in (tokens(), tokens(2, 41)):
-        expected = model(ids)
-        expected.logits.square().mean().backward()
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        model.zero_grad(set_to_none=True)
-        found = compiled(ids)
-        found.logits.square().mean().backward()
-        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4, msg=name)
-        model.zero_grad(set_to_none=True)
-    tw.unswap(model)
-    dense = logits(model, tokens())
-    torch.testing.assert_close(logits(compiled, tokens()), dense, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-def test_compiled_masks_of_other_kinds_break_the_graph() -> None:
-    model, ids = tiny("llama"), tokens()
-    tw.swap(model, attention=WINDOW())
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="graphs hold attention where lengths alone make"):
-        logits(compiled, ids, attention_mask=padding(ids, left=9))
-    torch._dynamo.reset()

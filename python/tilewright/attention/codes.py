@@ -7,18 +7,32 @@ says. A table is int32 (block_q, ceil(block_kv / 32)): bit j of word w of row i 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .ops import code_dtype
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 ABSENT, FULL, PARTIAL = 0, 1, 2
 _CHUNK_ELEMENTS = 1 << 23  # that are evaluated at a time
 _FEW_COMBINATIONS = 1 << 16
+
+
+def once(function: Function) -> Function:
+    """Keeps what a function of lengths and options made last; a compiled graph holds it as a constant."""
+    kept = functools.lru_cache(maxsize=64)(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return kept(*arguments)
+
+    return cast("Function", torch.compiler.assume_constant_result(call))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,11 @@ class Geometry:
     block_kv: int
     q_len: int
     kv_len: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The arguments it is made of, as numbers, also where a compiled graph has symbols for lengths."""
+        return self.block_q, self.block_kv, len(range(self.q_len)), len(range(self.kv_len))
 
     @property
     def q_blocks(self) -> int:

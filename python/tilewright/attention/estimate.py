@@ -12,7 +12,6 @@ ones are always seen.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from .._checks import FLOATS, check_count, check_device, check_dtype, check_number, check_tensor
 from . import builders
 from .block_sparse import block_sparse_attention
-from .codes import FULL, Draft, Geometry
+from .codes import FULL, Draft, Geometry, once
 from .mask import BlockMask, BlockSize, check_block_size, mask_of
 from .select_ops import select_blocks
 
@@ -257,7 +256,7 @@ def _plan(
     for name, value in (("sink_blocks", sink_blocks), ("local_blocks", local_blocks)):
         check_count(name, value, lowest=0)
     geometry = Geometry(*check_block_size(block_size), q.shape[2], k.shape[2])
-    visible, always = _fixed(geometry, bool(causal), sink_blocks, local_blocks, q.device)
+    visible, always = _fixed(geometry.sizes, bool(causal), sink_blocks, local_blocks, q.device)
     return _Plan(geometry, visible, always, 1 / math.sqrt(q.shape[3]) if scale is None else float(scale))
 
 
@@ -282,11 +281,12 @@ def check_q_k(q: Any, k: Any) -> None:
         raise ValueError(f"k has {k.shape[1]} heads, which do not divide the {q.shape[1]} heads of q")
 
 
-@functools.lru_cache(maxsize=64)
+@once
 def _fixed(
-    geometry: Geometry, causal: bool, sink: int, local: int, device: torch.device
+    sizes: tuple[int, int, int, int], causal: bool, sink: int, local: int, device: torch.device
 ) -> tuple[Draft, Tensor]:
     """What does not depend on q and k: the visible blocks, and those of them that are always seen."""
+    geometry = Geometry(*sizes)
     with torch.device("cpu"), torch.inference_mode(False):
         shape = (1, 1, geometry.q_blocks, geometry.kv_blocks)
         if causal:
@@ -308,7 +308,7 @@ def _fixed(
 
 def _full(block_size: tuple[int, int], q: Tensor, k: Tensor) -> BlockMask:
     geometry = Geometry(*block_size, q.shape[2], k.shape[2])
-    return mask_of(_fixed(geometry, False, 0, 0, q.device)[0], geometry)
+    return mask_of(_fixed(geometry.sizes, False, 0, 0, q.device)[0], geometry)
 
 
 def pooled(x: Tensor, block: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from .._checks import check_count, check_number
 from .block_sparse import block_sparse_attention
-from .codes import PARTIAL, Draft, Geometry
+from .codes import PARTIAL, Draft, Geometry, once
 from .estimate import check_q_k, of_heads, pooled
 from .mask import BlockMask, check_block_size, mask_of
 from .ops import code_dtype
@@ -86,7 +85,7 @@ def choose(
     order = key_order(q, k, block, segment, scale)
     keys: Tensor = _Rows.apply(k, order)  # type: ignore[no-untyped-call]
     geometry = Geometry(block, block, q.shape[2], k.shape[2])
-    layout = _layout(geometry, segment, causal, q.device)
+    layout = _layout(geometry.sizes, segment, causal, q.device)
     return order, keys, _mask(q, keys, order, geometry, layout, scale, threshold)
 
 
@@ -128,9 +127,12 @@ def _rows(x: Tensor, order: Tensor) -> Tensor:
     return x.flatten(0, 2).index_select(0, flat).view(x.shape)
 
 
-@functools.lru_cache(maxsize=64)
-def _layout(g: Geometry, segment: int, causal: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+@once
+def _layout(
+    sizes: tuple[int, int, int, int], segment: int, causal: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """uint8 (nq, nk), 1 for blocks of earlier segments, and int32 (pairs, 2), the blocks seen in part."""
+    g = Geometry(*sizes)
     with torch.device("cpu"), torch.inference_mode(False):
         queries = torch.arange(g.q_blocks)[:, None] * g.block_q
         first = queries + g.kv_len - g.q_len  # positions of a block's first and last query

@@ -13,16 +13,16 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import BlockMask, BlockSparse, block_sparse_attention
+from ..attention import BlockSparse, block_sparse_attention
 from ..attention.compose import from_elements, rows
+from . import graph
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 NAME = "tilewright"
 OP = "block_sparse_attention"
 _ATTRIBUTE = "_tilewright_attention"
@@ -186,12 +186,6 @@ def compare_by_elements(modules: Iterable[nn.Module], on: bool) -> None:
         vars(module)[_ATTRIBUTE].by_elements = on
 
 
-def _outside(function: Function) -> Function:
-    """Left out of compiled graphs; where one is to be whole, torch says why it cannot be."""
-    reason = "compiled graphs hold attention where lengths alone make its mask"
-    return torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call, no-any-return]
-
-
 def attend(
     module: Any,
     query: Tensor,
@@ -204,39 +198,32 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """transformers' attention function: (batch, heads, length, dim) in, (batch, length, heads, dim) out."""
-    if torch.compiler.is_compiling() and _is_static(module, key, attention_mask, kwargs):
+    if torch.compiler.is_compiling() and _in_graph(module, query, key, attention_mask, softcap, kwargs):
         _check(module, dropout, kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        length = len(range(query.shape[2]))  # a number, also where lengths are symbols: a graph for each
-        causal = _is_causal(module, length, kwargs)
-        blocks = _static_blocks(getattr(module, _ATTRIBUTE).spec.number, length, causal, query.device)
-        out = block_sparse_attention(query, key, value, blocks, scale=scale, softcap=softcap or 0.0)
-        return out.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+        causal = _is_causal(module, query.shape[2], kwargs)
+        spec = getattr(module, _ATTRIBUTE).spec
+        out = graph.attention(spec, query, key, value, attention_mask, causal, scale, softcap or 0.0)
+        return out.transpose(1, 2).contiguous(), None
     return _attend(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
 
 
-def _is_static(module: Any, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the mask of blocks is known from the lengths, so that a compiled graph can hold it."""
-    choice, window = getattr(module, _ATTRIBUTE, None), kwargs.get("sliding_window")
-    if choice is None or choice.spec is None or choice.by_elements or choice.spec.takes != "lengths":
+def _in_graph(
+    module: Any, q: Tensor, k: Tensor, mask: Any, softcap: float | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether a compiled graph can hold this layer's attention."""
+    choice, length = getattr(module, _ATTRIBUTE, None), k.shape[2]
+    if choice is None or choice.spec is None or choice.by_elements or q.shape[2] != length:
         return False
-    return mask is None and (window is None or window >= key.shape[2])
+    window = kwargs.get("sliding_window")
+    if mask is None and window is not None and window < length:
+        return False
+    if choice.spec.takes == "attention":
+        return mask is None and not softcap and _is_causal(module, length, kwargs)
+    return mask is None or isinstance(mask, Tensor) or (mask.q_len, mask.kv_length) == (length, length)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _static_blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
-    """The mask of a specification for a compiled graph, made once, while the graph is."""
-    return _blocks(number, length, causal, device)
-
-
-@_outside
-def _blocks(number: int, length: int, causal: bool, device: torch.device) -> BlockMask:
-    spec = BlockSparse.of_number(number)
-    mask = spec.of_lengths(length, length, device)
-    return mask & BlockMask.causal(length, block_size=mask.block_size, device=device) if causal else mask
-
-
-@_outside
+@graph.outside
 def _attend(
     module: Any,
     query: Tensor,
@@ -273,15 +260,20 @@ def _model_mask(
 
     whole = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
     plain = attention_mask is None and mask_function is causal_mask_function
-    if torch.compiler.is_compiling() and whole and plain:
+    arguments |= {"q_length": q_length, "kv_length": kv_length, "mask_function": mask_function}
+    if not (torch.compiler.is_compiling() and whole):
+        return _made_mask(**arguments, q_offset=q_offset, attention_mask=attention_mask)
+    if plain:
         return None  # as for SDPA: causal if the layer is
-    return _made_mask(
-        q_length=q_length, kv_length=kv_length, q_offset=q_offset, mask_function=mask_function,
-        attention_mask=attention_mask, **arguments,
-    )  # fmt: skip
+    from .model_mask import ModelMask
+
+    mask = ModelMask(**arguments, attention_mask=attention_mask)
+    if mask.plain is None:
+        mask.for_implementation("sdpa", torch.float32)  # kept by the mask: layers may have no side effects
+    return mask
 
 
-@_outside
+@graph.outside
 def _made_mask(**arguments: Any) -> Any:
     from .model_mask import ModelMask
 
@@ -302,7 +294,9 @@ def _attention(
     if isinstance(mask, Tensor):
         if spec.takes == "attention":
             _refuse_permuted("a mask of elements")
-        block_mask = _of_elements(mask, spec, q, k)
+        from .model_mask import of_elements
+
+        block_mask = of_elements(mask, spec, q, k)
         if choice.by_elements:
             return _by_elements(q, k, v, rows(block_mask, 0), scale, softcap)
         return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)  # type: ignore[return-value]
@@ -362,7 +356,7 @@ def _permuted(
         "softcap": softcap != 0,
         "a sliding window": mask.window is not None and mask.window < k.shape[2],
         "packed sequences": mask.documents is not None,
-        "a mask function of the model's own": mask.has_others,
+        "a mask function of the model's own": bool(mask.others),
     }
     for name, found in obstacles.items():
         if found:
@@ -398,9 +392,7 @@ def _refuse_permuted(name: str) -> NoReturn:
 
 def _without_mask(module: Any, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> Any:
     """What no mask means to SDPA: causal if the layer is and there are several queries, else everything."""
-    from transformers import masking_utils
-
-    from .model_mask import ModelMask
+    from .model_mask import plain_mask
 
     window, (q_len, kv_len) = kwargs.get("sliding_window"), (q.shape[2], k.shape[2])
     if window is not None and window < kv_len:
@@ -408,30 +400,7 @@ def _without_mask(module: Any, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> 
             f"sliding_window={window} came without a mask that says so, and {kv_len} keys: "
             "make the model's masks by its config, as transformers 5 does"
         )
-    causal = _is_causal(module, q_len, kwargs)
-    function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
-    return ModelMask(q.shape[0], q_len, kv_len, mask_function=function, device=q.device)
-
-
-def _of_elements(mask: Tensor, spec: BlockSparse, q: Tensor, k: Tensor) -> BlockMask:
-    """A mask of elements that came as a tensor; its last query and last key are at the same position."""
-    if mask.dim() != 4 or mask.shape[3] < k.shape[2]:
-        raise ValueError(
-            f"attention_mask must be (batch, heads, {q.shape[2]}, {k.shape[2]}), got {tuple(mask.shape)}"
-        )
-    seen = mask[..., : k.shape[2]]
-    if seen.dtype != torch.bool:
-        least = torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else None
-        if least is None or bool(((seen != 0) & (seen > least)).any()):
-            raise NotImplementedError(
-                "attention_mask must be bool, or 0 where a key is seen and -inf where it is not; "
-                f"got {seen.dtype} with other values, and scores take no bias"
-            )
-        seen = seen == 0
-    seen = seen.expand(-1, -1, q.shape[2], -1)
-    sizes = (q.shape[2], k.shape[2])
-    mine = spec.of_tensors(q, k, False) if spec.takes == "tensors" else spec.of_lengths(*sizes, q.device)
-    return mine & from_elements(seen, mine.block_size)
+    return plain_mask(q, k, _is_causal(module, q_len, kwargs))
 
 
 def _by_elements(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float) -> Tensor:

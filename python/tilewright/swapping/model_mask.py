@@ -24,13 +24,14 @@ class ModelMask(FlexBlockMask):
 
     Derived from FlexAttention's BlockMask, because models hand on untouched what is one, or a tensor.
 
+    A compiled graph may make one and hand it on. It then asks for nothing that takes the mask function apart.
+
     Attributes:
         q_len: queries.
-        kv_len: keys that can be seen: in a static cache, those that are filled.
+        kv_length: keys, with the room at the end of a static cache.
         q_offset: position of the first query.
         kv_offset: position of the first key, if a cache has dropped those before it.
-        causal: whether keys after a query are hidden.
-        window: how many keys up to its own a query sees, by the model's config; None: all.
+        padding: bool (batch, kv_offset + kv_length or more), False for keys that nobody sees; None: all are.
     """
 
     def __init__(
@@ -51,11 +52,44 @@ class ModelMask(FlexBlockMask):
         self.q_offset, self.kv_offset = int(q_offset), int(kv_offset)
         self.mask_function, self.use_vmap, self.where = mask_function, use_vmap, torch.device(device)
         self.padding = masking_utils.prepare_padding_mask(attention_mask, self.kv_length, self.kv_offset)
-        self.causal, self.window, self.documents, self._others = _parts(mask_function)
-        self.kv_len = self.kv_length
-        if self.causal:
-            self.kv_len = min(self.kv_length, self.q_offset + self.q_len - self.kv_offset)
         self._made: dict[Any, Any] = {}
+
+    @property
+    def plain(self) -> bool | None:
+        """Whether keys after a query are hidden, if nothing else but padding is; else None."""
+        if self.mask_function is masking_utils.causal_mask_function:
+            return True
+        return False if self.mask_function is masking_utils.bidirectional_mask_function else None
+
+    @property
+    def causal(self) -> bool:
+        """Whether keys after a query are hidden."""
+        return self._parts()[0]
+
+    @property
+    def window(self) -> int | None:
+        """How many keys up to its own a query sees, by the model's config; None: all."""
+        return self._parts()[1]
+
+    @property
+    def documents(self) -> Tensor | None:
+        """Which document each token is of, int64 (batch, length), never falling; None: all of one."""
+        return self._parts()[2]
+
+    @property
+    def others(self) -> list[Any]:
+        """Functions by which the model hides something, and that are none of the known ones."""
+        return self._parts()[3]
+
+    def _parts(self) -> tuple[bool, int | None, Tensor | None, list[Any]]:
+        return self.made("parts", lambda: _taken_apart(self.mask_function))  # type: ignore[no-any-return]
+
+    @property
+    def kv_len(self) -> int:
+        """Keys that can be seen: in a static cache, those that are filled."""
+        if not self.causal:
+            return self.kv_length
+        return min(self.kv_length, self.q_offset + self.q_len - self.kv_offset)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -146,8 +180,8 @@ class ModelMask(FlexBlockMask):
         """The mask without padding, other documents, and whatever else the model's mask function hides."""
         if self.documents is not None:
             mask = same_documents(mask, self.documents)
-        if self._others:
-            others, q_offset, kv_offset = self._others, self.q_offset, self.kv_offset
+        if self.others:
+            others, q_offset, kv_offset = self.others, self.q_offset, self.kv_offset
 
             def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 return masking_utils.and_masks(*others)(batch, head, q + q_offset, k + kv_offset)  # type: ignore[no-any-return]
@@ -158,11 +192,6 @@ class ModelMask(FlexBlockMask):
             if not bool(visible.all()):
                 mask = hide_keys(mask, visible)
         return mask
-
-    @property
-    def has_others(self) -> bool:
-        """Whether the model hides something by a function that is none of the known ones."""
-        return bool(self._others)
 
     def token_ranges(self) -> list[tuple[int, int]] | None:
         """For each row the keys from its first token to its last; None if there is no padding."""
@@ -194,7 +223,14 @@ class ModelMask(FlexBlockMask):
         return mask & BlockMask.causal(q_len, kv_len, block_size=size, device=device) if causal else mask
 
 
-def _parts(function: Any) -> tuple[bool, int | None, Tensor | None, list[Any]]:
+def plain_mask(q: Tensor, k: Tensor, causal: bool, padding: Tensor | None = None) -> ModelMask:
+    """What queries see of keys, (batch, heads, length, dim), whose first ones are at the same position."""
+    function = masking_utils.causal_mask_function if causal else masking_utils.bidirectional_mask_function
+    sizes = (q.shape[0], q.shape[2], k.shape[2])
+    return ModelMask(*sizes, mask_function=function, attention_mask=padding, device=q.device)
+
+
+def _taken_apart(function: Any) -> tuple[bool, int | None, Tensor | None, list[Any]]:
     """A mask function taken apart: causal, window, documents, and functions that are none of these."""
     causal, window, documents, others = False, None, None, []
     pending = [function]
@@ -225,7 +261,7 @@ def _parts(function: Any) -> tuple[bool, int | None, Tensor | None, list[Any]]:
 
 
 def _by_distance(function: Any) -> bool:
-    _, _, documents, others = _parts(function)
+    _, _, documents, others = _taken_apart(function)
     return documents is None and not others
 
 
@@ -234,3 +270,27 @@ def _closure(function: Any) -> dict[str, Any]:
     if code is None or not cells:
         return {}
     return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+
+
+def of_elements(mask: Tensor, spec: BlockSparse, q: Tensor, k: Tensor, causal: bool = False) -> BlockMask:
+    """The mask of blocks of what a specification and a mask of elements, a tensor, let queries see.
+
+    The last query and the last key are at the same position. An estimator is told that the layer is `causal`.
+    """
+    if mask.dim() != 4 or mask.shape[3] < k.shape[2]:
+        raise ValueError(
+            f"attention_mask must be (batch, heads, {q.shape[2]}, {k.shape[2]}), got {tuple(mask.shape)}"
+        )
+    seen = mask[..., : k.shape[2]]
+    if seen.dtype != torch.bool:
+        least = torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else None
+        if least is None or bool(((seen != 0) & (seen > least)).any()):
+            raise NotImplementedError(
+                "attention_mask must be bool, or 0 where a key is seen and -inf where it is not; "
+                f"got {seen.dtype} with other values, and scores take no bias"
+            )
+        seen = seen == 0
+    seen = seen.expand(-1, -1, q.shape[2], -1)
+    sizes = (q.shape[2], k.shape[2])
+    mine = spec.of_tensors(q, k, causal) if spec.takes == "tensors" else spec.of_lengths(*sizes, q.device)
+    return mine & from_elements(seen, mine.block_size)
