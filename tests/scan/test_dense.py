@@ -111,6 +111,16 @@ def test_layers_that_do_more_than_multiply_are_called(taken) -> None:
     assert len(taken) == 1
 
 
+def test_layers_of_other_classes_are_called(taken) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer, x = Doubled(12, 9), normal(4, 12)
+    torch.testing.assert_close(projected(layer, x), 2 * F.linear(x, layer.weight, layer.bias))
+    assert not taken
+
+
 @pytest.mark.parametrize("block", [tw.nn.Mamba, tw.nn.Mamba2])
 def test_blocks_are_the_same_either_way(taken, monkeypatch, block: Any) -> None:
     torch.manual_seed(0)

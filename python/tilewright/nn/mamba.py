@@ -221,8 +221,8 @@ def is_plain(linear: Any) -> bool:
 
 
 def projected(linear: Any, x: Tensor) -> Tensor:
-    """What the layer makes of x."""
-    if is_plain(linear):
+    """What the layer makes of x; one that is swapped has kernels of its own."""
+    if type(linear) is nn.Linear and is_plain(linear):
         return dense.linear(x, linear.weight, linear.bias)
     return linear(x)  # type: ignore[no-any-return]
 
