@@ -12,6 +12,8 @@
 //
 // The products of a in the second way, and in long sequences that are split, can overflow where the
 // recurrence itself does not (0 * inf). So what comes out not finite is computed again, step by step.
+#include <algorithm>
+
 #include "core/threads.h"
 #include "scan/linear_scan.h"
 #include "scan/linear_scan_simd.h"
@@ -23,13 +25,16 @@ using ::tilewright::scan::kMinAcross;
 using ::tilewright::scan::LinearScanParams;
 using ::tilewright::scan::ScanTensor;
 
-constexpr int64_t kWidest = 1024;  // inner elements of a tile: a page of float32
+// Inner elements of a tile, whose states stay in the L1 cache: the wider, the longer the streams.
+constexpr int64_t kWidest = 4096;
 constexpr int64_t kNarrowest = 64;
 constexpr int64_t kTileRoom = kWidest + 2 * kMinAcross;
-constexpr int64_t kEnoughUnits = 32;  // tiles get narrower until there are so many
+constexpr int64_t kUnitsPerThread = 4;  // tiles get narrower until there are so many
 constexpr int64_t kBlockSteps = 1024;
 constexpr int64_t kSerialElements = 1 << 14;  // below this, waking a second thread costs more than it saves
-constexpr int64_t kGroupElements = 1 << 15;
+// Elements that one thread works through before it asks for more. Pages of fresh results are 2 MiB: two
+// threads that come to one at a time would both fill it with zeros, and one of them for nothing.
+constexpr int64_t kSmallestGroup = 1 << 15, kLargestGroup = 1 << 20, kGroupsPerThread = 16;
 constexpr int64_t kStreamBytes = 8 << 20;  // results larger than the caches are written around them
 
 // Sequences are split along the steps where there are fewer units than this, into chunks that are composed,
@@ -350,19 +355,26 @@ struct Plan {
   int64_t chunk;               // steps of a chunk where sequences are split, else 0
 };
 
-Plan plan_of(const LinearScanParams& p, bool has_lanes) {
+// Where sequences are split decides about bits: that is for the shape alone to say, as the narrowest tiles
+// have it. How wide tiles are does not show in the results.
+Plan plan_of(const LinearScanParams& p, bool has_lanes, int threads) {
   Plan plan{};
   plan.across = has_lanes && lanes_across(p);
   plan.rows = plan.across ? p.outer : p.outer * p.inner;
-  int64_t width = kWidest;
-  do {
+  const auto cut_into = [&](int64_t width) {
     plan.tiles = plan.across ? (p.inner + width - 1) / width : 1;
     plan.units = p.sequences * plan.rows * plan.tiles;
-    width /= 2;
-  } while (plan.across && plan.units < kEnoughUnits && width >= kNarrowest);
+  };
+  cut_into(kNarrowest);
   const int64_t narrow = p.inner < kNarrowest ? p.inner : kNarrowest;
   const int64_t chunk = plan.across ? kChunkElementsAcross / narrow : kChunkElementsAlong;
-  if (has_lanes && plan.units < kFewUnits && p.length >= 4 * chunk) plan.chunk = chunk / kLanes * kLanes;
+  if (has_lanes && plan.units < kFewUnits && p.length >= 4 * chunk) {
+    plan.chunk = chunk / kLanes * kLanes;
+    return plan;
+  }
+  const int64_t enough = threads > 1 ? kUnitsPerThread * threads : 1;
+  int64_t width = kWidest;
+  for (cut_into(width); plan.across && plan.units < enough && width > kNarrowest; cut_into(width)) width /= 2;
   return plan;
 }
 
@@ -501,7 +513,9 @@ void sweep_units(const LinearScanParams& p, const Plan& plan, int threads) {
     if (plan.chunk != 0) return;
   }
   const int64_t elements = p.outer * p.inner * p.length, each = elements / plan.units + 1;
-  const int64_t group = each < kGroupElements ? kGroupElements / each : 1;
+  const int64_t share = elements / (kGroupsPerThread * (threads > 1 ? threads : 1));
+  const int64_t wanted = std::clamp(share, kSmallestGroup, kLargestGroup);
+  const int64_t group = each < wanted ? wanted / each : 1;
   const int64_t groups = (plan.units + group - 1) / group;
   parallel_chunks(groups, elements < kSerialElements ? 1 : threads, [&](int64_t g) {
     const int64_t end = (g + 1) * group < plan.units ? (g + 1) * group : plan.units;
@@ -513,7 +527,7 @@ void sweep_units(const LinearScanParams& p, const Plan& plan, int threads) {
 
 template <bool kBackward, class T>
 void sweep_all(const LinearScanParams& p, int threads) {
-  const Plan plan = plan_of(p, Numbers<T>::kHasLanes);
+  const Plan plan = plan_of(p, Numbers<T>::kHasLanes, threads);
   if (plan.units == 0) return;
   if constexpr (Numbers<T>::kHasLanes) {
     if (plan.across) return sweep_units<Across<kBackward, T>, T>(p, plan, threads);

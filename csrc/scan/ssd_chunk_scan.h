@@ -115,12 +115,13 @@ static constexpr bool ssd_resets(const SsdChunkScanParams& p, int64_t batch, int
 }
 
 // Heads of a group are summed into dB and dC in blocks; how many blocks depends on the shape alone, so that
-// the sums do. As many as give a machine enough to do, and one where there are chunks enough.
-static constexpr int32_t ssd_head_blocks(const SsdChunkScanParams& p) {
-  constexpr int64_t kEnough = 128;
+// the sums do. As many as give a machine `enough` to do, and one where there are chunks enough: every block
+// does once more what its heads could share.
+constexpr int64_t kSsdEnoughCpu = 32, kSsdEnoughCuda = 128;
+static constexpr int32_t ssd_head_blocks(const SsdChunkScanParams& p, int64_t enough) {
   const int64_t without = ssd_chunk_count(p) * p.groups;
   const int32_t heads = p.heads / p.groups;
-  const int64_t wanted = without > 0 ? (kEnough + without - 1) / without : 1;
+  const int64_t wanted = without > 0 ? (enough + without - 1) / without : 1;
   return wanted < heads ? int32_t(wanted) : heads;
 }
 

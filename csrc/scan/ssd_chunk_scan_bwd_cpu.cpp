@@ -62,7 +62,7 @@ struct Workspace {
   char* scratch;
   int64_t scratch_bytes, blocks, bytes;
 
-  Workspace(const SsdChunkScanParams& p, int threads) : blocks(ssd_head_blocks(p)) {
+  Workspace(const SsdChunkScanParams& p, int threads) : blocks(ssd_head_blocks(p, scan::kSsdEnoughCpu)) {
     Arena arena{static_cast<char*>(p.workspace)};
     const int64_t parts = ssd_chunk_count(p) * p.heads;
     G = arena.take<Real>(parts * p.states * p.head_dim);

@@ -470,7 +470,7 @@ __global__ void __launch_bounds__(kThreads) sum_heads_kernel(const __grid_consta
 // Lays the workspace out; returns its size in bytes.
 int64_t lay_out(BackwardParams& params) {
   const SsdChunkScanParams& p = params.p;
-  params.blocks = ssd_head_blocks(p);
+  params.blocks = ssd_head_blocks(p, kSsdEnoughCuda);
   const int64_t parts = ssd_chunk_count(p) * p.heads;
   const int64_t sums = params.blocks * p.batch * p.length * p.groups * p.states;
   float* base = static_cast<float*>(p.workspace);

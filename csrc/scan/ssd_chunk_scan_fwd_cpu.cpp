@@ -154,7 +154,7 @@ void forward(const SsdChunkScanParams& p, int threads) {
     Scratch<Real> scratch(p, base + slot * bytes);
     scan_states(p, scratch, task / p.heads, task % p.heads);
   });
-  const int64_t blocks = ssd_head_blocks(p), per_chunk = p.groups * blocks;
+  const int64_t blocks = ssd_head_blocks(p, scan::kSsdEnoughCpu), per_chunk = p.groups * blocks;
   parallel_slots(ssd_chunk_count(p) * per_chunk, threads, [&](int64_t task, int slot) {
     Scratch<Real> scratch(p, base + slot * bytes);
     const int64_t part = task % per_chunk;

@@ -44,6 +44,7 @@ _EXEMPT: dict[str, dict[int | str, str]] = {
 _UNREAD = {
     "quantize_blockwise_out": ("codes", "absmax"),
     "dequantize_blockwise_out": ("out",),
+    "linear_scan_out": ("out",),
     "prune_obs_panel": ("errors",),
 }
 

@@ -206,6 +206,21 @@ def test_h_has_the_layout_of_a_dense_b(backend) -> None:
     assert linear_scan(a, b).stride() == b.stride()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("b_layout", [lambda t: t, lambda t: t.transpose(0, 2).contiguous().transpose(0, 2)])
+def test_writes_to_a_tensor_of_the_caller(backend, b_layout, packed) -> None:
+    a, b, h0 = inputs((1, 6, 33), 1, torch.float32, backend.device)
+    b, cu_seqlens = b_layout(b), torch.tensor([0, 2, 6], device=backend.device) if packed else None
+    h0 = torch.cat([h0, -h0]) if packed else h0
+    room = torch.full((3, 6, 33), math.nan, device=backend.device)
+    before = room._version
+    h = linear_scan(a, b, h0, cu_seqlens=cu_seqlens, out=room[1:2])
+    assert h.data_ptr() == room[1].data_ptr()
+    assert room._version > before
+    torch.testing.assert_close(room[1:2], linear_scan(a, b, h0, cu_seqlens=cu_seqlens))
+    assert room[[0, 2]].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 def test_broadcasting(backend, dtype) -> None:
     """Gradients of what is broadcast are sums, of terms that may be larger than the sum."""
@@ -488,6 +503,8 @@ def test_opcheck(backend, packed) -> None:
     if packed:
         h0 = random((2, 5), torch.float32, 2, backend.device)
     for state in (None, h0):
+        arguments = (a, b, state, cu_seqlens, 1, False, torch.empty_like(b))
+        torch.library.opcheck(ops.linear_scan_out.default, arguments)
         torch.library.opcheck(ops.linear_scan_fwd.default, (a, b, state, cu_seqlens, 1, False))
         for h in (None, torch.zeros_like(a)):
             arguments = (b, a, h, state, cu_seqlens, 1, False)
@@ -512,6 +529,18 @@ def test_compiles_without_graph_breaks(packed) -> None:
         found.append([value.detach(), *torch.autograd.grad(value, leaves)])
     for eager, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, eager)
+
+
+@pytest.mark.slow
+def test_writing_to_a_tensor_compiles_without_graph_breaks() -> None:
+    a, b, h0 = inputs((1, 9, 17), 1, torch.float32, torch.device("cpu"))
+    out = torch.empty_like(b)
+    compiled = torch.compile(
+        lambda room: linear_scan(a, b, h0, out=room) * 2, fullgraph=True, backend="aot_eager"
+    )
+    doubled = compiled(out)
+    torch.testing.assert_close(out, linear_scan(a, b, h0))
+    torch.testing.assert_close(doubled, out * 2)
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -553,6 +582,14 @@ A = torch.zeros(2, 6, 3)
         ({"h0": torch.zeros(2, 3).double()}, TypeError, "h0 must have dtype .*, got float64"),
         ({"h0": torch.zeros(2, 3).to(torch.complex64)}, TypeError, "h0 must have dtype .*, got complex64"),
         ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be a tensor"),
+        ({"out": [0.0]}, TypeError, "out must be a tensor, got list"),
+        ({"out": A.double()}, TypeError, "out must have dtype float32, got float64"),
+        ({"out": A[:1]}, ValueError, r"out must have shape .* = \(2, 6, 3\), got \(1, 6, 3\)"),
+        ({"out": A.clone().mT.contiguous().mT}, ValueError, r"out must be contiguous, got .* \(18, 1, 6\)"),
+        ({"out": A}, ValueError, "out must not share memory with a"),
+        ({"a": A + 1, "b": A[:1, :1], "out": A}, ValueError, "out must not share memory with b"),
+        ({"out": A.clone().requires_grad_()}, ValueError, "out is written to without a gradient"),
+        ({"a": A.clone().requires_grad_(), "out": A.clone()}, ValueError, "an input or out requires one"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "axes of size 1 before dim=1"),
     ],
 )

@@ -6,12 +6,12 @@ import math
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _backend, scan
 from .._checks import check_count, check_tensor
 from .._models import original_class
+from ..scan import dense
 from ..scan.conv import MAX_WIDTH
 from .inference import conv_step, keep_last, states_of
 from .packing import packing_of
@@ -122,7 +122,7 @@ class Mamba(nn.Module):
             conv_state, ssm_state = self._get_states_from_cache(inference_params, batch)
             if length == 1 and inference_params.seqlen_offset > 0 and not torch.is_grad_enabled():
                 return self.step(hidden_states, conv_state, ssm_state)[0]
-        xz = self.in_proj(hidden_states).transpose(1, 2)
+        xz = projected(self.in_proj, hidden_states).transpose(1, 2)
         A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj.bias)
         whole = conv_state is None and packing is None
         if whole and self.use_fast_path and can_fuse(self.x_proj, self.dt_proj, self.out_proj):
@@ -145,7 +145,7 @@ class Mamba(nn.Module):
             y, last = scan.selective_scan(*arguments, True, initial_state=initial)
             keep_last(conv_state, x, go_on=inference_params.seqlen_offset > 0)
             ssm_state.copy_(last)
-        return self.out_proj(y.transpose(1, 2))  # type: ignore[no-any-return]
+        return projected(self.out_proj, y.transpose(1, 2))
 
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
@@ -154,12 +154,12 @@ class Mamba(nn.Module):
         check_tokens("hidden_states", hidden_states, self.d_model, one=True)
         if not torch.is_grad_enabled() and can_step(self, hidden_states, conv_state):
             return step_of(self, hidden_states, conv_state, ssm_state), conv_state, ssm_state
-        x, z = self.in_proj(hidden_states[:, 0]).chunk(2, dim=-1)
+        x, z = projected(self.in_proj, hidden_states[:, 0]).chunk(2, dim=-1)
         u = conv_step(self.conv1d, x, conv_state)
         dt, B, C = self._projected(u)
         A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj.bias)
         y = scan.selective_state_update(ssm_state, u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True)
-        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+        return projected(self.out_proj, y).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
@@ -177,7 +177,8 @@ class Mamba(nn.Module):
 
     def _projected(self, u: Tensor) -> tuple[Tensor, ...]:
         """Step size, B and C of every token, the features last."""
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        sizes = [self.dt_rank, self.d_state, self.d_state]
+        dt, B, C = torch.split(projected(self.x_proj, u), sizes, dim=-1)
         return without_bias(self.dt_proj, dt), B, C
 
     def _get_states_from_cache(
@@ -213,8 +214,17 @@ def is_plain(linear: Any) -> bool:
         original_class(linear) is nn.Linear
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
+        and not linear._backward_hooks
+        and not linear._backward_pre_hooks
         and "forward" not in linear.__dict__
     )
+
+
+def projected(linear: Any, x: Tensor) -> Tensor:
+    """What the layer makes of x; one that is swapped has kernels of its own."""
+    if type(linear) is nn.Linear and is_plain(linear):
+        return dense.linear(x, linear.weight, linear.bias)
+    return linear(x)  # type: ignore[no-any-return]
 
 
 def can_step(layer: Any, hidden_states: Tensor, conv_state: Tensor) -> bool:
@@ -242,7 +252,7 @@ def step_of(layer: Any, hidden_states: Tensor, conv_state: Tensor, ssm_state: Te
 def without_bias(dt_proj: Any, dt: Tensor) -> Tensor:
     """The step size's projection; its bias comes inside the scan."""
     if original_class(dt_proj) is nn.Linear:
-        return F.linear(dt, dt_proj.weight)
+        return dense.linear(dt, dt_proj.weight)
     # A quantized or adapted layer has to be called.
     return dt_proj(dt) - dt_proj.bias  # type: ignore[no-any-return]
 

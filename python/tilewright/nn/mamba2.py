@@ -13,7 +13,7 @@ from .._checks import check_count, check_tensor
 from ..scan.conv import MAX_WIDTH
 from ..scan.ssd import gated_rms_norm, limits
 from .inference import conv_step, keep_last, states_of
-from .mamba import check_tokens, initial_dt_bias, wide, width_of
+from .mamba import check_tokens, initial_dt_bias, projected, wide, width_of
 from .packing import packing_of
 
 
@@ -192,7 +192,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One token, ``(batch, 1, d_model)``; both states are updated in place and returned."""
         check_tokens("hidden_states", hidden_states, self.d_model, one=True)
-        mlp, z, xbc, dt = self._parts(self.in_proj(hidden_states[:, 0]))
+        mlp, z, xbc, dt = self._parts(projected(self.in_proj, hidden_states[:, 0]))
         x, B, C = self._heads(conv_step(self.conv1d, xbc, conv_state))
         bias: Tensor | None = self.dt_bias
         if self.dt_limit != (0.0, float("inf")):
@@ -227,7 +227,7 @@ class Mamba2(nn.Module):
 
     def _whole(self, rows: Tensor, seq_idx: Tensor | None) -> Tensor:
         """An input without a cache."""
-        mlp, z, xbc, dt = self._parts(self.in_proj(rows))
+        mlp, z, xbc, dt = self._parts(projected(self.in_proj, rows))
         y = self._scan(self._convolved(xbc, seq_idx, None), dt, z, seq_idx=seq_idx)
         return self._projected(y.flatten(2), z, mlp)
 
@@ -238,7 +238,7 @@ class Mamba2(nn.Module):
         conv_state, ssm_state = self._get_states_from_cache(inference_params, batch)
         if length == 1 and go_on and not torch.is_grad_enabled():
             return self.step(rows, conv_state, ssm_state)[0]
-        mlp, z, xbc, dt = self._parts(self.in_proj(rows))
+        mlp, z, xbc, dt = self._parts(projected(self.in_proj, rows))
         # Copies: both are overwritten below, and a backward pass needs them as they were.
         before, initial = (conv_state[..., 1:].clone(), ssm_state.clone()) if go_on else (None, None)
         convolved = self._convolved(xbc, None, before)
@@ -286,7 +286,7 @@ class Mamba2(nn.Module):
         if mlp.shape[-1]:
             gate, value = mlp.chunk(2, dim=-1)
             y = torch.cat([F.silu(gate) * value, y], dim=-1)
-        return self.out_proj(y)  # type: ignore[no-any-return]
+        return projected(self.out_proj, y)
 
     def _normed(self, y: Tensor, z: Tensor) -> Tensor:
         return self.norm(y, z)  # type: ignore[no-any-return]

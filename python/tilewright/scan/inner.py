@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from .._library import differentiates
+from .dense import linear, product
 from .ops import conv, selective  # noqa: F401  (they register the ops used below)
 
 _conv_fwd = torch.ops.tilewright.causal_conv1d_fwd.default
@@ -165,13 +165,13 @@ def _forward(t: _Tensors, softplus: bool, eps: float, keep: bool) -> tuple[Tenso
     """The output, and what backward needs: u, delta, x_dbl, the scan's output and its chunk states."""
     x, z = t.xz.chunk(2, dim=1)
     u = _conv_fwd(x, t.conv_weight, t.conv_bias, None, None, True, False)[0]
-    x_dbl = F.linear(u.transpose(1, 2), t.x_proj)
+    x_dbl = product(u.transpose(1, 2), t.x_proj)
     delta = _step_size(t, x_dbl, eps)[2]
     B, C = _maps(t, x_dbl, eps)
     y, _, starts = _scan_fwd(
         u, delta.transpose(1, 2), t.A, B, C, t.D, z, t.dt_bias, None, None, None, softplus, False, False, keep
     )
-    return F.linear(y.transpose(1, 2), t.out_proj, t.out_bias), u, delta, x_dbl, y, starts
+    return linear(y.transpose(1, 2), t.out_proj, t.out_bias), u, delta, x_dbl, y, starts
 
 
 def _backward(
@@ -186,7 +186,7 @@ def _backward(
     delta = after if delta is None else delta
     B, C = _maps(t, x_dbl, eps)
 
-    dy = dout @ t.out_proj
+    dy = product(dout, t.out_proj.t())
     dout_proj = _weight_gradient(dout, y.transpose(1, 2)) if need.out_proj else None
     dout_bias = dout.sum((0, 1)) if need.out_bias else None
 
@@ -206,7 +206,7 @@ def _backward(
     dbefore, ddt_rms = dafter, None
     if (weight := t.norm_after()) is not None:
         dbefore, ddt_rms = _rms_gradient(before, weight, eps, dafter)
-    ddt = dbefore @ t.dt_proj
+    ddt = product(dbefore, t.dt_proj.t())
     ddt_proj = _weight_gradient(dbefore, dt) if need.dt_proj else None
     rank, numbers = t.dt_proj.shape[1], t.numbers()
     if (weight := t.norm_before()) is not None:
@@ -223,7 +223,7 @@ def _backward(
         dx_dbl[..., part], dC_bias, dc_rms = _map_gradient(t.A, dC, x_dbl[..., part], t.C_bias, t.c_rms, eps)
 
     dx_proj = _weight_gradient(dx_dbl, u.transpose(1, 2)) if need.x_proj else None
-    du = (du.transpose(1, 2) + dx_dbl @ t.x_proj).transpose(1, 2)
+    du = (du.transpose(1, 2) + product(dx_dbl, t.x_proj.t())).transpose(1, 2)
     dx, dconv_weight, dconv_bias, _ = _conv_bwd(du, None, x, t.conv_weight, t.conv_bias, None, None, True)
     dxz = torch.cat((dx, dz), dim=1) if need.xz else None
     gradients = (
@@ -238,7 +238,7 @@ def _step_size(t: _Tensors, x_dbl: Tensor, eps: float) -> tuple[Tensor, Tensor, 
     dt = x_dbl[..., : t.dt_proj.shape[1]]
     if (weight := t.norm_before()) is not None:
         dt = _rms(dt, weight, eps)
-    before = F.linear(dt, t.dt_proj)
+    before = product(dt, t.dt_proj)
     if (weight := t.norm_after()) is not None:
         return dt, before, _rms(before, weight, eps)
     return dt, before, before
@@ -298,7 +298,7 @@ def _rms_gradient(x: Tensor, weight: Tensor, eps: float, gradient: Tensor) -> tu
 
 def _weight_gradient(gradient: Tensor, values: Tensor) -> Tensor:
     """Of a linear map's weight: (batch, length, outputs) and (batch, length, inputs) -> (outputs, inputs)."""
-    return gradient.flatten(0, 1).mT @ values.flatten(0, 1)
+    return product(gradient.flatten(0, 1).mT, values.flatten(0, 1).mT)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from .._checks import check_cu_seqlens, check_device, check_dtype, check_flag, c
 from .._library import differentiates
 from .ops.linear import LinearScan
 from .ops.linear import forward as _forward
+from .ops.linear import write as _write
 
 _DTYPES = (
     torch.float32,
@@ -29,6 +30,7 @@ def linear_scan(
     dim: int = 1,
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Computes ``h[t] = a[t] * h[t-1] + b[t]`` along `dim`, with ``h[-1] = h0``.
 
@@ -48,13 +50,17 @@ def linear_scan(
             another. The axes before `dim` must have size 1. Its values are read on the host, which waits for
             a CUDA device once, except while a CUDA graph is captured: there they are trusted.
             None: one sequence.
+        out: contiguous tensor of h's shape, dtype and device to write h to, where no gradient is asked for.
+            None: a new one, whose memory the system has to find and clear; that takes as long as h itself.
 
     Returns:
-        h, of the broadcast shape of a and b and their common dtype; with b's strides where b is dense.
+        h, of the broadcast shape of a and b and their common dtype; with b's strides where b is dense; or
+        `out`.
 
     Raises:
         TypeError: an argument is not of its type, or a dtype is none of those above.
-        ValueError: a shape, device, `dim` or `cu_seqlens` that does not fit.
+        ValueError: a shape, device, `dim` or `cu_seqlens` that does not fit; an `out` that does not fit,
+            overlaps an input, or comes where a gradient is asked for.
         NotImplementedError: float64 or complex128 on CUDA; more than six axes that strides keep from merging;
             a second derivative.
 
@@ -74,7 +80,12 @@ def linear_scan(
         _check_packing(cu_seqlens, b, dim)
     if h0 is not None:
         h0 = _checked_state(h0, b, dim, cu_seqlens)
-    if differentiates(a, b, h0):
+    needs_grad = differentiates(a, b, h0)
+    if out is not None:
+        _check_out(out, needs_grad, a, b, h0)
+        _write(a, b, h0, cu_seqlens, dim, reverse, out)
+        return out
+    if needs_grad:
         differentiable: Tensor = LinearScan.apply(  # type: ignore[no-untyped-call]
             a, b, h0, cu_seqlens, dim, reverse
         )
@@ -126,3 +137,31 @@ def _checked_state(h0: Tensor, b: Tensor, dim: int, cu_seqlens: Tensor | None) -
         expected = (cu_seqlens.shape[0] - 1, *b.shape[dim + 1 :])
         check_shape("h0", h0, expected, "(n_seq, h's axes after dim)")
     return h0.to(dtype)
+
+
+def _check_out(out: Tensor, needs_grad: bool, a: Tensor, b: Tensor, h0: Tensor | None) -> None:
+    check_tensor("out", out)
+    check_dtype("out", out, (b.dtype,))
+    check_shape("out", out, b.shape, "h's")
+    check_device("out", out, b.device, "b")
+    if needs_grad or out.requires_grad:
+        raise ValueError("out is written to without a gradient, but an input or out requires one")
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
+    if torch.compiler.is_compiling():
+        return  # what follows cannot be asked of a tensor there
+    if out.is_conj():
+        raise ValueError("out must not be a conjugated view")
+    first, last = _span(out)
+    for name, value in (("a", a), ("b", b), ("h0", h0)):
+        if value is None or value.device != out.device:
+            continue
+        begin, end = _span(value)
+        if begin < last and first < end:
+            raise ValueError(f"out must not share memory with {name}")
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor lies."""
+    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size() * (t.numel() > 0)

@@ -19,6 +19,7 @@ from .._checks import (
     check_shape,
     check_tensor,
 )
+from .dense import linear
 from .ops.ssd import SsdChunkScan
 
 
@@ -229,7 +230,7 @@ def mamba_split_conv1d_scan_combined(
         first, second = mlp.chunk(2, dim=-1)
         out = torch.cat([F.silu(first) * second, out], dim=-1)
     if outproj_weight is not None:
-        out = F.linear(out, outproj_weight, outproj_bias)
+        out = linear(out, outproj_weight, outproj_bias)
     return (out, final_states) if return_final_states else out
 
 

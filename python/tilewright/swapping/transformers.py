@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import _backend, scan
 from ..nn.inference import conv_step
-from ..nn.mamba import can_fuse, can_step, step_of, wide, without_bias
+from ..nn.mamba import can_fuse, can_step, projected, step_of, wide, without_bias
 from ..nn.packing import Packing, packing_of
 from ..scan.conv import MAX_WIDTH
 from .instances import Layer
@@ -92,7 +92,7 @@ def _mamba_forward(
         and can_step(self, hidden_states, conv_state)
     ):
         return step_of(self, hidden_states, conv_state, state, **_norms(self))
-    xz = self.in_proj(_masked(hidden_states, mask))
+    xz = projected(self.in_proj, _masked(hidden_states, mask))
     whole = cache_params is None and mask is None and packing is None
     if whole and can_fuse(self.x_proj, self.dt_proj, self.out_proj):
         return _fused_mamba(self, xz)
@@ -105,7 +105,7 @@ def _mamba_forward(
         dt, B, C = _projected(self, u)
         A, D, bias = weights
         y = scan.selective_state_update(state, u, dt, A, B, C, D, z=z[..., 0], dt_bias=bias, dt_softplus=True)
-        return self.out_proj(y.unsqueeze(1))  # type: ignore[no-any-return]
+        return projected(self.out_proj, y.unsqueeze(1))
 
     u = _masked(_conv(self, x, cache_params, packing).transpose(1, 2), mask)
     dt, B, C = _projected(self, u)
@@ -113,7 +113,7 @@ def _mamba_forward(
         self, cache_params, state, ends,
         u.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z, *weights,
     )  # fmt: skip
-    return self.out_proj(y.transpose(1, 2))  # type: ignore[no-any-return]
+    return projected(self.out_proj, y.transpose(1, 2))
 
 
 def _fused_mamba(self: Any, xz: Tensor) -> Tensor:
@@ -141,7 +141,8 @@ def _norms(self: Any) -> dict[str, Any]:
 
 def _projected(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u (..., channels) -> the time step (..., channels), B and C (..., states) of every token."""
-    dt, B, C = self.x_proj(u).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
+    sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+    dt, B, C = torch.split(projected(self.x_proj, u), sizes, dim=-1)
     if hasattr(self, "dt_layernorm"):
         dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
     return without_bias(self.dt_proj, dt), B, C
@@ -160,7 +161,7 @@ def _zamba_forward(
     mask = _padding(attention_mask, length)
     packing = _packing(kwargs, hidden_states)
     ends = _ends(packing, cache_params)
-    xz = self.in_proj(_masked(hidden_states, mask))
+    xz = projected(self.in_proj, _masked(hidden_states, mask))
     xz = torch.unflatten(xz, -1, (self.intermediate_size, 2)).transpose(1, 2)
     x, z = xz[..., 0], xz[..., 1]  # a channel and its gate lie side by side
     A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj_bias)
@@ -174,7 +175,7 @@ def _zamba_forward(
             A, B[:, 0], C[:, 0], D,
             z=torch.unflatten(z[..., 0], 1, (heads, width)), dt_bias=bias, dt_softplus=True,
         )  # fmt: skip
-        return self.out_proj(y.flatten(1).unsqueeze(1))  # type: ignore[no-any-return]
+        return projected(self.out_proj, y.flatten(1).unsqueeze(1))
 
     u = _masked(_conv(self, x, cache_params, packing).transpose(1, 2), mask)
     dt, B, C = _projected_by_head(self, u)
@@ -183,7 +184,7 @@ def _zamba_forward(
         u.transpose(1, 2), dt.transpose(1, 2), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), z,
         A.flatten(0, 1), D.flatten(), bias.flatten(),
     )  # fmt: skip
-    return self.out_proj(y.transpose(1, 2))  # type: ignore[no-any-return]
+    return projected(self.out_proj, y.transpose(1, 2))
 
 
 def _projected_by_head(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,9 +209,9 @@ def _mamba2_forward(
     packing = _packing(kwargs, hidden_states)
     hidden_states = _masked(hidden_states, mask)
     if hasattr(self, "ssm_in_multiplier"):  # FalconH1
-        zxbcdt = self.in_proj(hidden_states * self.ssm_in_multiplier) * self.mup_vector
+        zxbcdt = projected(self.in_proj, hidden_states * self.ssm_in_multiplier) * self.mup_vector
     else:
-        zxbcdt = self.in_proj(hidden_states)
+        zxbcdt = projected(self.in_proj, hidden_states)
     z, xbc, dt = zxbcdt.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
     conv_state, state = _cached(self, cache_params, length)
     if conv_state is not None and state is not None:
@@ -230,7 +231,7 @@ def _mamba2_forward(
             y, state = scanned
             cache_params.update_recurrent_state(state, self.layer_idx)
         y = y.flatten(2)
-    return self.out_proj(self.norm(y, z).to(zxbcdt.dtype) if _has_norm(self) else y)  # type: ignore[no-any-return]
+    return projected(self.out_proj, self.norm(y, z).to(zxbcdt.dtype) if _has_norm(self) else y)
 
 
 def _mamba2_step(

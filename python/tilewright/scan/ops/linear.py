@@ -1,6 +1,7 @@
 """The linear recurrence as torch ops: schema, implementation, fake kernels, gradient.
 
     tilewright::linear_scan_fwd  h
+    tilewright::linear_scan_out  writes h into a tensor of the caller
     tilewright::linear_scan_bwd  (da, db, dh0); da is empty where h is None, dh0 where h0 is None
 
 a and b have one shape and dtype, h0 the accumulator's dtype (float32 for the 16-bit ones).
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ... import _backend
 from ..._checks import check_boundaries
-from ..._library import define
+from ..._library import define, nothing
 
 
 def _run(
@@ -34,11 +36,24 @@ def _run(
 def _forward(
     a: Tensor, b: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None, dim: int, reverse: bool
 ) -> Tensor:
+    h = torch.empty_like(b)
+    _write(a, b, h0, cu_seqlens, dim, reverse, h)
+    return h
+
+
+def _write(
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dim: int,
+    reverse: bool,
+    out: Tensor,
+) -> None:
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, b.shape[dim])
-    h = torch.empty_like(b)
-    _run((a, b, h, None, None, h0, None), cu_seqlens, dim, False, reverse)
-    return h
+    _run((a, b, out, None, None, h0, None), cu_seqlens, dim, False, reverse)
+    increment_version(out)
 
 
 def _backward(
@@ -83,6 +98,12 @@ define(
     _fake_forward,
 )
 define(
+    "linear_scan_out(Tensor a, Tensor b, Tensor? h0, Tensor? cu_seqlens, int dim, bool reverse, "
+    "Tensor(a!) out) -> ()",
+    _write,
+    nothing,
+)
+define(
     "linear_scan_bwd(Tensor grad, Tensor a, Tensor? h, Tensor? h0, Tensor? cu_seqlens, int dim, "
     "bool reverse) -> (Tensor, Tensor, Tensor)",
     _backward,
@@ -90,6 +111,7 @@ define(
 )
 
 forward = torch.ops.tilewright.linear_scan_fwd.default
+write = torch.ops.tilewright.linear_scan_out.default
 backward = torch.ops.tilewright.linear_scan_bwd.default
 
 
