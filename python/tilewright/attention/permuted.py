@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,21 @@ from .ops import code_dtype
 from .select_ops import position_tables, select_blocks
 
 
+@overload
+def permuted_block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int = ..., segment_size: int = ...,
+    threshold: float = ..., causal: bool = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def permuted_block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int = ..., segment_size: int = ...,
+    threshold: float = ..., causal: bool = ..., scale: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def permuted_block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int = ..., segment_size: int = ...,
+    threshold: float = ..., causal: bool = ..., scale: float | None = ..., return_lse: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def permuted_block_sparse_attention(
     q: Tensor,
     k: Tensor,

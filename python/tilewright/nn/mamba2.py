@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -259,7 +259,7 @@ class Mamba2(nn.Module):
         out = scan.causal_conv1d(
             xbc.transpose(1, 2), weight, self.conv1d.bias, seq_idx, before, activation="silu"
         )
-        return cast(Tensor, out).transpose(1, 2)
+        return out.transpose(1, 2)
 
     def _heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., heads, headdim), B and C (..., groups, states), as views."""

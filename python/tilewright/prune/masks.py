@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -84,6 +84,18 @@ def mask(
     return _best([item], how, chosen, count, by_row)[0].view(weight.shape)
 
 
+@overload
+def global_masks(
+    weights: Mapping[str, Tensor], pattern: str | Pattern, sparsity: float, criterion: str = ...,
+    activation_norms: Mapping[str, Tensor] | None = ..., *,
+    gradients: Mapping[str, Tensor] | None = ..., seed: int | None = ..., p: float = ...,
+) -> dict[str, Tensor]: ...  # fmt: skip
+@overload
+def global_masks(
+    weights: Sequence[Tensor], pattern: str | Pattern, sparsity: float, criterion: str = ...,
+    activation_norms: Sequence[Tensor] | None = ..., *,
+    gradients: Sequence[Tensor] | None = ..., seed: int | None = ..., p: float = ...,
+) -> list[Tensor]: ...  # fmt: skip
 def global_masks(
     weights: Mapping[str, Tensor] | Sequence[Tensor],
     pattern: str | Pattern,
@@ -94,7 +106,7 @@ def global_masks(
     gradients: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
     seed: int | None = None,
     p: float = 2,
-) -> Any:
+) -> dict[str, Tensor] | list[Tensor]:
     """The masks of many weights whose units compete with each other; arguments as of `mask`.
 
     Of all units together round(sparsity * units) are removed, but never all; a single weight may lose all of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ MAX_WIDTH = 8
 _fwd = torch.ops.tilewright.causal_conv1d_fwd.default
 
 
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ..., return_final_states: Literal[False] = ...,
+    final_states_out: Tensor | None = ..., activation: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ..., *, return_final_states: Literal[True],
+    final_states_out: Tensor | None = ..., activation: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ..., return_final_states: bool = ...,
+    final_states_out: Tensor | None = ..., activation: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

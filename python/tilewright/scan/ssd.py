@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,46 @@ from .._checks import (
 from .ops.ssd import SsdChunkScan
 
 
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: Literal[False] = ...,
+    return_varlen_states: Literal[False] = ..., state_dtype: torch.dtype | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., *, return_final_states: Literal[True],
+    return_varlen_states: Literal[False] = ..., state_dtype: torch.dtype | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: Literal[False] = ...,
+    *, return_varlen_states: Literal[True], state_dtype: torch.dtype | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., *, return_final_states: Literal[True],
+    return_varlen_states: Literal[True], state_dtype: torch.dtype | None = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: bool = ...,
+    return_varlen_states: bool = ..., state_dtype: torch.dtype | None = ...,
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def ssd_chunk_scan(
     x: Tensor,
     dt: Tensor,
@@ -139,6 +179,33 @@ def ssd_chunk_scan(
     return (out, *[states] * wanted)
 
 
+@overload
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    chunk_size: int, initial_states: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: Literal[False] = ...,
+    activation: str | None = ..., rmsnorm_weight: Tensor | None = ..., rmsnorm_eps: float = ...,
+    outproj_weight: Tensor | None = ..., outproj_bias: Tensor | None = ..., headdim: int | None = ...,
+    ngroups: int = ..., norm_before_gate: bool = ..., state_dtype: torch.dtype | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    chunk_size: int, initial_states: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    dt_limit: tuple[float, float] = ..., *, return_final_states: Literal[True],
+    activation: str | None = ..., rmsnorm_weight: Tensor | None = ..., rmsnorm_eps: float = ...,
+    outproj_weight: Tensor | None = ..., outproj_bias: Tensor | None = ..., headdim: int | None = ...,
+    ngroups: int = ..., norm_before_gate: bool = ..., state_dtype: torch.dtype | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    chunk_size: int, initial_states: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: bool = ...,
+    activation: str | None = ..., rmsnorm_weight: Tensor | None = ..., rmsnorm_eps: float = ...,
+    outproj_weight: Tensor | None = ..., outproj_bias: Tensor | None = ..., headdim: int | None = ...,
+    ngroups: int = ..., norm_before_gate: bool = ..., state_dtype: torch.dtype | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor,
     conv1d_weight: Tensor,

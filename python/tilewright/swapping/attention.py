@@ -211,7 +211,7 @@ def attend(
         causal = _is_causal(module, length, kwargs)
         blocks = _static_blocks(getattr(module, _ATTRIBUTE).spec.number, length, causal, query.device)
         out = block_sparse_attention(query, key, value, blocks, scale=scale, softcap=softcap or 0.0)
-        return out.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
+        return out.transpose(1, 2).contiguous(), None
     return _attend(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
 
 
@@ -305,7 +305,7 @@ def _attention(
         block_mask = _of_elements(mask, spec, q, k)
         if choice.by_elements:
             return _by_elements(q, k, v, rows(block_mask, 0), scale, softcap)
-        return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)  # type: ignore[return-value]
+        return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)
     if mask is None:
         mask = _without_mask(module, q, k, kwargs)
     if mask.q_len != q.shape[2] or mask.kv_length != k.shape[2]:
@@ -324,7 +324,7 @@ def _attention(
     if decoding or choice.by_elements:
         return _by_elements(q, k, v, mask.rows(spec).to(q.device), scale, softcap)
     block_mask = mask.blocks(spec).to(q.device)  # a layer of a model on several devices may be elsewhere
-    return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)  # type: ignore[return-value]
+    return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)
 
 
 def _estimated(
@@ -342,7 +342,7 @@ def _estimated(
     if choice.by_elements:
         return _by_elements(q, k, v, rows(estimate, 0) & mask.elements(), scale, softcap)
     block_mask = mask.estimated(estimate)
-    return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap, causal=mask.causal)  # type: ignore[return-value]
+    return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap, causal=mask.causal)
 
 
 def _permuted(
@@ -438,7 +438,7 @@ def _by_elements(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, so
     """Attention of few queries, by SDPA. Where these see few of the keys, the others are not read."""
     if softcap:
         mask = from_elements(seen, 64)
-        return block_sparse_attention(q, k, v, mask, scale=scale, softcap=softcap)  # type: ignore[return-value]
+        return block_sparse_attention(q, k, v, mask, scale=scale, softcap=softcap)
     if q.shape[2] <= _FEW and not q.is_cuda:  # on a GPU, to know which keys is to wait for it
         (some,) = seen.flatten(0, 2).any(0).nonzero(as_tuple=True)
         if 2 * len(some) < k.shape[2]:
