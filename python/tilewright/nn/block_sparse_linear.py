@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from .._checks import check_choice, check_type
+from .._checks import check_choice, check_type, suggests_keywords
 from ..prune import block_pattern
 from ..prune.block_pattern import BLOCK_SIZES
 from ..prune.masked import mask_of
 from ..prune.ops.block_sparse import ACTIVATIONS, block_sparse_linear
 
 
+@suggests_keywords
 class BlockSparseLinear(nn.Module):
     """y = activation(x W^T + bias), where W consists of blocks, most of them absent (BSR).
 

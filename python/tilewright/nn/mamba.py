@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _backend, scan
-from .._checks import check_count, check_tensor
+from .._checks import check_count, check_tensor, suggests_keywords
 from .._models import original_class
 from ..scan.conv import MAX_WIDTH
 from .inference import conv_step, keep_last, states_of
@@ -19,6 +19,7 @@ from .packing import packing_of
 _STEP_SEQUENCES = 8  # more of them make the projections products of matrices, which libraries do better
 
 
+@suggests_keywords
 class Mamba(nn.Module):
     """Mamba's block: project, convolve, scan, gate, project; a stand-in for ``mamba_ssm.Mamba``.
 

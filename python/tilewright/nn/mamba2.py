@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import scan
-from .._checks import check_count, check_tensor
+from .._checks import check_count, check_tensor, suggests_keywords
 from ..scan.conv import MAX_WIDTH
 from ..scan.ssd import gated_rms_norm, limits
 from .inference import conv_step, keep_last, states_of
@@ -17,6 +17,7 @@ from .mamba import check_tokens, initial_dt_bias, wide, width_of
 from .packing import packing_of
 
 
+@suggests_keywords
 class RMSNormGated(nn.Module):
     """RMS norm over groups of features, with a gate before or after it.
 
@@ -47,6 +48,7 @@ class RMSNormGated(nn.Module):
         return gated_rms_norm(x, z, self.weight, self.eps, self.group_size, self.norm_before_gate)
 
 
+@suggests_keywords
 class Mamba2(nn.Module):
     """Mamba-2's block: project, convolve, scan in chunks, gate and norm, project; as ``mamba_ssm.Mamba2``.
 

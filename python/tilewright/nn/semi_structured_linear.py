@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_count, check_device, check_tensor, check_type
+from .._checks import check_count, check_device, check_tensor, check_type, suggests_keywords
 from ..prune.masked import mask_of, set_mask
 from ..prune.ops.semi_structured import linear
 from ..prune.patterns import NOfM
@@ -23,6 +23,7 @@ from ..prune.semi_structured import (
 )
 
 
+@suggests_keywords
 class SemiStructuredLinear(nn.Module):
     """``y = x W^T + bias`` with a weight of which n of every m neighbours along a row are kept.
 

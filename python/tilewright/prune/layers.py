@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import nearest
+from .._checks import check_matches
 
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
@@ -124,11 +124,7 @@ def _check_names(model: nn.Module, argument: str, names: Names) -> None:
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{argument} must be a pattern, patterns or a function (name, module), got {names!r}")
     known = [name for name, module in model.named_modules() if is_prunable(module)]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            shown = ", ".join(known if len(known) <= 6 else [*known[:3], "...", *known[-3:]]) or "none"
-            meant = nearest(pattern, known)
-            raise ValueError(f"{argument}: {pattern!r} matches no linear layer; there are {shown}{meant}")
+    check_matches(argument, patterns, known, "linear layer")
 
 
 def _matches(name: str, module: nn.Module, names: Names) -> bool:

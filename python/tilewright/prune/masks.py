@@ -19,6 +19,7 @@ from .._checks import (
     check_seed,
     check_shape,
     check_tensor,
+    suggests_keywords,
 )  # fmt: skip
 from .mask_ops import prune_best, prune_n_of_m, prune_scores
 from .patterns import Block, NOfM, Pattern, matrix_shape, parse_pattern
@@ -27,6 +28,7 @@ CRITERIA = ("magnitude", "lp", "wanda", "taylor", "random")
 _ELEMENT = Block(1, 1)
 
 
+@suggests_keywords
 def mask(
     weight: Tensor,
     pattern: str | Pattern,
@@ -96,6 +98,7 @@ def global_masks(
     activation_norms: Sequence[Tensor] | None = ..., *,
     gradients: Sequence[Tensor] | None = ..., seed: int | None = ..., p: float = ...,
 ) -> list[Tensor]: ...  # fmt: skip
+@suggests_keywords
 def global_masks(
     weights: Mapping[str, Tensor] | Sequence[Tensor],
     pattern: str | Pattern,
@@ -146,6 +149,7 @@ def global_masks(
     return dict(zip(names, masks, strict=True)) if by_name else masks
 
 
+@suggests_keywords
 def scores(
     weight: Tensor,
     criterion: str = "magnitude",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_type
+from .._checks import check_type, suggests_keywords
 from .calibration import Loss
 from .changes import Change, revert_all
 from .job import GRID, Allocation, Job, Scope
@@ -23,6 +23,7 @@ from .report import PruneReport
 from .schedules import Cubic
 
 
+@suggests_keywords
 def prune(
     model: nn.Module,
     pattern: str | Pattern,
@@ -122,6 +123,7 @@ def prune(
         return report
 
 
+@suggests_keywords
 class Pruner:
     """Prunes a model by and by in a training loop of yours, to ever higher sparsity on a schedule.
 
