@@ -10,14 +10,15 @@ namespace tilewright {
 inline void check_slots(const void* indices, int64_t stride, bool is_64, int64_t batch, int64_t slots,
                         bool on_gpu, const char* name, const char* state) {
   if (indices == nullptr) {
-    check_value(batch == slots, state, ": must have one entry a sequence, batch = ", batch, ", got ", slots,
+    check_value(batch == slots, state, " must have one entry a sequence, batch = ", batch, ", got ", slots,
                 "; or give ", name);
     return;
   }
   for (int64_t b = 0; !on_gpu && b < batch; ++b) {
     const int64_t slot = is_64 ? static_cast<const int64_t*>(indices)[b * stride]
                                : static_cast<const int32_t*>(indices)[b * stride];
-    check_value(slot < slots, name, ": entry ", b, " is ", slot, ", but ", state, " has ", slots, " slots");
+    check_value(slot < slots, name, " must be below ", slots, ", the slots of ", state, ", got ", slot,
+                " for sequence ", b);
   }
 }
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_number
-from .block_sparse import block_sparse_attention
+from .._checks import check_count, check_device, check_number, check_tensor
+from .block_sparse import block_sparse_attention, scale_of
 from .codes import PARTIAL, Draft, Geometry
 from .estimate import check_q_k, of_heads, pooled
 from .mask import BlockMask, check_block_size, mask_of
@@ -88,7 +88,9 @@ def permuted_block_sparse_attention(
             "v must have shape (batch, kv_heads, kv_len, value_dim) to go with k, "
             f"{tuple(k.shape)}, got {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}"
         )
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    check_tensor("v", v)
+    check_device("v", v, q.device, "q")
+    scale = scale_of(scale, q)
     order, keys, mask = choose(q, k, block, segment_size, threshold, bool(causal), scale)
     values: Tensor = _Rows.apply(v, order)  # type: ignore[no-untyped-call]
     return block_sparse_attention(q, keys, values, mask, scale=scale, return_lse=return_lse)

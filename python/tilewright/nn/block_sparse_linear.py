@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from .._checks import check_choice, check_type, suggests_keywords
+from .._checks import check_choice, check_tensor, check_type, suggests_keywords
 from ..prune import block_pattern
 from ..prune.block_pattern import BLOCK_SIZES
 from ..prune.masked import mask_of
@@ -201,7 +201,8 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x ``(*, in_features)``."""
-        if x.shape[-1] != self.in_features:
+        check_tensor("x", x)
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape (*, {self.in_features}), got {tuple(x.shape)}")
         values: Tensor = self.values
         bias: Tensor | None = self.bias

@@ -158,8 +158,7 @@ class SemiStructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``; x has any strides and the layer's dtype."""
-        if not isinstance(x, Tensor):
-            check_tensor("x", x)
+        check_tensor("x", x)
         values: Tensor = self.values
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, values.dtype):
