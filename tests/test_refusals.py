@@ -49,7 +49,8 @@ def inner_inputs() -> dict[str, Any]:
     return {
         "xz": rand(2, 8, 6), "conv1d_weight": rand(4, 1, 3), "conv1d_bias": rand(4),
         "x_proj_weight": rand(8, 4), "delta_proj_weight": rand(4, 2), "out_proj_weight": rand(5, 4),
-        "out_proj_bias": rand(5), "A": -rand(4, 3), "D": rand(4), "delta_bias": rand(4), "B_proj_bias": rand(3), "C_proj_bias": rand(3),
+        "out_proj_bias": rand(5), "A": -rand(4, 3), "D": rand(4), "delta_bias": rand(4),
+        "B_proj_bias": rand(3), "C_proj_bias": rand(3),
         "b_rms_weight": rand(3), "c_rms_weight": rand(3), "dt_rms_weight": rand(2),
     }  # fmt: skip
 

@@ -250,7 +250,8 @@ class BlockMask:
         starts = _integers("cu_seqlens", cu_seqlens)
         if starts.ndim != 1 or not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
             raise ValueError(
-                f"cu_seqlens must be (documents + 1,) numbers from 0 that never fall, got {starts.tolist()}"
+                "cu_seqlens must be (documents + 1,) numbers that start at 0 and never fall, "
+                f"got {starts.tolist()}"
             )
         geometry = _geometry(int(starts[-1]), None, block_size)
         if device is None and isinstance(cu_seqlens, Tensor):
