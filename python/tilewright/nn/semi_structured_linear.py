@@ -21,6 +21,7 @@ from ..prune.semi_structured import (
     n_of_m,
     wrong_groups,
 )
+from .dense_state import read_dense
 
 
 @suggests_keywords
@@ -189,9 +190,14 @@ class SemiStructuredLinear(nn.Module):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, pattern={self.pattern}, bias={self.bias is not None}"
 
+    def _of_dense(self, weight: Tensor) -> dict[str, Tensor]:
+        found = compress_weight(weight, self._pattern, None)
+        return {"values": found.values, "indices": found.indices}
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **keywords: Any
     ) -> None:
+        read_dense(self, state_dict, prefix, arguments[4], self._of_dense)
         indices, errors = state_dict.get(prefix + "indices"), arguments[4]
         if isinstance(indices, Tensor) and indices.shape == self.indices.shape and not indices.is_meta:
             if indices.dtype != torch.uint8:

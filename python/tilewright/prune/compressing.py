@@ -444,7 +444,10 @@ def frozen(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _install(model: nn.Module, work: Work, journal: Journal) -> None:
+    from ..nn.dense_state import writes_dense
+
     if work.made is not None:
+        writes_dense(work.made)
         for parent, name in work.places:
             journal.entry(name, parent._modules, work.made)
 
