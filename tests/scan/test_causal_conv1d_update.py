@@ -334,7 +334,7 @@ GOOD = make(2, 6, 3, 4, 4)
             "one entry a sequence, batch = 2, got 3; or give conv_st",
         ),
         ({"weight": GOOD["weight"][:5]}, ValueError, r"weight must have shape \(dim, width\) with dim = 6"),
-        ({"weight": torch.zeros(6, 9)}, ValueError, "weight: width must be 1 to 8, got 9"),
+        ({"weight": torch.zeros(6, 9)}, ValueError, "weight must have a width of 1 to 8, got 9"),
         ({"weight": GOOD["weight"].double()}, TypeError, "weight must have dtype .*, got float64"),
         ({"bias": torch.zeros(5)}, ValueError, "bias must have .* elements, got 5"),
         (
@@ -351,7 +351,7 @@ GOOD = make(2, 6, 3, 4, 4)
         (
             {"conv_state_indices": torch.tensor([0, 2])},
             ValueError,
-            "entry 1 is 2, but conv_state has 2 slots",
+            "must be below 2, the slots of conv_state, got 2 for sequence 1",
         ),
         ({"activation": "gelu"}, ValueError, "activation must be 'silu', 'swish' or None, got 'gelu'"),
         (

@@ -360,7 +360,7 @@ GOOD = make(2, 6, 5, 16, groups=2)
         (
             {"B": torch.zeros(2, 4, 16)},
             ValueError,
-            "B: its groups must divide the heads, got 4 groups for 6 heads",
+            "B must have groups that divide the heads, got 4 groups for 6 heads",
         ),
         ({"B": torch.zeros(2, 0, 16)}, ValueError, "got 0 groups"),
         ({"C": torch.zeros(2, 3, 16)}, ValueError, "C must have as many groups as B, 2, got 3"),
@@ -382,7 +382,11 @@ GOOD = make(2, 6, 5, 16, groups=2)
             ValueError,
             r"must have shape \(batch,\) = \(2,\), got",
         ),
-        ({"state_batch_indices": torch.tensor([0, 2])}, ValueError, "entry 1 is 2, but state has 2 slots"),
+        (
+            {"state_batch_indices": torch.tensor([0, 2])},
+            ValueError,
+            "must be below 2, the slots of state, got 2 for sequence 1",
+        ),
         (
             {"A": GOOD["A"].clone().requires_grad_()},
             NotImplementedError,
