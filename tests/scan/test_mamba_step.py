@@ -265,7 +265,7 @@ def _changed(name: str, value: Any) -> dict[str, Any]:
     [
         (_changed("hidden_states", torch.zeros(2, 1, 24)), ValueError, r"hidden_states must have shape"),
         (_changed("hidden_states", 3), TypeError, "hidden_states must be a tensor"),
-        (_changed("hidden_states", torch.zeros(2, 24, dtype=torch.int32)), TypeError, "bfloat16, float64, got int32"),
+        (_changed("hidden_states", torch.zeros(2, 24, dtype=torch.int32)), TypeError, "float64, got int32"),
         (_changed("hidden_states", torch.zeros(24, 2).t()), ValueError, "must have features side by side"),
         (_changed("in_proj_weight", torch.zeros(65, 24)), ValueError, "in_proj_weight must have shape"),
         (_changed("in_proj_weight", torch.zeros(66, 23)), ValueError, "in_proj_weight must .* got"),
