@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,19 @@ MODEL = torch.nn.Sequential(torch.nn.Linear(16, 16))
             lambda: tw.nn.ActivationSparseLinear(8, 8, method="tael"),
             "method must be 'wina' or 'teal', got 'tael': did you mean 'teal'?",
         ),
+        (lambda: tw.swap(MODEL, atention=None), "include, dry_run, verify: did you mean 'attention'?"),
+        (lambda: tw.swap(MODEL, include="lm_haed"), "matches no layer of the model; there are 0"),
+        (lambda: tw.swap(MODEL, include="00"), "there are 0: did you mean '0'?"),
+        (lambda: tw.prune.prune(MODEL, "row", 0.5, exlude="0"), ": did you mean 'exclude'?"),
+        (lambda: tw.prune.mask(X[0], "row", sparsty=0.5), ": did you mean 'sparsity'?"),
+        (lambda: tw.prune.compress(MODEL, X, token=1), ": did you mean 'tokens'?"),
+        (lambda: tw.prune.compress(MODEL, X, exclude="00"), ": did you mean '0'?"),
+        (lambda: tw.prune.shrink(MODEL, X, 0.5, includes="0"), ": did you mean 'include'?"),
+        (lambda: tw.prune.shrink(MODEL, X, {"00": 0.5}), ": did you mean '0'?"),
+        (lambda: tw.prune.repair(MODEL, X, stepps=1), ": did you mean 'steps'?"),
+        (lambda: tw.prune.Cubic(3, evry=2), "steps, start, begin, every: did you mean 'every'?"),
+        (lambda: tw.optim.AdamW8bit(MODEL.parameters(), wieght_decay=0), "did you mean 'weight_decay'?"),
+        (lambda: tw.nn.Mamba(16, dstate=4), "did you mean 'd_state'?"),
     ],
 )
 def test_each_family_names_the_nearest(call: Callable[[], Any], ending: str) -> None:
@@ -61,6 +75,15 @@ def test_what_is_near_nothing_gets_no_guess(value: object) -> None:
     with pytest.raises(ValueError, match="by must be 'a' or None, got ") as raised:
         _checks.check_choice("by", value, ("a", None))
     assert "did you mean" not in str(raised.value)
+
+
+def test_the_nearest_keyword_leaves_signatures_and_calls_as_they_are() -> None:
+    assert list(inspect.signature(tw.swap).parameters)[:2] == ["model", "attention"]
+    assert list(inspect.signature(tw.optim.AdamW8bit).parameters)[:2] == ["params", "lr"]
+    with pytest.raises(TypeError, match=r"^AdamW8bit has no argument 'betta'; it has params, lr, "):
+        tw.optim.AdamW8bit(MODEL.parameters(), betta=1)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'model'"):
+        tw.swap()
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import sys
 import types
+import typing
+from collections.abc import Callable
 from importlib.resources import files
 
 import pytest
 
 import tilewright as tw
 from tilewright import _C
+from tilewright.compat.flex_attention import flex_attention
 
 STUB = files("tilewright").joinpath("_C.pyi")
 
@@ -43,6 +48,27 @@ def test_the_stub_is_up_to_date() -> None:
     for method in plan.body:
         assert isinstance(method, ast.FunctionDef)
         assert parameters(method) == documented(getattr(_C.OptimizerPlan, method.name))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads is new in Python 3.11")
+@pytest.mark.parametrize(
+    "function",
+    [
+        tw.attention.block_sparse_attention,
+        tw.attention.permuted_block_sparse_attention,
+        tw.prune.global_masks,
+        tw.scan.causal_conv1d,
+        tw.scan.mamba_split_conv1d_scan_combined,
+        tw.scan.selective_scan,
+        tw.scan.ssd_chunk_scan,
+        flex_attention,
+    ],
+)
+def test_overloads_have_all_parameters(function: Callable[..., object]) -> None:
+    overloads = typing.get_overloads(function)
+    expected = list(inspect.signature(function).parameters)
+    assert overloads
+    assert all(list(inspect.signature(stub).parameters) == expected for stub in overloads)
 
 
 def test_dir_shows_what_is_public() -> None:

@@ -50,8 +50,7 @@ TensorView view_of(const TwDLTensor& tensor, Label name) {
   view.device.is_cuda = device == kTwDLCUDA || device == kTwDLCUDAManaged;
   view.device.index = view.device.is_cuda ? tensor.device.id : 0;
   check_value(view.device.is_cuda || device == kTwDLCPU || device == kTwDLCUDAHost, name,
-              ": lives on a device this extension has no kernels for (DLPack device type ", device,
-              "), allowed: cpu, cuda");
+              " must be on a CPU or CUDA device, got DLPack device type ", device);
   return view;
 }
 
@@ -115,15 +114,15 @@ TensorView Arguments::from_exchange_table(const TwDLExchangeApi& api, py::handle
   TwDLTensor tensor;
   if (api.tensor_from_object(object.ptr(), &tensor) != 0) {
     py::error_already_set cause;
-    fail(ErrorKind::kType, name, ": cannot be read as a strided tensor (", cause.what(), ")");
+    fail(ErrorKind::kType, name, " must be a strided tensor, got one that cannot be read (", cause.what(),
+         ")");
   }
   api_ = &api;
   return view_of(tensor, name);
 }
 
 TensorView Arguments::from_protocol(py::handle object, Label name) {
-  check_type(py::hasattr(object, "__dlpack__"), name, ": got ", type_name(object),
-             ", expected a torch.Tensor or another array that offers __dlpack__");
+  check_type(py::hasattr(object, "__dlpack__"), name, " must be a tensor, got ", type_name(object));
   py::object source = py::reinterpret_borrow<py::object>(object);
   // torch refuses to export a tensor that requires grad; its detached alias is the same memory.
   if (py::hasattr(object, "detach")) source = object.attr("detach")();
@@ -171,22 +170,36 @@ void* Arguments::flat(py::handle object, Label name, int64_t numel, DType dtype,
 }
 
 void check_dtype(const TensorView& view, DType expected, Label name) {
-  check_type(view.dtype == expected, name, ": got dtype ", view.dtype, ", expected ", expected);
+  check_type(view.dtype == expected, name, " must have dtype ", expected, ", got ", view.dtype);
+}
+
+void check_dtypes(bool ok, const TensorView& view, const char* allowed, Label name) {
+  check_type(ok, name, " must have dtype ", allowed, ", got ", view.dtype);
+}
+
+void check_real(const TensorView& view, Label name) {
+  check_dtypes(is_real(view.dtype), view, "float32, float16, bfloat16, float64", name);
+  check_dtypes(!runs_on_gpu(view) || view.dtype != DType::kFloat64, view,
+               "float32, float16, bfloat16 on a CUDA device", name);
+}
+
+void check_indices(const TensorView& view, Label name) {
+  check_dtypes(view.dtype == DType::kInt32 || view.dtype == DType::kInt64, view, "int32, int64", name);
 }
 
 void check_contiguous(const TensorView& view, Label name) {
   // Of a tensor without elements, torch 2.6 exports strides of any kind.
-  check_value(view.numel() == 0 || view.is_contiguous(), name, ": must be contiguous, got shape ",
+  check_value(view.numel() == 0 || view.is_contiguous(), name, " must be contiguous, got shape ",
               view.sizes(), " with other strides; call .contiguous()");
 }
 
 void check_numel(const TensorView& view, int64_t expected, Label name) {
-  check_value(view.numel() == expected, name, ": got ", view.numel(), " elements in shape ", view.sizes(),
-              ", expected ", expected);
+  check_value(view.numel() == expected, name, " must have ", expected, " elements, got ", view.numel(),
+              " in shape ", view.sizes());
 }
 
 void check_device(const TensorView& view, Device expected, Label name) {
-  check_value(view.device == expected, name, ": is on ", view.device, ", expected ", expected);
+  check_value(view.device == expected, name, " must be on ", expected, ", got ", view.device);
 }
 
 }  // namespace tilewright

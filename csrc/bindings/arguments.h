@@ -67,6 +67,11 @@ bool runs_on_gpu(const TensorView& view);
 bool is_real(DType dtype);
 
 void check_dtype(const TensorView& view, DType expected, Label name);
+// For several dtypes, whose names `allowed` lists.
+void check_dtypes(bool ok, const TensorView& view, const char* allowed, Label name);
+// float32, float16, bfloat16, and float64 where CPU kernels run.
+void check_real(const TensorView& view, Label name);
+void check_indices(const TensorView& view, Label name);
 void check_contiguous(const TensorView& view, Label name);
 void check_numel(const TensorView& view, int64_t expected, Label name);
 void check_device(const TensorView& view, Device expected, Label name);

@@ -15,9 +15,7 @@ using prune::KeepInputsParams;
 TensorView read_x(Arguments& arguments, py::handle object) {
   const TensorView x = arguments.tensor(object, "x");
   check_value(x.ndim == 2, "x: must have shape (tokens, in), got ", x.sizes());
-  check_type(is_real(x.dtype), "x: got dtype ", x.dtype, ", allowed: float32, float16, bfloat16, float64");
-  check_type(!runs_on_gpu(x) || x.dtype != DType::kFloat64,
-             "x: got dtype float64, which the CUDA kernels do not take: float32, float16, bfloat16");
+  check_real(x, "x");
   return x;
 }
 

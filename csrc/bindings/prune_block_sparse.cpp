@@ -21,10 +21,7 @@ class LayerReader {
     check_value(values_.ndim == 3, "values: must have shape (blocks, block rows, block columns), got ",
                 values_.sizes());
     check_contiguous(values_, "values");
-    check_type(is_real(values_.dtype), "values: got dtype ", values_.dtype,
-               ", allowed: float32, float16, bfloat16, float64");
-    check_type(!runs_on_gpu(values_) || values_.dtype != DType::kFloat64,
-               "values: got dtype float64, which the CUDA kernels do not take: float32, float16, bfloat16");
+    check_real(values_, "values");
     for (int32_t axis = 1; axis <= 2; ++axis) {
       const int64_t size = values_.shape[axis];
       check_value(size >= 8 && size <= 128 && (size & (size - 1)) == 0, "values: ", size,

@@ -9,18 +9,13 @@ namespace {
 
 using namespace prune;
 
-void check_real(const TensorView& v, const char* name) {
-  check_type(is_real(v.dtype), name, ": got dtype ", v.dtype,
-             ", allowed: float32, float16, bfloat16, float64");
-}
-
 // Sizes come from `values` and `positions` alone; `in` must be said, since positions are whole bytes.
 SemiStructuredWeight weight_of(Arguments& arguments, py::handle values, py::handle positions, int64_t in,
                                int n, int m, DType& dtype, Device& device, Access access = Access::kRead) {
   check_value(n >= 1 && n < m && m <= 32, "n, m: need 1 <= n < m <= 32, got ", n, ", ", m);
   check_value(in >= 0 && in % m == 0, "in: must be a multiple of m = ", m, ", got ", in);
   const TensorView v = arguments.tensor(values, "values", access);
-  check_real(v, "values");
+  check_dtypes(is_real(v.dtype), v, "float32, float16, bfloat16, float64", "values");
   dtype = v.dtype, device = v.device;
   const TensorView at = arguments.tensor(positions, "positions");
   check_dtype(at, DType::kUInt8, "positions");

@@ -20,7 +20,7 @@ class Reader {
   TensorView view(py::handle object, const char* name, int32_t ndim, const char* axes,
                   Access access = Access::kRead) {
     const TensorView v = arguments.tensor(object, name, access);
-    check_value(v.ndim == ndim, name, ": must have shape ", axes, ", got ", v.sizes());
+    check_value(v.ndim == ndim, name, " must have shape ", axes, ", got ", v.sizes());
     check_device(v, device_, name);
     return v;
   }
@@ -32,7 +32,7 @@ class Reader {
     const TensorView v = view(object, name, 3, axes, access);
     check_dtype(v, p.dtype, name);
     check_value(v.shape[0] == p.batch && v.shape[1] == p.dim && v.shape[2] == steps, name,
-                ": must have shape ", axes, " = (", p.batch, ", ", p.dim, ", ", steps, "), got ", v.sizes());
+                " must have shape ", axes, " = (", p.batch, ", ", p.dim, ", ", steps, "), got ", v.sizes());
     return {v.data, v.stride(0), v.stride(1), v.stride(2)};
   }
 
@@ -44,13 +44,13 @@ class Reader {
 
 void read_weights(Reader& reader, CausalConv1dParams& p, py::handle weight, py::handle bias) {
   const TensorView w = reader.view(weight, "weight", 2, "(dim, width)");
-  check_value(w.shape[0] == p.dim, "weight: must have shape (dim, width) with dim = ", p.dim, ", got ",
+  check_value(w.shape[0] == p.dim, "weight must have shape (dim, width) with dim = ", p.dim, ", got ",
               w.sizes());
-  check_value(w.shape[1] >= 1 && w.shape[1] <= scan::kMaxConvWidth, "weight: width must be 1 to ",
+  check_value(w.shape[1] >= 1 && w.shape[1] <= scan::kMaxConvWidth, "weight must have a width of 1 to ",
               scan::kMaxConvWidth, ", got ", w.shape[1]);
-  check_type(is_real(w.dtype) && (w.dtype == DType::kFloat64) == (p.dtype == DType::kFloat64),
-             "weight: got dtype ", w.dtype, " for x of ", p.dtype,
-             ", allowed: float32, float16, bfloat16; float64 with float64");
+  const bool wide = p.dtype == DType::kFloat64;
+  check_dtypes(is_real(w.dtype) && (w.dtype == DType::kFloat64) == wide, w,
+               wide ? "float64, as x has" : "float32, float16, bfloat16", "weight");
   p.weight = w.data;
   p.weight_channel = w.stride(0);
   p.weight_tap = w.stride(1);
@@ -67,9 +67,8 @@ void read_weights(Reader& reader, CausalConv1dParams& p, py::handle weight, py::
 void read_seq_idx(Reader& reader, CausalConv1dParams& p, py::handle seq_idx) {
   if (seq_idx.is_none()) return;
   const TensorView v = reader.view(seq_idx, "seq_idx", 2, "(batch, length)");
-  check_type(v.dtype == DType::kInt32 || v.dtype == DType::kInt64, "seq_idx: got dtype ", v.dtype,
-             ", allowed: int32, int64");
-  check_value(v.shape[0] == p.batch && v.shape[1] == p.length, "seq_idx: must have shape (batch, length) = (",
+  check_indices(v, "seq_idx");
+  check_value(v.shape[0] == p.batch && v.shape[1] == p.length, "seq_idx must have shape (batch, length) = (",
               p.batch, ", ", p.length, "), got ", v.sizes());
   p.seq_idx = v.data;
   p.seq_batch = v.stride(0);
@@ -80,10 +79,8 @@ void read_seq_idx(Reader& reader, CausalConv1dParams& p, py::handle seq_idx) {
 // What forward and backward have in common; `x` has been read.
 CausalConv1dParams conv_params(Reader& reader, const TensorView& x, py::handle weight, py::handle bias,
                                py::handle seq_idx, py::handle initial, bool silu) {
-  check_value(x.ndim == 3, "x: must have shape (batch, dim, length), got ", x.sizes());
-  check_type(is_real(x.dtype), "x: got dtype ", x.dtype, ", allowed: float32, float16, bfloat16, float64");
-  check_type(!runs_on_gpu(x) || x.dtype != DType::kFloat64,
-             "x: got dtype float64, which the CUDA kernels do not take: float32, float16, bfloat16");
+  check_value(x.ndim == 3, "x must have shape (batch, dim, length), got ", x.sizes());
+  check_real(x, "x");
   CausalConv1dParams p{};
   p.x = {x.data, x.stride(0), x.stride(1), x.stride(2)};
   p.batch = x.shape[0];
@@ -172,8 +169,7 @@ const void* read_integers(Reader& reader, py::handle object, const char* name, i
                           bool& is_64) {
   if (object.is_none()) return nullptr;
   const TensorView v = reader.view(object, name, 1, "(batch,)");
-  check_type(v.dtype == DType::kInt32 || v.dtype == DType::kInt64, name, ": got dtype ", v.dtype,
-             ", allowed: int32, int64");
+  check_indices(v, name);
   check_numel(v, batch, name);
   stride = v.stride(0);
   is_64 = v.dtype == DType::kInt64;
@@ -184,11 +180,9 @@ void update(py::handle x, py::handle conv_state, py::handle weight, py::handle b
             py::handle cache_seqlens, py::handle indices, py::handle out, int threads) {
   Arguments first;
   const TensorView v = first.tensor(x, "x");
-  check_value(v.ndim == 2 || v.ndim == 3, "x: must have shape (batch, dim) or (batch, dim, steps), got ",
+  check_value(v.ndim == 2 || v.ndim == 3, "x must have shape (batch, dim) or (batch, dim, steps), got ",
               v.sizes());
-  check_type(is_real(v.dtype), "x: got dtype ", v.dtype, ", allowed: float32, float16, bfloat16, float64");
-  check_type(!runs_on_gpu(v) || v.dtype != DType::kFloat64,
-             "x: got dtype float64, which the CUDA kernels do not take: float32, float16, bfloat16");
+  check_real(v, "x");
   Reader reader(v.device);
   scan::CausalConv1dUpdateParams p{};
   p.conv.batch = v.shape[0];
@@ -198,13 +192,13 @@ void update(py::handle x, py::handle conv_state, py::handle weight, py::handle b
   p.conv.silu = silu;
   p.conv.x = {v.data, v.stride(0), v.stride(1), v.ndim == 3 ? v.stride(2) : 0};
   const TensorView o = reader.arguments.tensor(out, "out");
-  check_value(o.same_shape(v) && o.dtype == v.dtype, "out: must be like x");
+  check_value(o.same_shape(v) && o.dtype == v.dtype, "out must be like x");
   p.conv.out = {o.data, o.stride(0), o.stride(1), o.ndim == 3 ? o.stride(2) : 0};
   read_weights(reader, p.conv, weight, bias);
   const TensorView s = reader.view(conv_state, "conv_state", 3, "(batch, dim, state_length)");
   check_dtype(s, v.dtype, "conv_state");
   check_value(s.shape[1] == p.conv.dim && s.shape[2] >= p.conv.width - 1,
-              "conv_state: must have shape (batch or slots, dim, at least width - 1) with dim = ", p.conv.dim,
+              "conv_state must have shape (batch or slots, dim, at least width - 1) with dim = ", p.conv.dim,
               " and width = ", p.conv.width, ", got ", s.sizes());
   check_written(s, "conv_state");
   p.state = {s.data, s.stride(0), s.stride(1), s.stride(2)};

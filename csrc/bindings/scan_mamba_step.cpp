@@ -19,14 +19,10 @@ using scan::TokenLinearParams;
 class StepReader {
  public:
   explicit StepReader(py::handle hidden) : hidden_(arguments.tensor(hidden, "hidden_states")) {
-    check_value(hidden_.ndim == 2, "hidden_states: must have shape (batch, d_model), got ", hidden_.sizes());
-    check_type(is_real(hidden_.dtype), "hidden_states: got dtype ", hidden_.dtype,
-               ", allowed: float32, float16, bfloat16, float64");
-    check_type(!runs_on_gpu(hidden_) || hidden_.dtype != DType::kFloat64,
-               "hidden_states: got dtype float64, which the CUDA kernels do not take: float32, float16, "
-               "bfloat16");
+    check_value(hidden_.ndim == 2, "hidden_states must have shape (batch, d_model), got ", hidden_.sizes());
+    check_real(hidden_, "hidden_states");
     check_value(hidden_.stride(1) == 1 || hidden_.shape[1] <= 1,
-                "hidden_states: features must lie side by side, got stride ", hidden_.stride(1));
+                "hidden_states must have features side by side, got stride ", hidden_.stride(1));
   }
 
   const TensorView& hidden() const { return hidden_; }
@@ -48,7 +44,7 @@ class StepReader {
       int64_t expected[4];
       axis = 0;
       for (int64_t size : sizes) expected[axis++] = size;
-      fail(ErrorKind::kValue, name, ": must have shape ", axes, " = ", Shape{expected, axis},
+      fail(ErrorKind::kValue, name, " must have shape ", axes, " = ", Shape{expected, axis},
            " (-1: any), got ", v.sizes());
     }
     return v;
@@ -57,7 +53,7 @@ class StepReader {
   TensorView of_dtype(py::handle object, const char* name, const char* axes,
                       std::initializer_list<int64_t> sizes) {
     const TensorView v = view(object, name, axes, sizes);
-    check_type(v.dtype == dtype(), name, ": must have the dtype of hidden_states, ", dtype(), ", got ",
+    check_type(v.dtype == dtype(), name, " must have the dtype of hidden_states, ", dtype(), ", got ",
                v.dtype);
     return v;
   }
@@ -66,9 +62,9 @@ class StepReader {
   TensorView of_recurrence(py::handle object, const char* name, const char* axes,
                            std::initializer_list<int64_t> sizes) {
     const TensorView v = view(object, name, axes, sizes);
-    check_type(is_real(v.dtype) && (v.dtype == DType::kFloat64) == (dtype() == DType::kFloat64), name,
-               ": got dtype ", v.dtype, " for hidden_states of ", dtype(),
-               ", allowed: float32, float16, bfloat16; float64 with float64");
+    const bool wide = dtype() == DType::kFloat64;
+    check_dtypes(is_real(v.dtype) && (v.dtype == DType::kFloat64) == wide, v,
+                 wide ? "float64, as hidden_states has" : "float32, float16, bfloat16", name);
     return v;
   }
 
@@ -105,7 +101,7 @@ Sizes read_weights(StepReader& reader, MambaStepParams& p, py::handle in_weight,
   const TensorView in =
       reader.of_dtype(in_weight, "in_proj_weight", "(2 dim, d_model)", {-1, reader.hidden().shape[1]});
   check_value(in.shape[0] > 0 && in.shape[0] % 2 == 0,
-              "in_proj_weight: must have shape (2 dim, d_model), got ", in.sizes());
+              "in_proj_weight must have shape (2 dim, d_model), got ", in.sizes());
   Sizes sizes{in.shape[1], in.shape[0] / 2, 0, 0};
   p.in = linear(reader, in, in_bias, "in_proj_bias");
   const TensorView dt = reader.of_dtype(dt_weight, "dt_proj_weight", "(dim, rank)", {sizes.dim, -1});
@@ -113,7 +109,7 @@ Sizes read_weights(StepReader& reader, MambaStepParams& p, py::handle in_weight,
   p.dt = linear(reader, dt, py::none(), "");
   const TensorView x = reader.of_dtype(x_weight, "x_proj_weight", "(rank + 2 N, dim)", {-1, sizes.dim});
   check_value(x.shape[0] >= sizes.rank && (x.shape[0] - sizes.rank) % 2 == 0,
-              "x_proj_weight: must have shape (rank + 2 N, dim) with rank = ", sizes.rank, ", got ",
+              "x_proj_weight must have shape (rank + 2 N, dim) with rank = ", sizes.rank, ", got ",
               x.sizes());
   sizes.states = (x.shape[0] - sizes.rank) / 2;
   p.dt_B_C = linear(reader, x, py::none(), "");
@@ -126,8 +122,8 @@ void read_convolution(StepReader& reader, MambaStepParams& p, const Sizes& sizes
                       py::handle weight, py::handle bias) {
   scan::CausalConv1dParams& conv = p.conv.conv;
   const TensorView w = reader.of_dtype(weight, "conv1d_weight", "(dim, width)", {sizes.dim, -1});
-  check_value(w.shape[1] >= 1 && w.shape[1] <= scan::kMaxConvWidth, "conv1d_weight: width must be 1 to ",
-              scan::kMaxConvWidth, ", got ", w.shape[1]);
+  check_value(w.shape[1] >= 1 && w.shape[1] <= scan::kMaxConvWidth,
+              "conv1d_weight must have a width of 1 to ", scan::kMaxConvWidth, ", got ", w.shape[1]);
   conv.weight = w.data;
   conv.weight_channel = w.stride(0);
   conv.weight_tap = w.stride(1);
@@ -140,7 +136,7 @@ void read_convolution(StepReader& reader, MambaStepParams& p, const Sizes& sizes
   const TensorView state = reader.of_dtype(conv_state, "conv_state", "(batch, dim, state_length)",
                                            {reader.batch(), sizes.dim, -1});
   check_value(state.shape[2] >= conv.width - 1,
-              "conv_state: its length must be at least width - 1 = ", conv.width - 1, ", got ",
+              "conv_state must have a length of at least width - 1 = ", conv.width - 1, ", got ",
               state.shape[2]);
   check_written(state, "conv_state");
   p.conv.state = {state.data, state.stride(0), state.stride(1), state.stride(2)};

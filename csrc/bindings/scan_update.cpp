@@ -20,15 +20,12 @@ class StepReader {
   explicit StepReader(py::handle state_object) {
     const TensorView state = arguments.tensor(state_object, "state");
     check_value(state.ndim == 3 || state.ndim == 4,
-                "state: must have shape (batch, dim, N) or (batch, heads, dim, N), got ", state.sizes());
+                "state must have shape (batch, dim, N) or (batch, heads, dim, N), got ", state.sizes());
     has_heads_ = state.ndim == 4;
     device_ = state.device;
     dtype_ = state.dtype;
     on_gpu_ = runs_on_gpu(state);
-    check_type(is_real(dtype_), "state: got dtype ", dtype_,
-               ", allowed: float32, float16, bfloat16, float64");
-    check_type(!on_gpu_ || dtype_ != DType::kFloat64,
-               "state: got dtype float64, which the CUDA kernels do not take: float32, float16, bfloat16");
+    check_real(state, "state");
     check_written(state, "state");
     p.slots = state.shape[0];
     p.heads = has_heads_ ? state.shape[1] : 1;
@@ -39,7 +36,7 @@ class StepReader {
 
   void read_x(py::handle object) {
     const TensorView v = arguments.tensor(object, "x");
-    check_value(v.ndim == (has_heads_ ? 3 : 2), "x: must have shape ",
+    check_value(v.ndim == (has_heads_ ? 3 : 2), "x must have shape ",
                 has_heads_ ? "(batch, heads, dim)" : "(batch, dim)", " to go with a state of ",
                 has_heads_ ? 4 : 3, " axes, got ", v.sizes());
     p.batch = v.shape[0];
@@ -59,7 +56,7 @@ class StepReader {
     if (axes & kState) expected[count++] = p.states;
     bool fits = v.ndim == count;
     for (int32_t i = 0; fits && i < count; ++i) fits = v.shape[i] == expected[i];
-    check_value(fits, name, ": must have shape ", Shape{expected, count}, " to go with state and x, got ",
+    check_value(fits, name, " must have shape ", Shape{expected, count}, " to go with state and x, got ",
                 v.sizes());
     return spread(v, axes);
   }
@@ -68,11 +65,11 @@ class StepReader {
   StepTensor read_projection(py::handle object, const char* name, int64_t& groups) {
     const TensorView v = checked(object, name);
     check_value((v.ndim == 2 || v.ndim == 3) && v.shape[0] == p.batch && v.shape[v.ndim - 1] == p.states,
-                name, ": must have shape (batch, N) or (batch, groups, N) with batch = ", p.batch,
+                name, " must have shape (batch, N) or (batch, groups, N) with batch = ", p.batch,
                 " and N = ", p.states, ", got ", v.sizes());
     groups = v.ndim == 3 ? v.shape[1] : 1;
-    check_value(groups > 0 && p.heads % groups == 0, name, ": its groups must divide the heads, got ", groups,
-                " groups for ", p.heads, " heads");
+    check_value(groups > 0 && p.heads % groups == 0, name, " must have groups that divide the heads, got ",
+                groups, " groups for ", p.heads, " heads");
     return spread(v, kBatch | kState | (v.ndim == 3 ? kHead : 0));
   }
 
@@ -80,9 +77,8 @@ class StepReader {
     if (!object.is_none()) {
       const TensorView v = arguments.tensor(object, "state_batch_indices");
       check_device(v, device_, "state_batch_indices");
-      check_type(v.dtype == DType::kInt32 || v.dtype == DType::kInt64, "state_batch_indices: got dtype ",
-                 v.dtype, ", allowed: int32, int64");
-      check_value(v.ndim == 1 && v.shape[0] == p.batch, "state_batch_indices: must have shape (batch,) = (",
+      check_indices(v, "state_batch_indices");
+      check_value(v.ndim == 1 && v.shape[0] == p.batch, "state_batch_indices must have shape (batch,) = (",
                   p.batch, ",), got ", v.sizes());
       p.indices = v.data;
       p.indices_stride = v.stride(0);
@@ -100,9 +96,9 @@ class StepReader {
   TensorView checked(py::handle object, const char* name) {
     const TensorView v = arguments.tensor(object, name);
     check_device(v, device_, name);
-    check_type(is_real(v.dtype) && (v.dtype == DType::kFloat64) == (dtype_ == DType::kFloat64), name,
-               ": got dtype ", v.dtype, " for a state of ", dtype_,
-               ", allowed: float32, float16, bfloat16; float64 with float64");
+    const bool wide = dtype_ == DType::kFloat64;
+    check_dtypes(is_real(v.dtype) && (v.dtype == DType::kFloat64) == wide, v,
+                 wide ? "float64, as state has" : "float32, float16, bfloat16", name);
     return v;
   }
 
@@ -132,7 +128,7 @@ void update(py::handle state, py::handle x, py::handle dt, py::handle A, py::han
   int64_t groups_of_C = 1;
   p.B = reader.read_projection(B, "B", p.groups);
   p.C = reader.read_projection(C, "C", groups_of_C);
-  check_value(groups_of_C == p.groups, "C: must have as many groups as B, ", p.groups, ", got ", groups_of_C);
+  check_value(groups_of_C == p.groups, "C must have as many groups as B, ", p.groups, ", got ", groups_of_C);
   p.D = reader.read(D, "D", kChannel);
   p.z = reader.read(z, "z", kBatch | kChannel);
   p.dt_bias = reader.read(dt_bias, "dt_bias", kChannel);

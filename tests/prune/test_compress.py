@@ -276,7 +276,7 @@ def test_masks_of_torch_are_understood(clock: Clock, x: Tensor) -> None:
     expected = model(x)
     report = tw.prune.compress(model, x)
     assert isinstance(model[0], tw.nn.BlockSparseLinear)
-    assert sorted(model.state_dict()) == ["0.bias", "0.col_indices", "0.crow_indices", "0.values"]
+    assert sorted(model.state_dict()) == ["0.bias", "0.weight"]
     torch.testing.assert_close(model(x), expected)
     report.undo()
     assert torch.equal(model(x), expected)
@@ -442,6 +442,58 @@ def test_a_compressed_model_is_a_plain_one(clock: Clock, x: Tensor) -> None:
     assert all(isinstance(value, Tensor) for value in model.state_dict().values())
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("crossover", [False, True])
+@pytest.mark.parametrize("form", ["blocks", "2:4"])
+def test_a_compressed_model_saves_and_loads_as_the_dense_one(
+    clock: Clock, x: Tensor, form: str, crossover: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+    if form == "blocks":
+        blocks(model[0])
+    else:
+        tw.prune.prune(model, "2:4", include="0")
+    if crossover:
+        clock.cost = lambda name, tokens: crossing("dense" if name != "dense" else "sparse", tokens)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tw.prune.compress(model, x, tokens=[4, 400])
+    kind = tw.nn.BlockSparseLinear if form == "blocks" else tw.nn.SemiStructuredLinear
+    assert isinstance(model[0], tw.nn.CrossoverLinear if crossover else kind)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    fresh = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).eval()
+    fresh.load_state_dict(after)  # what knows nothing of sparse layers
+    torch.testing.assert_close(fresh(x), model(x))
+    halved = {name: value / 2 for name, value in after.items()}
+    fresh.load_state_dict(halved)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for assign in (False, True):
+            other.load_state_dict(halved, assign=assign)
+            torch.testing.assert_close(other(x), fresh(x))
+            assert all(torch.equal(other.state_dict()[name], value) for name, value in halved.items())
+    with pytest.raises(RuntimeError, match=r"weight must have shape \(64, 64\), got \(64, 32\)"):
+        model.load_state_dict(after | {"0.weight": torch.zeros(64, 32)})
+
+
+def test_a_compressed_model_of_transformers_is_saved_and_loaded(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=128, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config).eval(), torch.arange(3, 19)[None]
+    tw.prune.prune(model, tw.prune.Block(32, 32), 0.9)
+    expected = model(ids).logits
+    assert tw.prune.compress(model, ids, margin=0.0, seconds=0.01).compressed
+    model.save_pretrained(tmp_path)
+    loaded, report = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    torch.testing.assert_close(loaded.eval()(ids).logits, expected)
 
 
 def test_other_dtypes(clock: Clock, x: Tensor) -> None:

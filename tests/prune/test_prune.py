@@ -332,6 +332,31 @@ def test_sparsegpt_on_a_model_of_transformers() -> None:
     assert report.density == 0.5
 
 
+def test_layers_of_few_weights_that_decide_about_much_stay_dense() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=32, hidden_size=64, num_hidden_layers=3, pad_token_id=0)
+    model = MambaForCausalLM(config)
+    report = prune(model, "element", 0.5)
+    assert sorted({layer.name.rpartition(".")[2] for layer in report.layers}) == ["in_proj", "out_proj"]
+    assert "backbone.layers.{0..2}.mixer.dt_proj  it makes a state space's step sizes and maps" in str(report)
+    assert len(prune(model, "element", 0.5, include="*.x_proj").layers) == 3
+
+
+def test_thin_layers_stay_dense_unless_there_are_no_others() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3), nn.Linear(3, 48), nn.Linear(48, 64))
+    before = snapshot(model)
+    report = prune(model, "element", 0.5)
+    assert [layer.name for layer in report.layers] == ["0", "2", "3"]
+    assert [(entry.name, entry.why) for entry in report.skipped] == [
+        ("1", "it is thin, 3 x 64: name it in include")
+    ]
+    report.undo()
+    assert_same(before, snapshot(model))
+    assert len(prune(model, "element", 0.5, include="*").layers) == 4
+    assert len(prune(nn.Sequential(nn.Linear(64, 3), nn.Linear(3, 64)), "element", 0.5).layers) == 2
+
+
 def test_tied_embeddings_stay_dense() -> None:
     model = tiny_llama(tie_word_embeddings=True)
     before = model.lm_head.weight.detach().clone()

@@ -351,11 +351,11 @@ def test_bad_compressed_forms():
 
 def test_the_binding_checks_too():
     values, indices = compress_weight(pruned(4, 8, "2:4"))
-    with pytest.raises(TypeError, match=r"x: got dtype float64, expected float32"):
+    with pytest.raises(TypeError, match=r"x must have dtype float32, got float64"):
         ops._fwd(random(2, 8, dtype=torch.float64), values, indices, None, 2, 4, "none", False)
     with pytest.raises(ValueError, match=r"x: must have shape \(2, 8\), got \(2, 9\)"):
         ops._fwd(random(2, 9), values, indices, None, 2, 4, "none", False)
     with pytest.raises(ValueError, match=r"positions: must have shape \(4, 1\), got \(4, 2\)"):
         ops._fwd(random(2, 8), values, indices.repeat(1, 2), None, 2, 4, "none", False)
-    with pytest.raises(ValueError, match=r"values: must be contiguous"):
+    with pytest.raises(ValueError, match=r"values must be contiguous"):
         ops._fwd(random(2, 8), values.t().contiguous().t(), indices, None, 2, 4, "none", False)

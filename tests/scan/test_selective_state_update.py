@@ -336,49 +336,57 @@ GOOD = make(2, 6, 5, 16, groups=2)
         ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
         ({"D": 1.0}, TypeError, "D must be a tensor, got float"),
         ({"z": GOOD["z"].to_sparse()}, ValueError, "z must be a dense tensor"),
-        ({"state": GOOD["state"].int()}, TypeError, "state: got dtype int32, allowed: float32"),
+        ({"state": GOOD["state"].int()}, TypeError, "state must have dtype float32.*, got int32"),
         (
             {"state": GOOD["state"][0, 0]},
             ValueError,
-            r"state: must have shape \(batch, dim, N\) or .*, got \(5, 16\)",
+            r"state must have shape \(batch, dim, N\) or .*, got \(5, 16\)",
         ),
         (
             {"x": GOOD["x"][:, 0]},
             ValueError,
-            r"x: must have shape \(batch, heads, dim\) to go with a state of 4 axes",
+            r"x must have shape \(batch, heads, dim\) to go with a state of 4 axes",
         ),
-        ({"x": GOOD["x"][..., :4]}, ValueError, r"x: must have shape \(2, 6, 5\) to go with state and x"),
-        ({"dt": GOOD["dt"][..., :1]}, ValueError, r"dt: must have shape \(2, 6, 5\) .*, got \(2, 6, 1\)"),
-        ({"dt": GOOD["dt"].long()}, TypeError, "dt: got dtype int64 for a state of float32"),
-        ({"dt": GOOD["dt"].double()}, TypeError, "dt: got dtype float64 for a state of float32"),
-        ({"A": GOOD["A"][0]}, ValueError, r"A: must have shape \(6, 5, 16\) .*, got \(5, 16\)"),
+        ({"x": GOOD["x"][..., :4]}, ValueError, r"x must have shape \(2, 6, 5\) to go with state and x"),
+        ({"dt": GOOD["dt"][..., :1]}, ValueError, r"dt must have shape \(2, 6, 5\) .*, got \(2, 6, 1\)"),
+        ({"dt": GOOD["dt"].long()}, TypeError, "dt must have dtype .*, got int64"),
+        ({"dt": GOOD["dt"].double()}, TypeError, "dt must have dtype .*, got float64"),
+        ({"A": GOOD["A"][0]}, ValueError, r"A must have shape \(6, 5, 16\) .*, got \(5, 16\)"),
         (
             {"B": GOOD["B"][..., :3]},
             ValueError,
-            r"B: must have shape \(batch, N\) or .* N = 16, got \(2, 2, 3\)",
+            r"B must have shape \(batch, N\) or .* N = 16, got \(2, 2, 3\)",
         ),
         (
             {"B": torch.zeros(2, 4, 16)},
             ValueError,
-            "B: its groups must divide the heads, got 4 groups for 6 heads",
+            "B must have groups that divide the heads, got 4 groups for 6 heads",
         ),
         ({"B": torch.zeros(2, 0, 16)}, ValueError, "got 0 groups"),
-        ({"C": torch.zeros(2, 3, 16)}, ValueError, "C: must have as many groups as B, 2, got 3"),
-        ({"D": torch.zeros(6)}, ValueError, r"D: must have shape \(6, 5\) .*, got \(6,\)"),
-        ({"z": torch.zeros(1, 6, 5)}, ValueError, r"z: must have shape \(2, 6, 5\)"),
-        ({"dt_bias": torch.zeros(5)}, ValueError, r"dt_bias: must have shape \(6, 5\)"),
+        ({"C": torch.zeros(2, 3, 16)}, ValueError, "C must have as many groups as B, 2, got 3"),
+        ({"D": torch.zeros(6)}, ValueError, r"D must have shape \(6, 5\) .*, got \(6,\)"),
+        ({"z": torch.zeros(1, 6, 5)}, ValueError, r"z must have shape \(2, 6, 5\)"),
+        ({"dt_bias": torch.zeros(5)}, ValueError, r"dt_bias must have shape \(6, 5\)"),
         (
             {"state": torch.zeros(3, 6, 5, 16)},
             ValueError,
             "one entry a sequence, batch = 2, got 3; or give state_ba",
         ),
-        ({"state_batch_indices": torch.zeros(2)}, TypeError, "state_batch_indices: got dtype float32"),
+        (
+            {"state_batch_indices": torch.zeros(2)},
+            TypeError,
+            "indices must have dtype int32, int64, got",
+        ),
         (
             {"state_batch_indices": torch.zeros(3).int()},
             ValueError,
             r"must have shape \(batch,\) = \(2,\), got",
         ),
-        ({"state_batch_indices": torch.tensor([0, 2])}, ValueError, "entry 1 is 2, but state has 2 slots"),
+        (
+            {"state_batch_indices": torch.tensor([0, 2])},
+            ValueError,
+            "must be below 2, the slots of state, got 2 for sequence 1",
+        ),
         (
             {"A": GOOD["A"].clone().requires_grad_()},
             NotImplementedError,
@@ -397,7 +405,7 @@ def test_refuses(arguments: dict[str, Any], error: type[Exception], message: str
 def test_an_expanded_state_cannot_be_written(axis: int) -> None:
     """Rows would read what others had written."""
     state = GOOD["state"]
-    message = f"state: is written to, so its {state.shape[axis]} entries along axis {axis} must not be"
+    message = f"state must have a place .* got {state.shape[axis]} entries in one place along axis {axis}"
     with pytest.raises(ValueError, match=message):
         selective_state_update(**{**GOOD, "state": state.narrow(axis, 0, 1).clone().expand_as(state)})
 

@@ -307,7 +307,7 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
         (
             lambda: tw.swap(tiny("mamba"), include="backbone.layer.1.*"),
             ValueError,
-            "include: 'backbone.layer.1.*' matches no layer of the model; near are 'backbone.layers.1",
+            "include: 'backbone.layer.1.*' matches no layer of the model; .* mean 'backbone.layers.1'",
         ),
         (lambda: tw.swap(tiny("mamba"), verify=3), TypeError, "verify must be a tensor, a tuple or a dict"),
         (lambda: tw.swap(nn.Linear(1, 1), verify=3), TypeError, "verify must be a tensor, .*, got int"),

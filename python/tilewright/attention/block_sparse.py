@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,24 @@ _INTEGERS = (torch.int32, torch.int64)
 _MAX_HEAD_DIM = 256
 
 
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: float | None = ..., causal: bool = ...,
+    softcap: float = ..., cu_seqlens_q: Tensor | None = ..., cu_seqlens_k: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: float | None = ..., causal: bool = ...,
+    softcap: float = ..., cu_seqlens_q: Tensor | None = ..., cu_seqlens_k: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, *, scale: float | None = ..., causal: bool = ...,
+    softcap: float = ..., cu_seqlens_q: Tensor | None = ..., cu_seqlens_k: Tensor | None = ...,
+    return_lse: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -76,11 +94,7 @@ def block_sparse_attention(
     q, k, v = _autocast(q, k, v)
     _check_sizes(q, k, v)
     block_q, block_kv = _check_mask(block_mask, q, k)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[3])
-    scale, softcap = _number("scale", scale), _number("softcap", softcap)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    scale, softcap = scale_of(scale, q), _number("softcap", softcap)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (none) or a positive number, got {softcap}")
     key_from, key_to = _ranges(cu_seqlens_q, cu_seqlens_k, q, k, causal)
@@ -112,6 +126,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def scale_of(scale: Any, q: Tensor) -> float:
+    """What scores are multiplied by, checked; None is the usual one."""
+    value = 1 / math.sqrt(q.shape[3]) if scale is None else _number("scale", scale)
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite, got {value}")
+    return value
 
 
 def _number(name: str, value: Any) -> float:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check_count, check_device, check_dtype, check_number, check_tensor
+from .._checks import FLOATS, check_count, check_device, check_dtype, check_number, check_tensor, check_type
 from . import builders
-from .block_sparse import block_sparse_attention
+from .block_sparse import block_sparse_attention, scale_of
 from .codes import FULL, Draft, Geometry, once
 from .mask import BlockMask, BlockSize, check_block_size, mask_of
 from .select_ops import select_blocks
@@ -214,6 +214,8 @@ def kept_mass(
         float32 ``(batch, heads, q_len)``, ``exp(lse of the mask - lse of all)``. Takes the time of dense
         attention without values.
     """
+    check_q_k(q, k)
+    check_type("block_mask", block_mask, BlockMask, "tilewright.attention.BlockMask")
     full = _full(block_mask.block_size, q, k)
     value = k.new_zeros((*k.shape[:3], 8))
     lse = [
@@ -257,7 +259,7 @@ def _plan(
         check_count(name, value, lowest=0)
     geometry = Geometry(*check_block_size(block_size), q.shape[2], k.shape[2])
     visible, always = _fixed(geometry.sizes, bool(causal), sink_blocks, local_blocks, q.device)
-    return _Plan(geometry, visible, always, 1 / math.sqrt(q.shape[3]) if scale is None else float(scale))
+    return _Plan(geometry, visible, always, scale_of(scale, q))
 
 
 def check_q_k(q: Any, k: Any) -> None:

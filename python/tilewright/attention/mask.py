@@ -250,7 +250,8 @@ class BlockMask:
         starts = _integers("cu_seqlens", cu_seqlens)
         if starts.ndim != 1 or not len(starts) or int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
             raise ValueError(
-                f"cu_seqlens must be (documents + 1,) numbers that start at 0 and never fall, got {starts}"
+                "cu_seqlens must be (documents + 1,) numbers that start at 0 and never fall, "
+                f"got {starts.tolist()}"
             )
         geometry = _geometry(int(starts[-1]), None, block_size)
         if device is None and isinstance(cu_seqlens, Tensor):
@@ -583,7 +584,11 @@ def _geometry(q_len: int, kv_len: int | None, block_size: BlockSize) -> Geometry
 
 def _integers(name: str, values: Any) -> Tensor:
     """Integers of the caller's as int64 on the CPU."""
-    tensor = torch.as_tensor(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"{name} must be integers, got {type(values).__name__}") from None
+    check_tensor(name, tensor)
     if tensor.dtype not in (torch.int32, torch.int64) and tensor.numel():
         raise TypeError(f"{name} must be integers, got dtype {_dtype_name(tensor)}")
     return tensor.to("cpu", torch.int64)

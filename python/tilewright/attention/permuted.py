@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_number
-from .block_sparse import block_sparse_attention
+from .._checks import check_count, check_device, check_number, check_tensor
+from .block_sparse import block_sparse_attention, scale_of
 from .codes import PARTIAL, Draft, Geometry, once
 from .estimate import check_q_k, of_heads, pooled
 from .mask import BlockMask, check_block_size, mask_of
@@ -17,6 +17,21 @@ from .ops import code_dtype
 from .select_ops import position_tables, select_blocks
 
 
+@overload
+def permuted_block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int = ..., segment_size: int = ...,
+    threshold: float = ..., causal: bool = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def permuted_block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int = ..., segment_size: int = ...,
+    threshold: float = ..., causal: bool = ..., scale: float | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def permuted_block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int = ..., segment_size: int = ...,
+    threshold: float = ..., causal: bool = ..., scale: float | None = ..., return_lse: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def permuted_block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -72,7 +87,9 @@ def permuted_block_sparse_attention(
             "v must have shape (batch, kv_heads, kv_len, value_dim) to go with k, "
             f"{tuple(k.shape)}, got {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}"
         )
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    check_tensor("v", v)
+    check_device("v", v, q.device, "q")
+    scale = scale_of(scale, q)
     order, keys, mask = choose(q, k, block, segment_size, threshold, bool(causal), scale)
     values: Tensor = _Rows.apply(v, order)  # type: ignore[no-untyped-call]
     return block_sparse_attention(q, keys, values, mask, scale=scale, return_lse=return_lse)

@@ -111,4 +111,10 @@ def _backward(
     ]
     name, title = _names(size, block, zeros, tokens, dtype)
     facts = _facts(size, block, zeros, tokens, dtype)
-    return Case(f"bsr-grad-{name}", f"its gradients, {title}", contenders, 4.0 * tokens * kept, sizes=facts)
+    return Case(
+        f"bsr-grad-{name}",
+        f"block-sparse layer, gradients, {title}",
+        contenders,
+        4.0 * tokens * kept,
+        sizes=facts,
+    )

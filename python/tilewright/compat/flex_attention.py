@@ -10,7 +10,7 @@ Every other name of torch's module is here too, and is torch's own: masks are ma
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,33 @@ _WHOLE = 1 << 30  # the block size of torch's mask that masks nothing
 _converted: WeakKeyDictionary[BlockMask, attention.BlockMask] = WeakKeyDictionary()
 
 
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: Callable[..., Tensor] | None = ...,
+    block_mask: BlockMask | attention.BlockMask | None = ..., scale: float | None = ...,
+    enable_gqa: bool = ..., return_lse: Literal[False] = ..., kernel_options: Any = ..., *,
+    return_aux: None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: Callable[..., Tensor] | None = ...,
+    block_mask: BlockMask | attention.BlockMask | None = ..., scale: float | None = ...,
+    enable_gqa: bool = ..., *, return_lse: Literal[True], kernel_options: Any = ..., return_aux: None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: Callable[..., Tensor] | None = ...,
+    block_mask: BlockMask | attention.BlockMask | None = ..., scale: float | None = ...,
+    enable_gqa: bool = ..., return_lse: Literal[False] = ..., kernel_options: Any = ..., *,
+    return_aux: _flex.AuxRequest,
+) -> tuple[Tensor, _flex.AuxOutput]: ...  # fmt: skip
+@overload
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_mod: Callable[..., Tensor] | None = ...,
+    block_mask: BlockMask | attention.BlockMask | None = ..., scale: float | None = ...,
+    enable_gqa: bool = ..., return_lse: bool = ..., kernel_options: Any = ..., *,
+    return_aux: _flex.AuxRequest | None = ...,
+) -> Tensor | tuple[Tensor, Tensor | _flex.AuxOutput]: ...  # fmt: skip
 def flex_attention(
     query: Tensor,
     key: Tensor,
@@ -42,7 +69,7 @@ def flex_attention(
     kernel_options: Any = None,
     *,
     return_aux: Any = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor | _flex.AuxOutput]:
     """Attention under a block mask, with torch's arguments; forward and backward, compiled or not.
 
     Args:

@@ -219,7 +219,8 @@ def _draw_quality(axis: Any, name: str, result: dict[str, Any]) -> None:
     axis.set_xlim(-0.5, len(pruned) - 0.5)
     kind = "accuracy" if result["measure"] == "accuracy" else "loss, nats per byte"
     axis.set_title(f"{name}: {kind}", fontsize=9.5, color=_INK)
-    axis.legend(frameon=False, fontsize=8)
+    between = (len(pruned) - 1) / len(pruned)  # the last two columns: in one, its circles look like results
+    axis.legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(between, 0.5))
     _tidy(axis)
 
 

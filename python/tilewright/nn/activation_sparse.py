@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _METHODS = ("wina", "teal")
 
 
+@_checks.suggests_keywords
 class ActivationSparseLinear(nn.Module):
     """``y = (x * keep(x)) W^T + bias``, where each token keeps the inputs that matter to it most.
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from .._checks import check_choice, check_tensor, check_type
+from .._checks import check_choice, check_tensor, check_type, suggests_keywords
 from ..prune import block_pattern
 from ..prune.block_pattern import BLOCK_SIZES
 from ..prune.masked import mask_of
 from ..prune.ops.block_sparse import ACTIVATIONS, block_sparse_linear
+from .dense_state import read_dense
 
 
+@suggests_keywords
 class BlockSparseLinear(nn.Module):
     """y = activation(x W^T + bias), where W consists of blocks, most of them absent (BSR).
 
@@ -226,9 +227,10 @@ class BlockSparseLinear(nn.Module):
         return shown if self.activation == "none" else f"{shown}, activation={self.activation}"
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
+        read_dense(self, state_dict, prefix, error_msgs, self._of_dense)
         names = ("values", "crow_indices", "col_indices")
         found = [state_dict[prefix + name] for name in names if prefix + name in state_dict]
         if len(found) == len(names):
@@ -244,6 +246,13 @@ class BlockSparseLinear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._follow_lists()
+
+    def _of_dense(self, weight: Tensor) -> dict[str, Tensor]:
+        """The blocks of a weight: those that are here now, and others that are not zero there."""
+        present = block_pattern.present_blocks(weight, self.block) | self.block_mask.to(weight.device)
+        crow_indices, col_indices = block_pattern.lists_of(present)
+        values = block_pattern.gather_blocks(weight, present, self.block)
+        return {"values": values, "crow_indices": crow_indices, "col_indices": col_indices}
 
     def _take_places(self, values: Tensor, crow_indices: Tensor, col_indices: Tensor) -> None:
         """Makes room for blocks at these places."""

@@ -85,6 +85,13 @@ class CrossoverLinear(nn.Module):
         y: Tensor = self.form_for(tokens)(x)
         return y
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name in ("weight", "bias"):  # of the dense layer: each form takes its own out of them
+            value = state_dict.pop(prefix + name, None)
+            if value is not None:
+                state_dict.update({f"{prefix}forms.{i}.{name}": value for i in range(len(self.forms))})
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def extra_repr(self) -> str:
         """Sizes, and which form runs when."""
         steps = ", ".join(f"form {form} up to {limit}" for limit, form in self.steps)

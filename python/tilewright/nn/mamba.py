@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _backend, scan
-from .._checks import check_count, check_tensor
+from .._checks import check_count, check_tensor, suggests_keywords
 from .._models import original_class
 from ..scan import dense
 from ..scan.conv import MAX_WIDTH
@@ -19,6 +19,7 @@ from .packing import packing_of
 _STEP_SEQUENCES = 8  # more of them make the projections products of matrices, which libraries do better
 
 
+@suggests_keywords
 class Mamba(nn.Module):
     """Mamba's block: project, convolve, scan, gate, project; a stand-in for ``mamba_ssm.Mamba``.
 
@@ -136,11 +137,11 @@ class Mamba(nn.Module):
             # Copies: both are overwritten below, and a backward pass needs them as they were.
             before, initial = conv_state[..., 1:].clone(), ssm_state.clone()
         weight = self.conv1d.weight.squeeze(1)
-        u = cast(Tensor, scan.causal_conv1d(x, weight, self.conv1d.bias, numbers, before, activation="silu"))
+        u = scan.causal_conv1d(x, weight, self.conv1d.bias, numbers, before, activation="silu")
         dt, B, C = self._projected(u.transpose(1, 2))
         arguments = (u, dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), D, z, bias, True)
         if conv_state is None or ssm_state is None:
-            y = cast(Tensor, scan.selective_scan(*arguments, cu_seqlens=ends))
+            y = scan.selective_scan(*arguments, cu_seqlens=ends)
         else:
             y, last = scan.selective_scan(*arguments, True, initial_state=initial)
             keep_last(conv_state, x, go_on=inference_params.seqlen_offset > 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import scan
-from .._checks import check_count, check_tensor
+from .._checks import check_count, check_tensor, suggests_keywords
 from ..scan.conv import MAX_WIDTH
 from ..scan.ssd import gated_rms_norm, limits
 from .inference import conv_step, keep_last, states_of
@@ -17,6 +17,7 @@ from .mamba import check_tokens, initial_dt_bias, projected, wide, width_of
 from .packing import packing_of
 
 
+@suggests_keywords
 class RMSNormGated(nn.Module):
     """RMS norm over groups of features, with a gate before or after it.
 
@@ -47,6 +48,7 @@ class RMSNormGated(nn.Module):
         return gated_rms_norm(x, z, self.weight, self.eps, self.group_size, self.norm_before_gate)
 
 
+@suggests_keywords
 class Mamba2(nn.Module):
     """Mamba-2's block: project, convolve, scan in chunks, gate and norm, project; as ``mamba_ssm.Mamba2``.
 
@@ -259,7 +261,7 @@ class Mamba2(nn.Module):
         out = scan.causal_conv1d(
             xbc.transpose(1, 2), weight, self.conv1d.bias, seq_idx, before, activation="silu"
         )
-        return cast(Tensor, out).transpose(1, 2)
+        return out.transpose(1, 2)
 
     def _heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., heads, headdim), B and C (..., groups, states), as views."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_count, check_device, check_tensor, check_type
+from .._checks import check_count, check_device, check_tensor, check_type, suggests_keywords
 from ..prune.masked import mask_of, set_mask
 from ..prune.ops.semi_structured import linear
 from ..prune.patterns import NOfM
@@ -21,8 +21,10 @@ from ..prune.semi_structured import (
     n_of_m,
     wrong_groups,
 )
+from .dense_state import read_dense
 
 
+@suggests_keywords
 class SemiStructuredLinear(nn.Module):
     """``y = x W^T + bias`` with a weight of which n of every m neighbours along a row are kept.
 
@@ -189,9 +191,14 @@ class SemiStructuredLinear(nn.Module):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, pattern={self.pattern}, bias={self.bias is not None}"
 
+    def _of_dense(self, weight: Tensor) -> dict[str, Tensor]:
+        found = compress_weight(weight, self._pattern, None)
+        return {"values": found.values, "indices": found.indices}
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **keywords: Any
     ) -> None:
+        read_dense(self, state_dict, prefix, arguments[4], self._of_dense)
         indices, errors = state_dict.get(prefix + "indices"), arguments[4]
         if isinstance(indices, Tensor) and indices.shape == self.indices.shape and not indices.is_meta:
             if indices.dtype != torch.uint8:

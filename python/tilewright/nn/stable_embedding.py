@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import suggests_keywords
 from ..optim.manager import GlobalOptimManager
 
 
+@suggests_keywords
 class StableEmbedding(torch.nn.Embedding):
     """An embedding with Xavier-uniform weights, a layer norm after the lookup and 32-bit optimizer states.
 

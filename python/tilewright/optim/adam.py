@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._checks import suggests_keywords
 from .optimizer import BlockwiseOptimizer
 from .options import check_options, parse_betas
 from .state_io import Moment
@@ -94,6 +95,7 @@ class _AdamBase(BlockwiseOptimizer):
         return {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
 
 
+@suggests_keywords
 class AdamW(_AdamBase):
     """AdamW with states in 32 or 8 bits, for code that chooses by `optim_bits`.
 
@@ -141,6 +143,7 @@ class AdamW(_AdamBase):
         )
 
 
+@suggests_keywords
 class Adam(_AdamBase):
     """Adam (weight decay as an L2 term of the gradient) with states in 32 or 8 bits, by `optim_bits`.
 

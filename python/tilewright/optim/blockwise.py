@@ -157,13 +157,13 @@ def dequantize_blockwise(
     if quant_state is not None:
         check_type("quant_state", quant_state, QuantState, "QuantState")
         if absmax is not None or code is not None:
-            raise ValueError("give either quant_state or absmax (and code), not both")
+            raise ValueError("quant_state and absmax (or code) do not go together: give one of them")
         if blocksize not in (256, quant_state.blocksize):
             raise ValueError(f"blocksize is {blocksize}, but quant_state has {quant_state.blocksize}")
         absmax, code, blocksize = quant_state.absmax, quant_state._code, quant_state.blocksize
         dtype = quant_state.dtype
     elif absmax is None:
-        raise ValueError("either quant_state or absmax is needed")
+        raise ValueError("absmax or quant_state must be given, got neither")
     else:
         dtype = torch.float32
     _check_blocksize(blocksize)
@@ -183,8 +183,8 @@ def _without_grad(t: Tensor) -> Tensor:
 
 
 def _check_blocksize(blocksize: int) -> None:
-    if blocksize not in _BLOCKSIZES:
-        raise ValueError(f"blocksize must be one of {', '.join(map(str, _BLOCKSIZES))}, got {blocksize}")
+    if not isinstance(blocksize, int) or blocksize not in _BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {', '.join(map(str, _BLOCKSIZES))}, got {blocksize!r}")
 
 
 def _check_code(code: Tensor | None, like: Tensor) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._checks import suggests_keywords
 from .optimizer import BlockwiseOptimizer
 from .options import check_options, parse_betas
 from .state_io import Moment
@@ -75,6 +76,7 @@ class _LionBase(BlockwiseOptimizer):
         return {"eps": 0.0, "alpha": 0.0, "t_alpha": None, "t_beta3": None}
 
 
+@suggests_keywords
 class Lion(_LionBase):
     """Lion with its state in 32 or 8 bits, for code that chooses by `optim_bits`.
 
@@ -116,6 +118,7 @@ class Lion(_LionBase):
         )
 
 
+@suggests_keywords
 class Lion8bit(_LionBase):
     """Lion with its one state in 8 bits: 1 byte of state a parameter.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from .._checks import check_tensor
 
 _shared: dict[tuple[torch.device, bool, bool], Tensor] = {}
 
@@ -62,7 +63,6 @@ def resolve_map(code: Tensor, signed: bool, device: torch.device) -> Tensor:
 
 def check_map(code: Tensor) -> None:
     """Refuses what cannot be a map, by what is known without reading its values."""
-    if not isinstance(code, Tensor):
-        raise TypeError(f"code must be a tensor of 256 float32 values, got {type(code).__name__}")
+    check_tensor("code", code)
     if code.dtype != torch.float32 or code.shape != (256,):
         raise ValueError(f"code must hold 256 float32 values, got {code.dtype} of shape {tuple(code.shape)}")

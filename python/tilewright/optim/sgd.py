@@ -15,11 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
+from .._checks import suggests_keywords
 from .optimizer import BlockwiseOptimizer
 from .options import check_options, parse_betas
 from .state_io import Moment
 
 
+@suggests_keywords
 class SGD8bit(BlockwiseOptimizer):
     """SGD with its momentum in 8 bits: 1 byte of state a parameter.
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_number, check_type
+from .._checks import check_number, check_type, suggests_keywords
 from .._models import call, check_inputs, evaluation, original_class
 from ..bench import timing
 from .compress_report import Compressed, CompressReport
@@ -29,6 +29,7 @@ from .examples import (
     tolerance_of,
 )
 from .forms import DENSE, Findings, Form, find_forms
+from .layers import is_prunable
 from .surgery import Journal
 
 _SAMPLE = 1e-3  # seconds a sample lasts at least: shorter calls are timed several at once
@@ -36,6 +37,7 @@ _ROUNDS = 3  # of racing at most, while the samples of some form are far apart
 READ_ELSEWHERE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
+@suggests_keywords
 def compress(
     model: nn.Module,
     example_inputs: Any,
@@ -85,7 +87,11 @@ def compress(
     """
     counts = _counts(tokens)
     _check(model, example_inputs, margin, seconds)
-    patterns = (check_patterns("include", include), check_patterns("exclude", exclude))
+    known = [name for name, module in model.named_modules(remove_duplicate=False) if _is_linear(module)]
+    patterns = (
+        check_patterns("include", include, known, "linear layer"),
+        check_patterns("exclude", exclude, known, "linear layer"),
+    )
     before, seen = observe(model, example_inputs)
     report = CompressReport(margin=margin)
     works = _works(model, seen, counts, patterns, report)
@@ -166,6 +172,11 @@ def _check(model: Any, example_inputs: Any, margin: Any, seconds: Any) -> None:
     check_inputs("example_inputs", example_inputs)
     for name, value in (("margin", margin), ("seconds", seconds)):
         check_number(name, value, "[0, inf)")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether patterns may speak of it: a linear layer, compressed before or not."""
+    return is_prunable(module) or type(module).__module__.startswith("tilewright.nn.")
 
 
 def observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], dict[nn.Module, Seen]]:
@@ -433,7 +444,10 @@ def frozen(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _install(model: nn.Module, work: Work, journal: Journal) -> None:
+    from ..nn.dense_state import writes_dense
+
     if work.made is not None:
+        writes_dense(work.made)
         for parent, name in work.places:
             journal.entry(name, parent._modules, work.made)
 

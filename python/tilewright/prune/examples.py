@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_matches
 from .._models import call, coarsest, evaluation, floats_of
 
 # Largest difference allowed, as a share of the largest value: two right ways of rounding stay well below.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def check_patterns(name: str, value: Any) -> list[str] | None:
-    """The patterns of an `include` or `exclude` argument; None stays None."""
+def check_patterns(name: str, value: Any, known: Sequence[str], called: str) -> list[str] | None:
+    """The patterns of an `include` or `exclude` argument, each of which must match one; None stays None."""
     if value is None:
         return None
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, Sequence) or not all(isinstance(pattern, str) for pattern in found):
         raise TypeError(f"{name} must be a pattern of names or several of them, got {value!r}")
+    check_matches(name, found, known, called)
     return list(found)
 
 

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import nearest
+from .._checks import check_matches
 
 Names = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 # The last part of the name of a layer that says what a model's output means.
 OUTPUT_NAMES = ("classifier", "embed_out", "head", "lm_head", "output_projection", "qa_outputs", "score")
+# And of those that make a state space's step sizes and maps of a token: few weights that decide about all.
+STATE_SPACE_NAMES = ("dt_proj", "x_proj")
+_THIN = (
+    16  # a weight whose one side is longer than so many times the other: a router, a bottleneck, a last layer
+)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -92,6 +97,11 @@ def find_targets(model: nn.Module, include: Names, exclude: Names) -> tuple[list
             targets[id(weight)].modules.append(module)
         else:
             targets[id(weight)] = Target(name, [module], _is_conv1d(module))
+    thin = [] if include is not None else [key for key, target in targets.items() if _is_thin(target)]
+    if len(thin) < len(targets):  # a model of nothing else is pruned as it is
+        for target in (targets.pop(key) for key in thin):
+            rows, columns = target.matrix.shape
+            skipped.append(Skipped(target.name, f"it is thin, {rows} x {columns}: name it in include"))
     if not targets:
         listed = "".join(f"\n  {entry.name}: {entry.why}" for entry in skipped) or " it has none"
         raise ValueError(f"no linear layer of the model is to be pruned:{listed}")
@@ -112,9 +122,17 @@ def _obstacle(
         return None if _matches(name, module, include) else "not included"
     if id(weight) in embedded:
         return "its weight is an embedding's, too"
-    if module is outputs or name.rpartition(".")[2] in OUTPUT_NAMES:
+    last = name.rpartition(".")[2]
+    if module is outputs or last in OUTPUT_NAMES:
         return "it is the model's output layer"
+    if last in STATE_SPACE_NAMES:
+        return "it makes a state space's step sizes and maps: name it in include"
     return None
+
+
+def _is_thin(target: Target) -> bool:
+    rows, columns = target.matrix.shape
+    return max(rows, columns) > _THIN * min(rows, columns)
 
 
 def _check_names(model: nn.Module, argument: str, names: Names) -> None:
@@ -124,11 +142,7 @@ def _check_names(model: nn.Module, argument: str, names: Names) -> None:
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{argument} must be a pattern, patterns or a function (name, module), got {names!r}")
     known = [name for name, module in model.named_modules() if is_prunable(module)]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            shown = ", ".join(known if len(known) <= 6 else [*known[:3], "...", *known[-3:]]) or "none"
-            meant = nearest(pattern, known)
-            raise ValueError(f"{argument}: {pattern!r} matches no linear layer; there are {shown}{meant}")
+    check_matches(argument, patterns, known, "linear layer")
 
 
 def _matches(name: str, module: nn.Module, names: Names) -> bool:

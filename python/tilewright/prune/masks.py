@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .._checks import (
     check_seed,
     check_shape,
     check_tensor,
+    suggests_keywords,
 )  # fmt: skip
 from .mask_ops import prune_best, prune_n_of_m, prune_scores
 from .patterns import Block, NOfM, Pattern, matrix_shape, parse_pattern
@@ -27,6 +28,7 @@ CRITERIA = ("magnitude", "lp", "wanda", "taylor", "random")
 _ELEMENT = Block(1, 1)
 
 
+@suggests_keywords
 def mask(
     weight: Tensor,
     pattern: str | Pattern,
@@ -84,6 +86,19 @@ def mask(
     return _best([item], how, chosen, count, by_row)[0].view(weight.shape)
 
 
+@overload
+def global_masks(
+    weights: Mapping[str, Tensor], pattern: str | Pattern, sparsity: float, criterion: str = ...,
+    activation_norms: Mapping[str, Tensor] | None = ..., *,
+    gradients: Mapping[str, Tensor] | None = ..., seed: int | None = ..., p: float = ...,
+) -> dict[str, Tensor]: ...  # fmt: skip
+@overload
+def global_masks(
+    weights: Sequence[Tensor], pattern: str | Pattern, sparsity: float, criterion: str = ...,
+    activation_norms: Sequence[Tensor] | None = ..., *,
+    gradients: Sequence[Tensor] | None = ..., seed: int | None = ..., p: float = ...,
+) -> list[Tensor]: ...  # fmt: skip
+@suggests_keywords
 def global_masks(
     weights: Mapping[str, Tensor] | Sequence[Tensor],
     pattern: str | Pattern,
@@ -94,7 +109,7 @@ def global_masks(
     gradients: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
     seed: int | None = None,
     p: float = 2,
-) -> Any:
+) -> dict[str, Tensor] | list[Tensor]:
     """The masks of many weights whose units compete with each other; arguments as of `mask`.
 
     Of all units together round(sparsity * units) are removed, but never all; a single weight may lose all of
@@ -134,6 +149,7 @@ def global_masks(
     return dict(zip(names, masks, strict=True)) if by_name else masks
 
 
+@suggests_keywords
 def scores(
     weight: Tensor,
     criterion: str = "magnitude",

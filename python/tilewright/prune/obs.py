@@ -15,6 +15,7 @@ from .._checks import (
     check_number,
     check_shape,
     check_tensor,
+    suggests_keywords,
 )  # fmt: skip
 from .mask_ops import prune_best
 from .masks import check_sparsity
@@ -24,6 +25,7 @@ from .patterns import Block, NOfM, Pattern, parse_pattern
 _WIDEST_PANEL = 512
 
 
+@suggests_keywords
 def sparsegpt(
     weight: Tensor,
     hessian: Tensor,

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from .. import optim
-from .._checks import check_choice, check_count, check_number, check_type
+from .._checks import check_choice, check_count, check_number, check_type, suggests_keywords
 from .calibration import Calibration, Loss, evaluation, progress_bar
 from .layers import Target, find_targets
 from .masked import mask_of
@@ -30,6 +30,7 @@ from .report import RepairReport
 _WARM_UP = 0.1  # share of the steps in which the learning rate rises
 
 
+@suggests_keywords
 @dataclass(frozen=True)
 class Perp:
     """How to repair.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._checks import check_type
+from .._checks import check_type, suggests_keywords
 from .calibration import Loss
 from .changes import Change, revert_all
 from .job import GRID, Allocation, Job, Scope
@@ -23,6 +23,7 @@ from .report import PruneReport
 from .schedules import Cubic
 
 
+@suggests_keywords
 def prune(
     model: nn.Module,
     pattern: str | Pattern,
@@ -73,7 +74,9 @@ def prune(
             ``"model.layers.*.mlp.*"``, several of them, or a function of name and module. None: all
             `torch.nn.Linear` and `Conv1D` of transformers, but not the output layer: one whose weight an
             embedding has, too, that `get_output_embeddings` returns, or whose name ends in classifier,
-            embed_out, head, lm_head, output_projection, qa_outputs or score. Name other output layers in
+            embed_out, head, lm_head, output_projection, qa_outputs or score; nor Mamba's dt_proj and x_proj,
+            nor thin layers, with one side more than 16 times the other (routers, bottlenecks), unless the
+            model has no others. The report names them with the reason. Name other output layers in
             `exclude`.
         exclude: layers to leave dense, likewise.
         optimizer: one that trains the model: what it remembers of pruned weights is cleared now. Not given,
@@ -122,6 +125,7 @@ def prune(
         return report
 
 
+@suggests_keywords
 class Pruner:
     """Prunes a model by and by in a training loop of yours, to ever higher sparsity on a schedule.
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._tables import count, table
+from .._tables import count, folded, table
 from .layers import Skipped
 
 _INK, _GRID, _COLOURS = "#333333", "#e6e6e6", ("#30638e", "#d1495b")
@@ -159,7 +159,7 @@ class PruneReport:
             ],
             right="lrllrrr",
         )  # fmt: skip
-        lines += table(("left dense", "why"), [(entry.name, entry.why) for entry in self.skipped])
+        lines += table(("left dense", "why"), folded([(entry.name, (entry.why,)) for entry in self.skipped]))
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._checks import check_count, check_number
+from .._checks import check_count, check_number, suggests_keywords
 
 
+@suggests_keywords
 @dataclass(frozen=True)
 class Cubic:
     """Fast at first, slow at the end, when every further weight matters (automated gradual pruning).

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .._checks import check_choice, check_count, check_number, check_type
+from .._checks import (
+    check_choice,
+    check_count,
+    check_matches,
+    check_number,
+    check_type,
+    suggests_keywords,
+)
 from .._models import call, check_inputs, evaluation
 from . import model_config
 from .channels import find_channels
@@ -26,6 +33,7 @@ Patterns = str | Sequence[str] | None
 Removals = dict[Group, Tensor]
 
 
+@suggests_keywords
 def shrink(
     model: nn.Module,
     example_inputs: Any,
@@ -85,14 +93,7 @@ def shrink(
     """
     _check(model, example_inputs, ratio, criterion, round_to, min_width)
     report = ShrinkReport(criterion=criterion)
-    groups = _groups(
-        model,
-        example_inputs,
-        heads,
-        check_patterns("include", include),
-        check_patterns("exclude", exclude),
-        report,
-    )
+    groups = _groups(model, example_inputs, heads, ratio, include, exclude, report)
     removal = _choose(
         model, groups, example_inputs, ratio, criterion, round_to, min_width, calibration, seed, report
     )
@@ -121,11 +122,12 @@ def _groups(
     model: nn.Module,
     example_inputs: Any,
     heads: bool,
-    include: list[str] | None,
-    exclude: list[str] | None,
+    ratio: float | Mapping[str, float],
+    include: Patterns,
+    exclude: Patterns,
     report: ShrinkReport,
 ) -> list[Group]:
-    """All groups that may shrink."""
+    """All groups that may shrink; refuses patterns that mean none of them, and no layer."""
     structure = find_structure(model)
     groups = list(structure.groups)
     refused = dict(structure.refused)
@@ -142,12 +144,18 @@ def _groups(
             refused["(all other layers)"] = str(error)
     if not groups and not refused:
         raise ValueError("model has no linear layer or convolution that could shrink")
+    modules = (name for name, _ in model.named_modules())
+    names = list(dict.fromkeys((*(group.name for group in groups), *refused, *modules)))
+    included = check_patterns("include", include, names, "group or layer")
+    excluded = check_patterns("exclude", exclude, names, "group or layer")
+    if isinstance(ratio, Mapping):
+        check_matches("ratio", ratio, names, "group or layer")
     chosen = []
     tied = tied_with(model, groups)
     for group in groups:
         why = "heads is False" if group.kind == "heads" and not heads else _obstacle(group)
-        if not _matches(group, include, True) or _matches(group, exclude, False):
-            why = "not included" if not _matches(group, include, True) else "excluded"
+        if not _matches(group, included, True) or _matches(group, excluded, False):
+            why = "not included" if not _matches(group, included, True) else "excluded"
         why = why or tied.get(group)
         if why is None:
             chosen.append(group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,24 @@ MAX_WIDTH = 8
 _fwd = torch.ops.tilewright.causal_conv1d_fwd.default
 
 
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ..., return_final_states: Literal[False] = ...,
+    final_states_out: Tensor | None = ..., activation: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ..., *, return_final_states: Literal[True],
+    final_states_out: Tensor | None = ..., activation: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    initial_states: Tensor | None = ..., return_final_states: bool = ...,
+    final_states_out: Tensor | None = ..., activation: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -106,23 +124,25 @@ def _check_inputs(x: Any, weight: Any, bias: Any) -> None:
     check_weight(weight, bias, x)
 
 
-def check_weight(weight: Any, bias: Any, x: Tensor) -> None:
-    """Refuses weights that do not fit x, whose channels are its second axis."""
+def check_weight(weight: Any, bias: Any, x: Tensor, prefix: str = "") -> None:
+    """Refuses weights that do not fit x, whose channels are its second axis; `prefix` is of their names."""
     allowed = (torch.float64,) if x.dtype == torch.float64 else FLOATS[:3]
-    check_tensor("weight", weight)
-    check_dtype("weight", weight, allowed)
-    check_device("weight", weight, x.device, "x")
+    name = f"{prefix}weight"
+    check_tensor(name, weight)
+    check_dtype(name, weight, allowed)
+    check_device(name, weight, x.device, "x")
     if weight.ndim != 2 or weight.shape[0] != x.shape[1]:
         raise ValueError(
-            f"weight must have shape (dim, width) with dim = {x.shape[1]}, got {tuple(weight.shape)}"
+            f"{name} must have shape (dim, width) with dim = {x.shape[1]}, got {tuple(weight.shape)}"
         )
     if not 1 <= weight.shape[1] <= MAX_WIDTH:
-        raise ValueError(f"weight must have 1 to {MAX_WIDTH} taps (width), got {weight.shape[1]}")
+        raise ValueError(f"{name} must have 1 to {MAX_WIDTH} taps (width), got {weight.shape[1]}")
     if bias is not None:
-        check_tensor("bias", bias)
-        check_dtype("bias", bias, allowed)
-        check_device("bias", bias, x.device, "x")
-        check_shape("bias", bias, (x.shape[1],), "(dim,)")
+        name = f"{prefix}bias"
+        check_tensor(name, bias)
+        check_dtype(name, bias, allowed)
+        check_device(name, bias, x.device, "x")
+        check_shape(name, bias, (x.shape[1],), "(dim,)")
 
 
 def _check_final_states_out(
@@ -139,7 +159,7 @@ def _check_final_states_out(
 
 
 def one_dtype(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias in one dtype that loses nothing of either; float64 is left for others to refuse."""
-    if bias is None or bias.dtype == weight.dtype or torch.float64 in (bias.dtype, weight.dtype):
+    """Weight and bias in one dtype that loses nothing of either; others refuse other dtypes."""
+    if bias is None or bias.dtype == weight.dtype or not {bias.dtype, weight.dtype} <= set(FLOATS[:3]):
         return weight, bias
     return weight.float(), bias.float()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
 from .._library import differentiates
+from .conv import MAX_WIDTH
 from .dense import linear, product
 from .ops import conv, selective  # noqa: F401  (they register the ops used below)
 
@@ -80,7 +81,14 @@ def mamba_inner(
 
     Source: Gu and Dao (arXiv 2312.00752); arguments as mamba_ssm's mamba_inner_fn.
     """
-    check_tensor("xz", xz)
+    for name, value in (
+        ("xz", xz), ("conv1d_weight", conv1d_weight), ("x_proj_weight", x_proj_weight),
+        ("delta_proj_weight", delta_proj_weight), ("out_proj_weight", out_proj_weight), ("A", A),
+    ):  # fmt: skip
+        check_tensor(name, value)
+    if out_proj_bias is not None:
+        check_tensor("out_proj_bias", out_proj_bias)
+        check_dtype("out_proj_bias", out_proj_bias, FLOATS)
     device = xz.device.type
     if torch.is_autocast_enabled(device) and xz.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -345,11 +353,16 @@ def _check(t: _Tensors) -> None:
     for name, value in (("A", t.A), ("conv1d_weight", t.conv_weight), ("delta_proj_weight", t.dt_proj)):
         if value.dim() != 2 or value.shape[0] != dim:
             raise ValueError(f"{name} must have dim = {dim} rows, got shape {tuple(value.shape)}")
+    if not 1 <= t.conv_weight.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"conv1d_weight must have a width of 1 to {MAX_WIDTH}, got {t.conv_weight.shape[1]}")
     for name, value in (("x_proj_weight", t.x_proj), ("out_proj_weight", t.out_proj)):
         if value.dim() != 2 or value.shape[1] != dim:
             raise ValueError(f"{name} must have dim = {dim} columns, got shape {tuple(value.shape)}")
     for name, value in zip(names[3:6], t[3:6], strict=True):
         check_dtype(name, value, (t.xz.dtype,))
+    for index in (1, 2, *range(10, len(t))):
+        if (given := t[index]) is not None:
+            check_dtype(names[index], given, FLOATS)
     rank, numbers = t.dt_proj.shape[1], t.numbers()
     wanted = rank + numbers * ((t.B is None) + (t.C is None))
     if t.x_proj.shape[0] < wanted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,30 @@ from .ops import selective as ops
 from .ops.sequences import sequence_count
 
 
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ...,
+    z: Tensor | None = ..., delta_bias: Tensor | None = ..., delta_softplus: bool = ...,
+    return_last_state: Literal[False] = ...,
+    *, initial_state: Tensor | None = ..., cu_seqlens: Tensor | None = ..., reverse: bool = ...,
+    order: Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ...,
+    z: Tensor | None = ..., delta_bias: Tensor | None = ..., delta_softplus: bool = ...,
+    *, return_last_state: Literal[True],
+    initial_state: Tensor | None = ..., cu_seqlens: Tensor | None = ..., reverse: bool = ...,
+    order: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ...,
+    z: Tensor | None = ..., delta_bias: Tensor | None = ..., delta_softplus: bool = ...,
+    return_last_state: bool = ...,
+    *, initial_state: Tensor | None = ..., cu_seqlens: Tensor | None = ..., reverse: bool = ...,
+    order: Tensor | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def selective_scan(
     u: Tensor,
     delta: Tensor,

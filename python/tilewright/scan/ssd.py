@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,13 +16,55 @@ from .._checks import (
     check_cu_seqlens,
     check_device,
     check_dtype,
+    check_number,
     check_shape,
     check_tensor,
 )
+from .conv import causal_conv1d, check_weight
 from .dense import linear
 from .ops.ssd import SsdChunkScan
 
 
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: Literal[False] = ...,
+    return_varlen_states: Literal[False] = ..., state_dtype: torch.dtype | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., *, return_final_states: Literal[True],
+    return_varlen_states: Literal[False] = ..., state_dtype: torch.dtype | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: Literal[False] = ...,
+    *, return_varlen_states: Literal[True], state_dtype: torch.dtype | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., *, return_final_states: Literal[True],
+    return_varlen_states: Literal[True], state_dtype: torch.dtype | None = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def ssd_chunk_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = ...,
+    z: Tensor | None = ..., dt_bias: Tensor | None = ..., initial_states: Tensor | None = ...,
+    seq_idx: Tensor | None = ..., cu_seqlens: Tensor | None = ..., dt_softplus: bool = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: bool = ...,
+    return_varlen_states: bool = ..., state_dtype: torch.dtype | None = ...,
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def ssd_chunk_scan(
     x: Tensor,
     dt: Tensor,
@@ -140,6 +182,33 @@ def ssd_chunk_scan(
     return (out, *[states] * wanted)
 
 
+@overload
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    chunk_size: int, initial_states: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: Literal[False] = ...,
+    activation: str | None = ..., rmsnorm_weight: Tensor | None = ..., rmsnorm_eps: float = ...,
+    outproj_weight: Tensor | None = ..., outproj_bias: Tensor | None = ..., headdim: int | None = ...,
+    ngroups: int = ..., norm_before_gate: bool = ..., state_dtype: torch.dtype | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    chunk_size: int, initial_states: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    dt_limit: tuple[float, float] = ..., *, return_final_states: Literal[True],
+    activation: str | None = ..., rmsnorm_weight: Tensor | None = ..., rmsnorm_eps: float = ...,
+    outproj_weight: Tensor | None = ..., outproj_bias: Tensor | None = ..., headdim: int | None = ...,
+    ngroups: int = ..., norm_before_gate: bool = ..., state_dtype: torch.dtype | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    chunk_size: int, initial_states: Tensor | None = ..., seq_idx: Tensor | None = ...,
+    dt_limit: tuple[float, float] = ..., return_final_states: bool = ...,
+    activation: str | None = ..., rmsnorm_weight: Tensor | None = ..., rmsnorm_eps: float = ...,
+    outproj_weight: Tensor | None = ..., outproj_bias: Tensor | None = ..., headdim: int | None = ...,
+    ngroups: int = ..., norm_before_gate: bool = ..., state_dtype: torch.dtype | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor,
     conv1d_weight: Tensor,
@@ -202,8 +271,17 @@ def mamba_split_conv1d_scan_combined(
     """
     heads, head_dim, states, extra = _split_sizes(zxbcdt, conv1d_weight, D, headdim, ngroups)
     dim, both = heads * head_dim, ngroups * states
+    _check_tail(zxbcdt, extra + dim, outproj_weight, outproj_bias)
+    if rmsnorm_weight is not None:
+        check_tensor("rmsnorm_weight", rmsnorm_weight)
+        check_dtype("rmsnorm_weight", rmsnorm_weight, FLOATS)
+        check_device("rmsnorm_weight", rmsnorm_weight, zxbcdt.device, "zxbcdt")
+        check_shape("rmsnorm_weight", rmsnorm_weight, (dim,), "(dim,)")
+        rmsnorm_eps = check_number("rmsnorm_eps", rmsnorm_eps, "[0, inf)")
     mlp, z, xBC, dt = torch.split(zxbcdt, [2 * extra, dim, dim + 2 * both, heads], dim=-1)
-    xBC = _causal_conv1d(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
+    check_dtype("zxbcdt", zxbcdt, FLOATS)
+    check_weight(conv1d_weight, conv1d_bias, xBC.transpose(1, 2), "conv1d_")
+    xBC = causal_conv1d(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
     x, B, C = torch.split(xBC.transpose(1, 2), [dim, both, both], dim=-1)
     gate = _split_last(z, heads, head_dim) if rmsnorm_weight is None else None
     scanned = ssd_chunk_scan(
@@ -320,9 +398,12 @@ def _split_sizes(
         if value.dim() != axes:
             raise ValueError(f"{name} must have {axes} axes, got shape {tuple(value.shape)}")
     check_tensor("D", D)
+    check_count("ngroups", ngroups)
+    if headdim is not None:
+        check_count("headdim", headdim)
     if D.dim() == 2:
         if headdim is not None and headdim != D.shape[1]:
-            raise ValueError(f"headdim is {headdim}, but D has shape {tuple(D.shape)}")
+            raise ValueError(f"D must have shape (heads, headdim) = (heads, {headdim}), got {tuple(D.shape)}")
         heads, headdim = D.shape
     elif D.dim() != 1 or headdim is None:
         raise ValueError(
@@ -332,7 +413,7 @@ def _split_sizes(
     else:
         heads = D.shape[0]
     dim, convolved = heads * headdim, conv1d_weight.shape[0]
-    if ngroups < 1 or convolved <= dim or (convolved - dim) % (2 * ngroups) != 0:
+    if convolved <= dim or (convolved - dim) % (2 * ngroups) != 0:
         raise ValueError(
             f"conv1d_weight must have heads * headdim + 2 * ngroups * state rows, got {convolved} for "
             f"{heads} heads of {headdim} and {ngroups} groups"
@@ -346,12 +427,26 @@ def _split_sizes(
     return heads, headdim, (convolved - dim) // (2 * ngroups), extra // 2
 
 
-def _causal_conv1d(*arguments: Any, **options: Any) -> Tensor:
-    from tilewright import scan
-
-    convolve: Any = vars(scan)["causal_conv1d"]
-    result: Tensor = convolve(*arguments, **options)
-    return result
+def _check_tail(x: Tensor, columns: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Refuses an output projection that torch would refuse in other words, after the scan."""
+    if weight is None:
+        if bias is not None:
+            raise ValueError("outproj_bias is given, but outproj_weight is None: it would have no effect")
+        return
+    check_tensor("outproj_weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != columns:
+        raise ValueError(
+            f"outproj_weight must have shape (out, extra + dim) = (out, {columns}), got {tuple(weight.shape)}"
+        )
+    given = [("outproj_weight", weight)]
+    if bias is not None:
+        check_tensor("outproj_bias", bias)
+        check_shape("outproj_bias", bias, weight.shape[:1], "(out,)")
+        given.append(("outproj_bias", bias))
+    for name, value in given:
+        check_device(name, value, x.device, "zxbcdt")
+        if not torch.is_autocast_enabled(x.device.type):
+            check_dtype(name, value, (x.dtype,))
 
 
 def _split_last(t: Tensor, outer: int, inner: int) -> Tensor:

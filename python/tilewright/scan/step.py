@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_number
 from .ops import step as _  # noqa: F401 - defines the op
 from .update import check_tensors
 
@@ -78,6 +79,8 @@ def mamba_step(
     check_tensors(tensors, _NAMES, 9)
     if b_c_dt_rms_eps is None and any(weight is not None for weight in weights):
         raise ValueError("b_c_dt_rms_eps must be given with the weights of norms, got None")
+    if not (b_c_dt_rms_eps is None or type(b_c_dt_rms_eps) is float):
+        b_c_dt_rms_eps = check_number("b_c_dt_rms_eps", b_c_dt_rms_eps, "[0, inf)")
     return _step(  # type: ignore[no-any-return]
         hidden_states, conv_state, ssm_state, in_proj_weight, in_proj_bias, conv1d_weight, conv1d_bias,
         x_proj_weight, dt_proj_weight, dt_proj_bias, A_log, D, out_proj_weight, out_proj_bias, *weights,

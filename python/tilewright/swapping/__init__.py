@@ -12,7 +12,6 @@ mamba_ssm.py     the layers of mamba_ssm
 
 from __future__ import annotations
 
-import difflib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 
 from .. import _backend
-from .._checks import came, check_flag, check_type
+from .._checks import came, check_flag, check_matches, check_type, suggests_keywords
 from .._models import check_inputs, original_class
 from ..attention import BlockMask, BlockSparse
 from ..nn import Mamba, Mamba2
@@ -51,6 +50,7 @@ class _Change:
     note: object = None
 
 
+@suggests_keywords
 def swap(
     model: nn.Module,
     *,
@@ -182,11 +182,7 @@ def _chooser(model: nn.Module, include: Include) -> Chooser:
     wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
     barred = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     names = [name for name, _ in model.named_modules()]
-    for pattern in [*wanted, *barred]:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, 3, 0.3) or names[1:4]
-            shown = f"; near are {', '.join(map(repr, near))}" if near else ""
-            raise ValueError(f"include: {pattern!r} matches no layer of the model{shown}")
+    check_matches("include", [*wanted, *barred], names, "layer of the model")
 
     def chosen(path: str, module: nn.Module) -> bool:
         found = (not wanted and bool(barred)) or any(fnmatchcase(path, pattern) for pattern in wanted)

@@ -299,7 +299,7 @@ def _attention(
         block_mask = of_elements(mask, spec, q, k)
         if choice.by_elements:
             return _by_elements(q, k, v, rows(block_mask, 0), scale, softcap)
-        return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)  # type: ignore[return-value]
+        return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)
     if mask is None:
         mask = _without_mask(module, q, k, kwargs)
     if mask.q_len != q.shape[2] or mask.kv_length != k.shape[2]:
@@ -318,7 +318,7 @@ def _attention(
     if decoding or choice.by_elements:
         return _by_elements(q, k, v, mask.rows(spec).to(q.device), scale, softcap)
     block_mask = mask.blocks(spec).to(q.device)  # a layer of a model on several devices may be elsewhere
-    return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)  # type: ignore[return-value]
+    return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap)
 
 
 def _estimated(
@@ -336,7 +336,7 @@ def _estimated(
     if choice.by_elements:
         return _by_elements(q, k, v, rows(estimate, 0) & mask.elements(), scale, softcap)
     block_mask = mask.estimated(estimate)
-    return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap, causal=mask.causal)  # type: ignore[return-value]
+    return block_sparse_attention(q, k, v, block_mask, scale=scale, softcap=softcap, causal=mask.causal)
 
 
 def _permuted(
@@ -407,7 +407,7 @@ def _by_elements(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, so
     """Attention of few queries, by SDPA. Where these see few of the keys, the others are not read."""
     if softcap:
         mask = from_elements(seen, 64)
-        return block_sparse_attention(q, k, v, mask, scale=scale, softcap=softcap)  # type: ignore[return-value]
+        return block_sparse_attention(q, k, v, mask, scale=scale, softcap=softcap)
     if q.shape[2] <= _FEW and not q.is_cuda:  # on a GPU, to know which keys is to wait for it
         (some,) = seen.flatten(0, 2).any(0).nonzero(as_tuple=True)
         if 2 * len(some) < k.shape[2]:

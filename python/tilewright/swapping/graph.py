@@ -39,7 +39,7 @@ def attention(
         return spec.attention(q, k, v, scale)
     if spec.takes == "lengths" and mask is None:
         blocks = _static_blocks(spec.number, length, causal, q.device)
-        return block_sparse_attention(q, k, v, blocks, scale=scale, softcap=softcap)  # type: ignore[return-value]
+        return block_sparse_attention(q, k, v, blocks, scale=scale, softcap=softcap)
     padding = elements = None
     if isinstance(mask, Tensor):
         elements, causal = mask, False
@@ -60,7 +60,7 @@ def attention(
     q2k, k2q = (q_counts, q_indices, q_bits), (k_counts, k_indices, k_bits)
     blocks = BlockMask(*q2k, *k2q, tables, (block_q, block_kv), length, length)
     within = causal and spec.takes == "tensors" and elements is None
-    return block_sparse_attention(q, k, v, blocks, scale=scale, softcap=softcap, causal=within)  # type: ignore[return-value]
+    return block_sparse_attention(q, k, v, blocks, scale=scale, softcap=softcap, causal=within)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

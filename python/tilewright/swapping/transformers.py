@@ -273,7 +273,7 @@ def _scan(
 ) -> Tensor:  # fmt: skip
     """The scan of a whole input, on from the cached state, and back into the cache."""
     if cache_params is None:
-        return cast(Tensor, scan.selective_scan(u, dt, A, B, C, D, z, bias, True, cu_seqlens=ends))
+        return scan.selective_scan(u, dt, A, B, C, D, z, bias, True, cu_seqlens=ends)
     initial = None if state is None else state.reshape(-1, *A.shape)
     y, last = scan.selective_scan(u, dt, A, B, C, D, z, bias, True, True, initial_state=initial)
     if hasattr(self, "n_mamba_heads"):
@@ -289,7 +289,7 @@ def _conv(self: Any, x: Tensor, cache_params: Any, packing: Packing | None) -> T
         x = cache_params.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
     seq_idx = None if packing is None else packing.seq_idx
     weight = self.conv1d.weight.squeeze(1)
-    y = cast(Tensor, scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, activation="silu"))
+    y = scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, activation="silu")
     return y if y.shape[-1] == length else y[..., -length:]
 
 
