@@ -356,7 +356,7 @@ GOOD = make(2, 6, 3, 4, 4)
         (
             {"conv_state": GOOD["conv_state"][:1].clone().expand(2, 6, -1)},
             ValueError,
-            "conv_state must have a place of its own for each entry, since it is written to, got 2 entries in one place",
+            "conv_state must have a place of its own for each entry, since it is written to, got 2 entries",
         ),
         ({"activation": "gelu"}, ValueError, "activation must be 'silu', 'swish' or None, got 'gelu'"),
         (
