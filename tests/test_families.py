@@ -74,8 +74,12 @@ def semi_structured_linear() -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 def activation_sparse_linear() -> tuple[Callable[..., Tensor], list[Tensor]]:
     x, weight_t, bias = tensors((2, 96), (96, 64), (64,))
-    keep = x > 0
-    return lambda x, *weights: activation_ops.activation_sparse_linear(x, keep, *weights), [x, weight_t, bias]
+    scale = torch.ones(96)
+
+    def half(x: Tensor, *weights: Tensor) -> Tensor:
+        return activation_ops.activation_sparse_linear(x, scale, None, 48, *weights)
+
+    return half, [x, weight_t, bias]
 
 
 CASES = {

@@ -269,8 +269,8 @@ def test_a_step_with_bad_input() -> None:
     for arguments, error, message in (
         ((x, None, None, 2, weight_t, None), ValueError, "one of them must be given"),
         ((x, scale, None, 2, weight_t[:4], None), ValueError, "weight_t: must have shape"),
-        ((x, scale.double(), None, 2, weight_t, None), TypeError, "scale: got dtype float64"),
-        ((x, scale, None, 2, weight_t, torch.zeros(3)), ValueError, "bias: got 3 elements"),
+        ((x, scale.double(), None, 2, weight_t, None), TypeError, "scale must have dtype float32, got"),
+        ((x, scale, None, 2, weight_t, torch.zeros(3)), ValueError, "bias must have 4 elements, got 3"),
     ):
         with pytest.raises(error, match=message):
             step(*arguments)

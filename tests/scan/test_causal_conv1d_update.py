@@ -167,7 +167,9 @@ def test_a_slot_that_does_not_exist(backend) -> None:
     before = arguments["conv_state"].clone()
     slots = torch.tensor([1, 3], device=backend.device)
     if backend.is_cpu:
-        with pytest.raises(ValueError, match="conv_state_indices must be below 3, the slots of conv_state, got 3"):
+        with pytest.raises(
+            ValueError, match="conv_state_indices must be below 3, the slots of conv_state, got 3"
+        ):
             causal_conv1d_update(**arguments, conv_state_indices=slots)
         assert torch.equal(arguments["conv_state"], before)
     else:

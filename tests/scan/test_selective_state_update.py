@@ -191,7 +191,9 @@ def test_a_slot_that_does_not_exist(backend) -> None:
     before = arguments["state"].clone()
     slots = torch.tensor([1, 3], device=backend.device)
     if backend.is_cpu:
-        with pytest.raises(ValueError, match="state_batch_indices must be below 3, the slots of state, got 3"):
+        with pytest.raises(
+            ValueError, match="state_batch_indices must be below 3, the slots of state, got 3"
+        ):
             selective_state_update(**arguments, state_batch_indices=slots)
         assert torch.equal(arguments["state"], before)
     else:
