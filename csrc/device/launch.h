@@ -163,7 +163,8 @@ bool is_native(Kernel<Params> kernel, int capability) {
 // Blocks of the kernel that one multiprocessor of the current device holds at once.
 template <class Params>
 int resident_blocks(Kernel<Params> kernel, int threads, size_t shared_bytes) {
-  prepare(kernel, shared_bytes);
+  load_code(kernel);
+  allow_shared_memory(kernel, shared_bytes);
   int blocks = 0;
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel),
                                                            threads, shared_bytes),
