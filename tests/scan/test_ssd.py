@@ -731,7 +731,7 @@ def test_the_block_without_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "message"),
     [
         ({"headdim": None}, "D must have shape"),
-        ({"headdim": 5, "D": torch.zeros(2, 3)}, "headdim is 5, but D has shape"),
+        ({"headdim": 5, "D": torch.zeros(2, 3)}, r"D must have shape \(heads, headdim\)"),
         ({"ngroups": 3}, "conv1d_weight must have heads"),
         ({"zxbcdt": torch.zeros(1, 4, 21)}, "zxbcdt must have 22 columns"),
         ({"zxbcdt": torch.zeros(4, 21)}, "zxbcdt must have 3 axes"),
