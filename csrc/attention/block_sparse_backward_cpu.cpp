@@ -35,7 +35,8 @@ int64_t group_of(const BlockSparseParams& p) { return p.heads / p.kv_heads; }
 int64_t head_count(const BlockSparseParams& p) { return p.batch * p.kv_heads; }  // of k and v
 
 // Where the heads of k and v keep their copies of dQ: at a place that a head holds from its first unit to its
-// last. Units are taken in order, so no more heads than threads are at it at any time.
+// last. Units are taken in order, so no more heads than threads are at it at any time. (A critical section
+// with a name would be a symbol that the objects of all instruction sets share.)
 struct Places {
   struct Head {
     int32_t place, units_left;
@@ -55,7 +56,7 @@ struct Places {
 
   int64_t place_of(int64_t head) {
     int32_t place;
-#pragma omp critical(tilewright_block_sparse_places)
+#pragma omp critical
     {
       if (heads[head].place < 0) heads[head].place = free[--*free_count];
       place = heads[head].place;
@@ -66,13 +67,13 @@ struct Places {
   // Whether that was the head's last unit.
   bool end_unit(int64_t head) {
     bool last;
-#pragma omp critical(tilewright_block_sparse_places)
+#pragma omp critical
     last = --heads[head].units_left == 0;
     return last;
   }
 
   void leave(int64_t head) {
-#pragma omp critical(tilewright_block_sparse_places)
+#pragma omp critical
     free[(*free_count)++] = heads[head].place;
   }
 };
