@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .._library import differentiates
+
 _WORTH_IT = 1 << 21  # multiplications, below which setting up oneDNN's product costs more than it saves
 
 
@@ -22,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch.nn.functional.linear; under torch.compile and autocast it is that."""
     if not _takes(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if differentiates(x, weight, bias):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     return _multiply(x, weight, bias)
 
@@ -41,13 +43,14 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is the better one for these two."""
-    if torch.compiler.is_compiling() or not _is_better():
+    if torch.compiler.is_compiling():
         return False
     return (
         all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in (x, weight))
         and x.dim() > 1
         and x.numel() * weight.shape[0] >= _WORTH_IT
         and bool(torch.backends.mkldnn.enabled)
+        and _is_better()
     )
 
 
@@ -59,7 +62,17 @@ def _is_better() -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and _vendor() not in (None, "GenuineIntel")
+        and _works()
     )
+
+
+def _works() -> bool:
+    """Whether this torch's oneDNN product takes what we give it: it is an internal op, which may change."""
+    x, weight = torch.ones(2, 3, device="cpu"), torch.ones(4, 3, device="cpu")
+    try:
+        return torch.equal(_multiply(x, weight, None), F.linear(x, weight))
+    except (RuntimeError, TypeError):
+        return False
 
 
 def _vendor() -> str | None:
