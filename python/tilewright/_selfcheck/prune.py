@@ -33,17 +33,23 @@ def _linear(device: torch.device, pattern: str | Block, sparsity: float | None) 
 
 
 def _compared(layer: Sparse, linear: nn.Linear, weight: nn.Parameter) -> float:
-    """The largest error of y, dx and the gradient of the layer's `weight`, each against its largest entry."""
+    """The largest error of y, dx and the gradient of the layer's `weight`, each against its largest entry.
+
+    Without gradients a layer may have another op, so y is made both ways.
+    """
     dense, worst = copy.deepcopy(linear).double(), 0.0
     for tokens in (1, _TOKENS):
         x = torch.randn(tokens, _IN, generator=torch.Generator().manual_seed(tokens)).to(linear.weight)
         ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
         found, truth = layer(ours), dense(exact)
+        with torch.no_grad():
+            served = layer(x)
         dx, dw = torch.autograd.grad(found.sum(), (ours, weight))
         true_dx, true_dw = torch.autograd.grad(truth.sum(), (exact, dense.weight))
         spread = copy.deepcopy(layer)  # as a layer whose weight it is, the gradient turns into a dense one
         spread.get_parameter(next(n for n, p in layer.named_parameters() if p is weight)).data = dw
-        pairs = [(found, truth), (dx, true_dx), (spread.to_linear().weight, true_dw * (dense.weight != 0))]
+        pairs = [(found, truth), (served, truth), (dx, true_dx)]
+        pairs.append((spread.to_linear().weight, true_dw * (dense.weight != 0)))
         worst = max(worst, *(_error(a, b) for a, b in pairs))
     return worst
 
