@@ -358,10 +358,10 @@ def test_quantize_refuses(arguments: dict, error: type, message: str) -> None:
     ("arguments", "error", "message"),
     [
         ({"A": X}, ValueError, "A must hold uint8 codes, got torch.float32"),
-        ({"quant_state": None}, ValueError, "either quant_state or absmax is needed"),
+        ({"quant_state": None}, ValueError, "absmax or quant_state must be given, got neither"),
         ({"quant_state": torch.zeros(2)}, TypeError, "quant_state must be a QuantState, got Tensor"),
-        ({"absmax": torch.zeros(2)}, ValueError, "not both"),
-        ({"code": torch.zeros(256)}, ValueError, "not both"),
+        ({"absmax": torch.zeros(2)}, ValueError, "do not go together: give one"),
+        ({"code": torch.zeros(256)}, ValueError, "do not go together: give one"),
         ({"blocksize": 512}, ValueError, "blocksize is 512, but quant_state has 256"),
         ({"A": CODES[:10]}, ValueError, r"absmax must be float32 of shape \(1,\) for 10 elements"),
         ({"quant_state": None, "absmax": torch.zeros(1)}, ValueError, r"shape \(2,\) for 300 elements"),
