@@ -177,6 +177,13 @@ void check_dtypes(bool ok, const TensorView& view, const char* allowed, Label na
   check_type(ok, name, " must have dtype ", allowed, ", got ", view.dtype);
 }
 
+void check_real_like(const TensorView& view, DType owned, const char* owner, Label name) {
+  const bool wide = owned == DType::kFloat64;
+  check_type(is_real(view.dtype) && (view.dtype == DType::kFloat64) == wide, name, " must have dtype ",
+             wide ? "float64, as " : "float32, float16, bfloat16", wide ? owner : "", wide ? " has" : "",
+             ", got ", view.dtype);
+}
+
 void check_real(const TensorView& view, Label name) {
   check_dtypes(is_real(view.dtype), view, "float32, float16, bfloat16, float64", name);
   check_dtypes(!runs_on_gpu(view) || view.dtype != DType::kFloat64, view,

@@ -69,6 +69,8 @@ bool is_real(DType dtype);
 void check_dtype(const TensorView& view, DType expected, Label name);
 // For several dtypes, whose names `allowed` lists.
 void check_dtypes(bool ok, const TensorView& view, const char* allowed, Label name);
+// float64 if that is what `owner` has, else another real dtype.
+void check_real_like(const TensorView& view, DType owned, const char* owner, Label name);
 // float32, float16, bfloat16, and float64 where CPU kernels run.
 void check_real(const TensorView& view, Label name);
 void check_indices(const TensorView& view, Label name);

@@ -48,9 +48,7 @@ void read_weights(Reader& reader, CausalConv1dParams& p, py::handle weight, py::
               w.sizes());
   check_value(w.shape[1] >= 1 && w.shape[1] <= scan::kMaxConvWidth, "weight must have a width of 1 to ",
               scan::kMaxConvWidth, ", got ", w.shape[1]);
-  const bool wide = p.dtype == DType::kFloat64;
-  check_dtypes(is_real(w.dtype) && (w.dtype == DType::kFloat64) == wide, w,
-               wide ? "float64, as x has" : "float32, float16, bfloat16", "weight");
+  check_real_like(w, p.dtype, "x", "weight");
   p.weight = w.data;
   p.weight_channel = w.stride(0);
   p.weight_tap = w.stride(1);

@@ -62,9 +62,7 @@ class StepReader {
   TensorView of_recurrence(py::handle object, const char* name, const char* axes,
                            std::initializer_list<int64_t> sizes) {
     const TensorView v = view(object, name, axes, sizes);
-    const bool wide = dtype() == DType::kFloat64;
-    check_dtypes(is_real(v.dtype) && (v.dtype == DType::kFloat64) == wide, v,
-                 wide ? "float64, as hidden_states has" : "float32, float16, bfloat16", name);
+    check_real_like(v, dtype(), "hidden_states", name);
     return v;
   }
 

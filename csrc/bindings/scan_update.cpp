@@ -96,9 +96,7 @@ class StepReader {
   TensorView checked(py::handle object, const char* name) {
     const TensorView v = arguments.tensor(object, name);
     check_device(v, device_, name);
-    const bool wide = dtype_ == DType::kFloat64;
-    check_dtypes(is_real(v.dtype) && (v.dtype == DType::kFloat64) == wide, v,
-                 wide ? "float64, as state has" : "float32, float16, bfloat16", name);
+    check_real_like(v, dtype_, "state", name);
     return v;
   }
 

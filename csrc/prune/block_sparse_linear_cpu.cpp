@@ -210,7 +210,7 @@ __attribute__((noinline)) void multiply_row(const BlockSparseLinearParams& p, co
       o.b = panel + side.across[at] * step;
       o.later_a = later(at + far, j);
       o.later_b = panel + side.across[smaller(at + near, end - 1)] * step;
-      tile.template add_product<Units, true>(o);
+      tile.template add_product<Units>(o);
     }
     tile.each([&](Float& x, int r, int v) { store(sums + (j + r) * o.b_stride + v, x); });
   }

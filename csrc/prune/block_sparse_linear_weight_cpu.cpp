@@ -84,7 +84,7 @@ __attribute__((noinline)) void weight_block(const BlockPattern& w, const WeightP
       Tile<kVectors, kTileRows> tile;
       tile.each([](Float& sum, int, int) { sum = splat(0.0f); });
       o.later_a = o.a + kStepsAhead * o.depth_step, o.later_b = o.b + kStepsAhead * o.b_stride;
-      tile.template add_product<Units, true>(o);
+      tile.template add_product<Units>(o);
       tile.each([&](Float& sum, int r, int v) {
         T* at = to + (j + r) * w.block_columns + i + v;
         w.block_columns < kLanes ? store_some(at, sum, w.block_columns) : store_fast(at, sum);

@@ -19,7 +19,7 @@ struct Operands {
   const float* b;
   int64_t b_stride;
   int depth;
-  const float *later_a, *later_b;  // what comes some blocks on, to be fetched meanwhile; null: nothing
+  const float *later_a, *later_b;  // what comes some blocks on, to be fetched meanwhile
 };
 
 template <int kVectors, int kTileRows = kRows>
@@ -35,7 +35,7 @@ struct Tile {
     }
   }
 
-  template <class Units, bool kFetch>
+  template <class Units>
   __attribute__((always_inline)) void add_product(const Operands& o) {
     const float *a = o.a, *b = o.b, *later_a = o.later_a, *later_b = o.later_b;
     // The rows of a tile are neighbours in a block, one way or the other.
@@ -46,13 +46,11 @@ struct Tile {
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         columns[v] = load(b + v * kLanes);
-        if constexpr (kFetch) __builtin_prefetch(later_b + v * kLanes);
+        __builtin_prefetch(later_b + v * kLanes);
       }
-      if constexpr (kFetch) {
-        __builtin_prefetch(later_a);
-        later_a += later_step;
-        later_b += b_stride;
-      }
+      __builtin_prefetch(later_a);
+      later_a += later_step;
+      later_b += b_stride;
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
         const Float factor = splat(a[r * row_step]);

@@ -40,6 +40,18 @@ def differentiates(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def autocast(x: torch.Tensor, *weights: torch.Tensor | None) -> tuple[Any, ...]:
+    """A layer's input and weights in autocast's dtype, as `F.linear` has them; float64 and integers stay."""
+    kind = x.device.type
+    is_cast = x.is_floating_point() and not any(
+        t is not None and t.dtype == torch.float64 for t in (x, *weights)
+    )
+    if not (is_cast and torch.is_autocast_enabled(kind)):
+        return x, *weights
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t is None else t.to(dtype) for t in (x, *weights))
+
+
 def nothing(*arguments: Any) -> None:
     """The fake kernel of an op that only writes into its arguments."""
     return None

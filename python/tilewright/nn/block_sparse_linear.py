@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
 from .._checks import check_choice, check_tensor, check_type, suggests_keywords
+from .._library import autocast
 from ..prune import block_pattern
 from ..prune.block_pattern import BLOCK_SIZES
 from ..prune.masked import mask_of
@@ -204,14 +205,8 @@ class BlockSparseLinear(nn.Module):
         check_tensor("x", x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape (*, {self.in_features}), got {tuple(x.shape)}")
-        values: Tensor = self.values
-        bias: Tensor | None = self.bias
-        is_cast = x.is_floating_point() and torch.float64 not in (x.dtype, values.dtype)
-        if is_cast and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, values = x.to(dtype), values.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        elif x.dtype != values.dtype:
+        x, values, bias = autocast(x, self.values, self.bias)
+        if x.dtype != values.dtype:
             raise ValueError(f"x must have the dtype of the layer's values, {values.dtype}, got {x.dtype}")
         flat = x.dim() == 2
         rows = x if flat else x.reshape(-1, self.in_features)

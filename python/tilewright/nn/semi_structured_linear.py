@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_count, check_device, check_tensor, check_type, suggests_keywords
+from .._library import autocast
 from ..prune.masked import mask_of, set_mask
 from ..prune.ops.semi_structured import linear
 from ..prune.patterns import NOfM
@@ -160,13 +161,7 @@ class SemiStructuredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``; x has any strides and the layer's dtype."""
         check_tensor("x", x)
-        values: Tensor = self.values
-        bias: Tensor | None = self.bias
-        is_cast = x.is_floating_point() and torch.float64 not in (x.dtype, values.dtype)
-        if is_cast and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, values = x.to(dtype), values.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        x, values, bias = autocast(x, self.values, self.bias)
         self._check(x, values)
         y = linear(
             x.reshape(-1, self.in_features),

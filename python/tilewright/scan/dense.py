@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .._info import cpuinfo
 from .._library import differentiates
 
 _WORTH_IT = 1 << 21  # multiplications, below which setting up oneDNN's product costs more than it saves
@@ -61,7 +62,7 @@ def _is_better() -> bool:
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and _vendor() not in (None, "GenuineIntel")
+        and next((value for key, value in cpuinfo() if key == "vendor_id"), "GenuineIntel") != "GenuineIntel"
         and _works()
     )
 
@@ -73,15 +74,6 @@ def _works() -> bool:
         return torch.equal(_multiply(x, weight, None), F.linear(x, weight))
     except (RuntimeError, TypeError):
         return False
-
-
-def _vendor() -> str | None:
-    """Who made the processor, where Linux says so."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.split()[-1] for line in file if line.startswith("vendor_id")), None)
-    except OSError:
-        return None
 
 
 class _Linear(torch.autograd.Function):
