@@ -6,6 +6,7 @@
 
 #include "core/simd.h"
 #include "core/simd_math.h"
+#include "core/simd_transpose.h"
 
 namespace tilewright::TW_ISA {
 
@@ -104,6 +105,12 @@ struct Tile {
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) body(at[r][v], r, v * kCount);
     }
+  }
+
+  template <class Body>
+  __attribute__((always_inline)) void each_vector(const Body& body) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) body(v);
   }
 
   __attribute__((always_inline)) void clear() {
@@ -224,10 +231,20 @@ inline void store_row(T* target, int64_t stride, const Real* row, int64_t count)
 
 // to[j][i] = from[i][j]; rows of `to` beyond `columns` and elements beyond `rows` are left alone.
 template <class Real>
-inline void transpose(Real* to, int64_t to_stride, const Real* from, int64_t from_stride, int64_t rows,
-                      int64_t columns) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+inline void transpose_exactly(Real* to, int64_t to_stride, const Real* from, int64_t from_stride,
+                              int64_t rows, int64_t columns) {
+  const auto part = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = first; j < last; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+    }
+  };
+  if constexpr (std::is_same_v<Real, float>) {
+    const int64_t row_squares = rows / kLanes * kLanes, column_squares = columns / kLanes * kLanes;
+    transpose(to, to_stride, from, from_stride, row_squares, column_squares);
+    part(0, row_squares, column_squares, columns);
+    part(row_squares, rows, 0, columns);
+  } else {
+    part(0, rows, 0, columns);
   }
 }
 

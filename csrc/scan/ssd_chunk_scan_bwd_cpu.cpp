@@ -37,7 +37,7 @@ struct Scratch {
   Real *CB, *K, *K_sum, *decayed, *crossing;              // [steps][steps], crossing [steps]
   Real *x, *g, *U;                                        // [steps][head_dim]
   Real *x_columns, *g_columns;                            // [head_dim][steps]
-  Real *from_C, *from_B, *d_rate, *row, *other;
+  Real *from_C, *from_B, *d_rate, *row, *other, *D, *dD;
 
   Scratch(const SsdChunkScanParams& p, char* base) : size(p), arena{base}, steps(arena, size) {
     for (Real** state : {&S, &G}) *state = arena.take<Real>(size.states * size.dims);
@@ -48,6 +48,7 @@ struct Scratch {
     for (Real** square : {&CB, &K, &K_sum, &decayed}) *square = arena.take<Real>(size.steps * size.steps);
     for (Real** rows : {&x, &g, &U, &x_columns, &g_columns}) *rows = arena.take<Real>(size.steps * size.dims);
     for (Real** vector : {&crossing, &from_C, &from_B, &d_rate}) *vector = arena.take<Real>(size.steps);
+    for (Real** vector : {&D, &dD}) *vector = arena.take<Real>(size.dims);
     for (Real** vector : {&row, &other})
       *vector = arena.take<Real>(size.dims > size.states ? size.dims : size.states);
   }
@@ -201,11 +202,15 @@ void multiply_state(const SsdChunkScanParams& p, Real* sums, Real* along, const 
                   [&](auto tile, int n, int64_t i) __attribute__((always_inline)) {
                     tile.clear();
                     tile.multiply(plain(state, size.dims), n, columns + i, size.steps, 0, p.head_dim);
+                    Vector<Real> totals[2];
+                    tile.each_vector([&](int v) { totals[v] = load(along + i + v * Lanes<Real>::kCount); });
                     tile.each([&](Vector<Real>& added, int r, int v) __attribute__((always_inline)) {
-                      Real *const sum = sums + (n + r) * size.steps + i + v, *const total = along + i + v;
-                      store(total, fma(load(by + (n + r) * size.steps + i + v), added, load(total)));
+                      Real* const sum = sums + (n + r) * size.steps + i + v;
+                      Vector<Real>& total = totals[v / Lanes<Real>::kCount];
+                      total = fma(load(by + (n + r) * size.steps + i + v), added, total);
                       store(sum, load(sum) + added);
                     });
+                    tile.each_vector([&](int v) { store(along + i + v * Lanes<Real>::kCount, totals[v]); });
                   });
 }
 
@@ -213,7 +218,7 @@ void multiply_state(const SsdChunkScanParams& p, Real* sums, Real* along, const 
 template <class Real>
 void transpose_scaled(Real* columns, const Real* rows, const Real* factors, const Extents<Real>& size,
                       const SsdChunkScanParams& p, int count) {
-  transpose(columns, size.steps, rows, size.dims, count, p.head_dim);
+  transpose_exactly(columns, size.steps, rows, size.dims, count, p.head_dim);
   for (int32_t d = 0; d < p.head_dim; ++d) {
     for (int64_t i = 0; i < count; i += Lanes<Real>::kCount) {
       store(columns + d * size.steps + i, load(columns + d * size.steps + i) * load(factors + i));
@@ -266,20 +271,25 @@ void finish_steps(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace
 template <class Real>
 void finish_rows(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<Real>& w,
                  const SsdChunk& chunk, int64_t number, const Piece& piece, int64_t head) {
-  Real* const dD = w.dD + (number * p.heads + head) * p.head_dim;
-  const Real* D = static_cast<const Real*>(p.D);
-  if (D != nullptr) D += p.D_wide ? head * p.head_dim : head;
+  const int64_t dims = s.size.dims;
+  const bool skips = p.D != nullptr;
+  if (skips) read_D(p, s.D, head, dims);
+  std::memset(s.dD, 0, size_t(dims) * sizeof(Real));
   for (int j = 0; j < piece.count; ++j) {
-    const Real *U = s.U + j * s.size.dims, *g = s.g + j * s.size.dims, *x = s.x + j * s.size.dims;
-    for (int32_t d = 0; d < p.head_dim; ++d) {
-      const Real skip = D == nullptr ? Real(0) : D[p.D_wide ? d : 0] * g[d];
-      s.row[d] = s.steps.dt[j] * U[d] + skip;
-    }
-    if (D != nullptr) {
-      for (int32_t d = 0; d < p.head_dim; ++d) dD[d] += g[d] * x[d];
+    const Real *U = s.U + j * dims, *g = s.g + j * dims, *x = s.x + j * dims;
+    const Vector<Real> dt = splat(s.steps.dt[j]);
+    for (int64_t d = 0; d < dims; d += Lanes<Real>::kCount) {
+      Vector<Real> dx = dt * load(U + d);
+      if (skips) {
+        dx = fma(load(s.D + d), load(g + d), dx);
+        store(s.dD + d, fma(load(g + d), load(x + d), load(s.dD + d)));
+      }
+      store(s.row + d, dx);
     }
     write_row(p.dx, p.dtype, chunk.batch, chunk.start + piece.first + j, head, s.row, p.head_dim);
   }
+  Real* const dD = w.dD + (number * p.heads + head) * p.head_dim;
+  for (int32_t d = 0; d < p.head_dim; ++d) dD[d] += s.dD[d];
 }
 
 template <class Real>
@@ -292,7 +302,7 @@ void differentiate_head(const SsdChunkScanParams& p, Scratch<Real>& s, const Wor
   for (int i = 0; i < count; ++i) {
     read_gradient(p, s, s.g + i * size.dims, chunk, chunk.start + piece.first + i, head, true);
   }
-  transpose(s.x_columns, size.steps, s.x, size.dims, count, p.head_dim);
+  transpose_exactly(s.x_columns, size.steps, s.x, size.dims, count, p.head_dim);
   multiply_g_x(p, s, count);
   decay_products(s);
   const Real *S = nullptr, *G = nullptr;
@@ -319,21 +329,21 @@ void finish_group(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace
   const auto& size = s.size;
   const int count = piece.count;
   const int64_t columns = padded_columns<Real>(p.states);
+  transpose_exactly(s.dB_rows, size.states, s.dB_columns, size.steps, p.states, count);
+  transpose_exactly(s.dC_rows, size.states, s.dC_columns, size.steps, p.states, count);
   for_tiles<Real>(count, columns, [&](auto tile, int i, int64_t n) __attribute__((always_inline)) {
-    tile.clear();
+    tile.load_from(s.dC_rows + i * size.states + n, size.states);
     tile.multiply_lower(plain(s.K_sum, size.steps), i, s.B_rows + n, size.states, count);
     tile.store_to(s.dC_rows + i * size.states + n, size.states);
   });
   for_tiles<Real>(count, columns, [&](auto tile, int j, int64_t n) __attribute__((always_inline)) {
-    tile.clear();
+    tile.load_from(s.dB_rows + j * size.states + n, size.states);
     tile.multiply_upper(transposed(s.K_sum, size.steps), j, s.C_rows + n, size.states, count);
     tile.store_to(s.dB_rows + j * size.states + n, size.states);
   });
   for (int i = 0; i < count; ++i) {
     const int64_t step = chunk.start + piece.first + i;
-    Real *dB = s.dB_rows + i * size.states, *dC = s.dC_rows + i * size.states;
-    for (int32_t n = 0; n < p.states; ++n) dB[n] += s.dB_columns[n * size.steps + i];
-    for (int32_t n = 0; n < p.states; ++n) dC[n] += s.dC_columns[n * size.steps + i];
+    const Real *dB = s.dB_rows + i * size.states, *dC = s.dC_rows + i * size.states;
     if (w.blocks == 1) {
       write_row(p.dB, p.dtype, chunk.batch, step, group, dB, p.states);
       write_row(p.dC, p.dtype, chunk.batch, step, group, dC, p.states);
@@ -364,8 +374,8 @@ void differentiate_chunk(const SsdChunkScanParams& p, Scratch<Real>& s, const Wo
       std::memset(zeroed, 0, size_t(size.steps * size.states) * sizeof(Real));
     }
     std::memset(s.K_sum, 0, size_t(size.steps * size.steps) * sizeof(Real));
-    transpose(s.B_columns, size.steps, s.B_rows, size.states, piece.count, p.states);
-    transpose(s.C_columns, size.steps, s.C_rows, size.states, piece.count, p.states);
+    transpose_exactly(s.B_columns, size.steps, s.B_rows, size.states, piece.count, p.states);
+    transpose_exactly(s.C_columns, size.steps, s.C_rows, size.states, piece.count, p.states);
     multiply_C_B(s.CB, s.C_rows, s.B_columns, p, size, piece.count);
     for (int64_t head = begin; head < end; ++head) {
       differentiate_head(p, s, w, chunk, number, piece, head);

@@ -21,14 +21,14 @@ struct Scratch {
   Extents<Real> size;
   Arena arena;
   Steps<Real> steps;
-  Real *state, *B_rows, *C_rows, *B_columns, *CB, *decayed, *x, *y, *z;
+  Real *state, *B_rows, *C_rows, *B_columns, *CB, *decayed, *x, *y, *z, *D;
 
   Scratch(const SsdChunkScanParams& p, char* base) : size(p), arena{base}, steps(arena, size) {
     state = arena.take<Real>(size.states * size.dims);
     for (Real** rows : {&B_rows, &C_rows, &B_columns}) *rows = arena.take<Real>(size.steps * size.states);
     for (Real** square : {&CB, &decayed}) *square = arena.take<Real>(size.steps * size.steps);
     for (Real** rows : {&x, &y}) *rows = arena.take<Real>(size.steps * size.dims);
-    z = arena.take<Real>(size.dims);
+    for (Real** vector : {&z, &D}) *vector = arena.take<Real>(size.dims);
   }
 };
 
@@ -85,8 +85,8 @@ void finish_row(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& c
   Real* y = s.y + row * s.size.dims;
   const Real* x = s.x + row * s.size.dims;
   if (p.D != nullptr) {
-    const Real* D = static_cast<const Real*>(p.D) + (p.D_wide ? head * p.head_dim : head);
-    for (int32_t d = 0; d < p.head_dim; ++d) y[d] += D[p.D_wide ? d : 0] * x[d];
+    for (int64_t d = 0; d < s.size.dims; d += Lanes<Real>::kCount)
+      store(y + d, fma(load(s.D + d), load(x + d), load(y + d)));
   }
   if (p.y.data != nullptr) write_row(p.y, p.dtype, chunk.batch, step, head, y, p.head_dim);
   if (p.z.data != nullptr) {
@@ -105,6 +105,7 @@ void scan_head(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& ch
   const auto& size = s.size;
   prepare_steps(p, s.steps, size, chunk, piece, head);
   read_rows(s.x, size.dims, p.x, p.dtype, chunk, piece, head, p.head_dim);
+  if (p.D != nullptr) read_D(p, s.D, head, size.dims);
   decay_products(s);
   const Real* state = piece.continues
                           ? operand_state(kept_state<Real>(p.chunk_states, p, number, head), s.state, p, size)
@@ -131,7 +132,7 @@ void scan_chunk(const SsdChunkScanParams& p, Scratch<Real>& s, int64_t number, i
     const Piece piece = piece_from(p, chunk, first);
     read_rows(s.B_rows, s.size.states, p.B, p.dtype, chunk, piece, group, p.states);
     read_rows(s.C_rows, s.size.states, p.C, p.dtype, chunk, piece, group, p.states);
-    transpose(s.B_columns, s.size.steps, s.B_rows, s.size.states, piece.count, p.states);
+    transpose_exactly(s.B_columns, s.size.steps, s.B_rows, s.size.states, piece.count, p.states);
     multiply_C_B(s.CB, s.C_rows, s.B_columns, p, s.size, piece.count);
     const int64_t end = first_head(p, group, block + 1, blocks);
     for (int64_t head = first_head(p, group, block, blocks); head < end; ++head) {

@@ -76,8 +76,8 @@ void load_state(Real* scratch, const void* states, int64_t index, const SsdChunk
   std::memset(scratch, 0, size_t(size.states * size.dims) * sizeof(Real));
   if (states == nullptr) return;
   const int64_t numel = int64_t{p.head_dim} * p.states;
-  transpose(scratch, size.dims, static_cast<const Real*>(states) + index * numel, p.states, p.head_dim,
-            p.states);
+  transpose_exactly(scratch, size.dims, static_cast<const Real*>(states) + index * numel, p.states,
+                    p.head_dim, p.states);
 }
 
 template <class Real>
@@ -85,7 +85,8 @@ void store_state(void* states, int64_t index, const Real* scratch, const SsdChun
                  const Extents<Real>& size) {
   if (states == nullptr) return;
   const int64_t numel = int64_t{p.head_dim} * p.states;
-  transpose(static_cast<Real*>(states) + index * numel, p.states, scratch, size.dims, p.states, p.head_dim);
+  transpose_exactly(static_cast<Real*>(states) + index * numel, p.states, scratch, size.dims, p.states,
+                    p.head_dim);
 }
 
 // The kept states, [chunk][head][states][head_dim] without padding.
@@ -209,6 +210,13 @@ void read_rows(Real* rows, int64_t stride, const SsdTensor& t, DType dtype, cons
   for (int i = 0; i < piece.count; ++i) {
     read_row(rows + i * stride, t, dtype, chunk.batch, chunk.start + piece.first + i, head, count, stride);
   }
+}
+
+// D of a head, for each of its channels.
+template <class Real>
+void read_D(const SsdChunkScanParams& p, Real* row, int64_t head, int64_t padded_count) {
+  const Real* D = static_cast<const Real*>(p.D) + (p.D_wide ? head * p.head_dim : head);
+  load_row(row, D, p.D_wide ? 1 : 0, p.head_dim, padded_count);
 }
 
 template <class Real>
