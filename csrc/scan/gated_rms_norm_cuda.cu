@@ -19,8 +19,10 @@
 namespace tilewright::scan {
 namespace {
 
-constexpr int kMaxWarps = 8;
-constexpr int kSlots = 4;  // vectors of a group that a thread keeps in registers
+constexpr int kMaxWarps = 16;
+// Vectors of a group that a thread keeps in registers.
+template <int kVector>
+constexpr int kSlots = kVector == 8 ? 2 : 4;
 constexpr int64_t kMaxBlocks = int64_t{1} << 30;
 constexpr int kReduceChannels = 32, kReduceSlices = 8;
 
@@ -123,15 +125,15 @@ __global__ void __launch_bounds__(kMaxWarps* device::kWarpSize)
     const T* x = row_of<const T>(p.x, row) + base;
     const T* z = row_of<const T>(p.z, row) + base;
     T* out = row_of<T>(p.out, row) + base;
-    float kept[kSlots][kVector], squares = 0.0f;
+    float kept[kSlots<kVector>][kVector], squares = 0.0f;
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
+    for (int slot = 0; slot < kSlots<kVector>; ++slot) {
       const int64_t c = slot * step + own;
       if (c >= p.group) continue;
       load_normed<T>(kept[slot], p, x, z, c);
       squares += squares_of(kept[slot]);
     }
-    for (int64_t c = kSlots * step + own; c < p.group; c += step) {
+    for (int64_t c = kSlots<kVector> * step + own; c < p.group; c += step) {
       float v[kVector];
       load_normed<T>(v, p, x, z, c);
       squares += squares_of(v);
@@ -140,11 +142,11 @@ __global__ void __launch_bounds__(kMaxWarps* device::kWarpSize)
     const float r = device::div_rn(1.0f, device::sqrt_rn(mean + float(p.eps)));
     if (threadIdx.x == 0) static_cast<float*>(p.rstd)[unit] = r;
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
+    for (int slot = 0; slot < kSlots<kVector>; ++slot) {
       const int64_t c = slot * step + own;
       if (c < p.group) store_out<T>(p, kept[slot], r, z, out, c, base + c);
     }
-    for (int64_t c = kSlots * step + own; c < p.group; c += step) {
+    for (int64_t c = kSlots<kVector> * step + own; c < p.group; c += step) {
       float v[kVector];
       load_normed<T>(v, p, x, z, c);
       store_out<T>(p, v, r, z, out, c, base + c);
@@ -214,20 +216,20 @@ __global__ void __launch_bounds__(kMaxWarps* device::kWarpSize)
   for (int64_t unit = blockIdx.x; unit < norm_parts_cuda(p) * groups; unit += gridDim.x) {
     const int64_t part = unit / groups, group = unit % groups, base = group * p.group;
     float* workspace = static_cast<float*>(p.workspace) + part * p.dim + base;
-    float dweight[kSlots][kVector] = {};
+    float dweight[kSlots<kVector>][kVector] = {};
     const int64_t first = part * part_rows, end = smaller(p.rows, first + part_rows);
     for (int64_t row = first; row < end; ++row, ++round) {
       const float r = static_cast<const float*>(p.rstd)[row * groups + group];
       Terms<kVector> at;
       float products = 0.0f;
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
+      for (int slot = 0; slot < kSlots<kVector>; ++slot) {
         const int64_t c = slot * step + own;
         if (c >= p.group) continue;
         load_terms<T>(at, p, row, base + c, r);
         products += add_products(at, dweight[slot]);
       }
-      for (int64_t c = kSlots * step + own; c < p.group; c += step) {
+      for (int64_t c = kSlots<kVector> * step + own; c < p.group; c += step) {
         float sums[kVector] = {};
         if (row != first) load<float>(sums, workspace + c);
         load_terms<T>(at, p, row, base + c, r);
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(kMaxWarps* device::kWarpSize)
       }
     }
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
+    for (int slot = 0; slot < kSlots<kVector>; ++slot) {
       const int64_t c = slot * step + own;
       if (c < p.group) store<float>(workspace + c, dweight[slot]);
     }
