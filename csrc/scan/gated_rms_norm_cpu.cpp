@@ -1,9 +1,8 @@
 // The gated RMS norm on the CPU, compiled once per instruction-set level.
 //
 // Roofline: forward reads x and z and writes out, 12 bytes an element in float32; backward reads x, z and
-// dout and writes dx and dz, 20. An element costs an exponential and a division, about 25 instructions a
-// vector, and as many again for the rest of the backward pass: where a core gets more than ~10 bytes a
-// nanosecond these decide, else memory.
+// dout and writes dx and dz, 20. An element costs an exponential and a division, half of all instructions:
+// with AVX-512 a core that gets more than ~40 bytes a nanosecond waits for these, others for memory.
 //
 // A group is gone through twice, as the norm needs its sum first. What the gate made of its channels is kept
 // in the L1 cache meanwhile, so that x, z and dout come from memory once and each exponential is taken once.
