@@ -88,6 +88,7 @@ CASES = {
     "ssd_chunk_scan": ssd_chunk_scan,
     "linear_scan": lambda: (scan.linear_scan, tensors((2, 300, 40), (2, 300, 40))),
     "causal_conv1d": lambda: (scan.causal_conv1d, tensors((2, 24, 300), (24, 4), (24,))),
+    "gated_rms_norm": lambda: (scan.gated_rms_norm, tensors((2, 150, 100), (100,), (2, 150, 100))),
     "block_sparse_attention": block_sparse_attention,
     "block_sparse_linear": block_sparse_linear,
     "semi_structured_linear": semi_structured_linear,

@@ -92,6 +92,11 @@ def update_inputs() -> dict[str, Any]:
             "z": x, "dt_bias": rand(4), "state_batch_indices": torch.tensor([1, 0])}  # fmt: skip
 
 
+def norm_inputs() -> dict[str, Any]:
+    x = rand(2, 6, 8)
+    return {"x": x, "weight": rand(8), "z": x, "eps": 1e-5, "group_size": 4, "norm_before_gate": True}
+
+
 def conv_inputs() -> dict[str, Any]:
     return {"x": rand(2, 4, 6), "weight": rand(4, 3), "bias": rand(4),
             "seq_idx": torch.zeros(2, 6, dtype=torch.int32), "initial_states": rand(2, 4, 2),
@@ -166,6 +171,7 @@ OPS: list[tuple[str, Callable[..., Any], Callable[[], dict[str, Any]]]] = [
     ("selective_scan", tw.scan.selective_scan, scan_inputs),
     ("selective_scan, packed", tw.scan.selective_scan, packed_scan_inputs),
     ("causal_conv1d", tw.scan.causal_conv1d, conv_inputs),
+    ("gated_rms_norm", tw.scan.gated_rms_norm, norm_inputs),
     ("mamba_inner", tw.scan.mamba_inner, inner_inputs),
     ("ssd_chunk_scan", tw.scan.ssd_chunk_scan, ssd_inputs),
     ("mamba_split_conv1d_scan_combined", tw.scan.mamba_split_conv1d_scan_combined, split_inputs),

@@ -24,6 +24,7 @@ void bind_semi_structured(pybind11::module_& m);
 
 // Of the scan family, called by bind_scan.
 void bind_causal_conv1d(pybind11::module_& m);
+void bind_gated_rms_norm(pybind11::module_& m);
 void bind_linear_scan(pybind11::module_& m);
 void bind_mamba_step(pybind11::module_& m);
 void bind_selective_scan(pybind11::module_& m);

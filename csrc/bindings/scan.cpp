@@ -5,6 +5,7 @@ namespace tilewright {
 
 void bind_scan(pybind11::module_& m) {
   bind_causal_conv1d(m);
+  bind_gated_rms_norm(m);
   bind_linear_scan(m);
   bind_mamba_step(m);
   bind_selective_scan(m);

@@ -34,6 +34,9 @@ __all__: list[str] = [
     "cuda_runtime",
     "dequantize_blockwise",
     "dynamic_map",
+    "gated_rms_norm_bwd",
+    "gated_rms_norm_fwd",
+    "gated_rms_norm_workspace",
     "keep_inputs",
     "linear_scan",
     "linear_scan_workspace",
@@ -321,6 +324,44 @@ def dequantize_blockwise(
 def dynamic_map(signed: bool) -> list[float]:
     """
     The built-in map's 256 entries, ascending.
+    """
+
+def gated_rms_norm_bwd(
+    arg0: typing.Any,
+    arg1: typing.Any,
+    arg2: typing.Any,
+    arg3: typing.Any,
+    arg4: typing.Any,
+    arg5: typing.SupportsInt | typing.SupportsIndex,
+    arg6: bool,
+    arg7: typing.Any,
+    arg8: typing.Any,
+    arg9: typing.Any,
+    arg10: typing.Any,
+    arg11: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Writes dx, dweight and, with z, dz.
+    """
+
+def gated_rms_norm_fwd(
+    arg0: typing.Any,
+    arg1: typing.Any,
+    arg2: typing.Any,
+    arg3: typing.SupportsFloat | typing.SupportsIndex,
+    arg4: typing.SupportsInt | typing.SupportsIndex,
+    arg5: bool,
+    arg6: typing.Any,
+    arg7: typing.Any,
+    arg8: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Writes out and rstd.
+    """
+
+def gated_rms_norm_workspace(arg0: typing.Any, arg1: typing.SupportsInt | typing.SupportsIndex) -> int:
+    """
+    Bytes of scratch of a backward pass.
     """
 
 def keep_inputs(

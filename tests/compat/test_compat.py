@@ -8,6 +8,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 import tilewright as tw
 from tilewright.swapping.transformers import MODELS as SWAPPABLE
@@ -29,6 +30,7 @@ POSITIONAL = {
         "return_final_states activation rmsnorm_weight rmsnorm_eps outproj_weight outproj_bias headdim "
         "ngroups norm_before_gate state_dtype"
     ),
+    "rmsnorm_fn": "x weight bias z eps group_size norm_before_gate",
     "causal_conv1d_fn": (
         "x weight bias seq_idx initial_states return_final_states final_states_out activation"
     ),
@@ -40,6 +42,7 @@ WHERE = {
     "selective_state_update": "mamba_ssm.ops.triton.selective_state_update",
     "mamba_chunk_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
     "mamba_split_conv1d_scan_combined": "mamba_ssm.ops.triton.ssd_combined",
+    "rmsnorm_fn": "mamba_ssm.ops.triton.layernorm_gated",
     "causal_conv1d_fn": "causal_conv1d",
     "causal_conv1d_update": "causal_conv1d",
 }
@@ -77,7 +80,7 @@ def test_imports_as_people_write_them(way: str) -> None:
         "from mamba_ssm.ops.triton.selective_state_update import selective_state_update\n"
         "from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined\n"
         "from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined\n"
-        "from mamba_ssm.ops.triton.layernorm_gated import RMSNorm\n"
+        "from mamba_ssm.ops.triton.layernorm_gated import RMSNorm, rmsnorm_fn\n"
         "from mamba_ssm.utils.generation import InferenceParams\n"
         "from causal_conv1d import causal_conv1d_fn, causal_conv1d_update\n"
         "from causal_conv1d.causal_conv1d_interface import causal_conv1d_fn as conv\n"
@@ -88,6 +91,15 @@ def test_imports_as_people_write_them(way: str) -> None:
         "assert conv is causal_conv1d_fn is tw.scan.causal_conv1d and module.mamba_chunk_scan_combined\n"
         "assert importlib.util.find_spec('mamba_ssm') is not None\n"
     ))  # fmt: skip
+
+
+def test_gated_norm_has_no_bias() -> None:
+    norm = tw.compat.mamba_ssm.ops.triton.layernorm_gated
+    x, z, weight = torch.randn(2, 8), torch.randn(2, 8), torch.randn(8)
+    expected = tw.scan.gated_rms_norm(x, weight, z, 1e-5, 4, False)
+    assert torch.equal(norm.rmsnorm_fn(x, weight, None, z, 1e-5, 4, False), expected)
+    with pytest.raises(NotImplementedError, match="bias must be None"):
+        norm.rmsnorm_fn(x, weight, weight)
 
 
 LOGITS = """

@@ -435,3 +435,36 @@ def test_compiles_without_a_break(family: str) -> None:
     hidden = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(hidden), mixer(hidden))
+
+
+GATED_NORMS = ["mamba2", "bamba", "zamba2", "falcon_h1_norm", "granitemoehybrid", "nemotron_h"]
+
+
+def gated_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith("RMSNormGated")]
+
+
+@pytest.mark.parametrize("family", GATED_NORMS)
+def test_gated_norms_are_one_op(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, stock, ours = twins(family)
+    tw.swap(ours)
+    norms = gated_norms(ours)
+    assert norms
+    for norm in norms:
+        monkeypatch.setattr(type(norm), "forward", lambda *arguments: 1 / 0)
+    logits(ours, tokens())
+    with pytest.raises(ZeroDivisionError):
+        logits(stock, tokens())
+
+
+def test_gated_norms_with_hooks_or_methods_of_their_own_are_called() -> None:
+    model, ids, calls = tiny("mamba2"), tokens(), []
+    tw.swap(model)
+    expected = logits(model, ids)
+    first, *others = gated_norms(model)
+    first.register_forward_hook(lambda *arguments: calls.append("hook"))
+    assert torch.allclose(logits(model, ids), expected, atol=1e-5)
+    assert calls == ["hook"]
+    own = others[0] if others else first
+    own.__class__ = type("Other", (type(own),), {"forward": lambda self, y, z: y.new_zeros(y.shape)})
+    assert not torch.allclose(logits(model, ids), expected, atol=1e-5)

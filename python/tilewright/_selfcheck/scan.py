@@ -26,6 +26,7 @@ _BATCH, _DIM, _LENGTH, _STATES, _HEADS = 2, 24, 70, 5, 3
 _selective_scan: Callable[..., Any] = partial(scan.selective_scan, delta_softplus=True)
 _ssd_chunk_scan: Callable[..., Any] = partial(scan.ssd_chunk_scan, chunk_size=64)
 _causal_conv1d: Callable[..., Any] = partial(scan.causal_conv1d, activation="silu")
+_gated_rms_norm: Callable[..., Any] = partial(scan.gated_rms_norm, norm_before_gate=False)
 
 
 def _normal(*shape: int, seed: int) -> Tensor:
@@ -99,6 +100,10 @@ def _plain_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(padded[..., : x.shape[2]])
 
 
+def _plain_gated_norm(x: Tensor, weight: Tensor, z: Tensor) -> Tensor:
+    return F.rms_norm(x * F.silu(z), weight.shape, weight, 1e-6)
+
+
 def _check_decoding(device: torch.device) -> tuple[float, float]:
     """Token by token, the two updates give what the convolution and the scan give for all tokens at once."""
     x, z, dt = (_normal(_BATCH, _DIM, 9, seed=seed).to(device, torch.float32) for seed in range(3))
@@ -166,6 +171,11 @@ _SSD = {
     "C": _normal(_BATCH, _LENGTH, 1, 16, seed=5),
 }
 _LINEAR = {"a": _normal(_BATCH, _LENGTH, _DIM, seed=1).sigmoid(), "b": _normal(_BATCH, _LENGTH, _DIM, seed=2)}
+_NORM = {
+    "x": _normal(_BATCH, _LENGTH, _DIM, seed=1),
+    "weight": _normal(_DIM, seed=2),
+    "z": _normal(_BATCH, _LENGTH, _DIM, seed=3),
+}
 _CONV = {"x": _normal(*_TOKENS, seed=1), "weight": _normal(_DIM, 4, seed=2), "bias": _normal(_DIM, seed=3)}
 PROBES: dict[str, Probe] = {
     "linear_scan": _compared(scan.linear_scan, _plain_linear_scan, _LINEAR),
@@ -175,6 +185,7 @@ PROBES: dict[str, Probe] = {
     "ssd_chunk_scan": _compared(_ssd_chunk_scan, _plain_ssd, _SSD),
     "ssd_chunk_scan, bfloat16": _compared(_ssd_chunk_scan, _plain_ssd, _SSD, torch.bfloat16),
     "causal_conv1d": _compared(_causal_conv1d, _plain_conv, _CONV),
+    "gated_rms_norm": _compared(_gated_rms_norm, _plain_gated_norm, _NORM),
     "decode steps": _check_decoding,
     "Mamba, step by step": _layer_step(lambda: Mamba(_DIM, d_state=_STATES)),
     "Mamba2, step by step": _layer_step(lambda: Mamba2(_DIM, d_state=16, headdim=8)),

@@ -211,13 +211,17 @@ def can_fuse(*linears: Any) -> bool:
 
 def is_plain(linear: Any) -> bool:
     """Whether calling this layer only multiplies by its weight: no adapters, hooks, offloading."""
-    return (
-        original_class(linear) is nn.Linear
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-        and not linear._backward_hooks
-        and not linear._backward_pre_hooks
-        and "forward" not in linear.__dict__
+    return original_class(linear) is nn.Linear and runs_its_forward_alone(linear)
+
+
+def runs_its_forward_alone(module: Any) -> bool:
+    """Whether calling this module is calling its class's forward: no hooks, no offloading."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import scan
 from .._checks import check_count, check_tensor, suggests_keywords
 from ..scan.conv import MAX_WIDTH
-from ..scan.ssd import gated_rms_norm, limits
+from ..scan.ssd import limits
 from .inference import conv_step, keep_last, states_of
 from .mamba import check_tokens, initial_dt_bias, projected, wide, width_of
 from .packing import packing_of
@@ -45,7 +45,7 @@ class RMSNormGated(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalizes x ``(..., hidden_size)``, gated by z of the same shape; computes in float32."""
-        return gated_rms_norm(x, z, self.weight, self.eps, self.group_size, self.norm_before_gate)
+        return scan.gated_rms_norm(x, self.weight, z, self.eps, self.group_size, self.norm_before_gate)
 
 
 @suggests_keywords

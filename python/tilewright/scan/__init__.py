@@ -1,8 +1,9 @@
-"""Recurrences along a sequence: selective scans, linear scans, causal convolutions, their decode steps."""
+"""Recurrences along a sequence, their decode steps, and the convolution and norm around them."""
 
 from .conv import causal_conv1d
 from .inner import mamba_inner
 from .linear import linear_scan
+from .norm import gated_rms_norm
 from .selective import selective_scan
 from .ssd import mamba_split_conv1d_scan_combined, ssd_chunk_scan
 from .step import mamba_step
@@ -11,6 +12,7 @@ from .update import causal_conv1d_update, selective_state_update
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "gated_rms_norm",
     "linear_scan",
     "mamba_inner",
     "mamba_split_conv1d_scan_combined",

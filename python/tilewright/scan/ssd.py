@@ -22,6 +22,7 @@ from .._checks import (
 )
 from .conv import causal_conv1d, check_weight
 from .dense import linear
+from .norm import gated_rms_norm
 from .ops.ssd import SsdChunkScan
 
 
@@ -303,7 +304,7 @@ def mamba_split_conv1d_scan_combined(
     )
     out, final_states = scanned[0].flatten(-2), scanned[1]
     if rmsnorm_weight is not None:
-        out = gated_rms_norm(out, z, rmsnorm_weight, rmsnorm_eps, dim // ngroups, norm_before_gate)
+        out = gated_rms_norm(out, rmsnorm_weight, z, rmsnorm_eps, dim // ngroups, norm_before_gate)
     if extra > 0:
         first, second = mlp.chunk(2, dim=-1)
         out = torch.cat([F.silu(first) * second, out], dim=-1)
@@ -451,16 +452,3 @@ def _check_tail(x: Tensor, columns: int, weight: Tensor | None, bias: Tensor | N
 
 def _split_last(t: Tensor, outer: int, inner: int) -> Tensor:
     return t.view(*t.shape[:-1], outer, inner)
-
-
-def gated_rms_norm(
-    y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
-) -> Tensor:
-    """RMS norm over groups of channels, in float32 (float64 stays), gated by z, if any, before or after."""
-    dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)
-    y, gate = y.to(wide), None if z is None else F.silu(z.to(wide))
-    if gate is not None and not norm_before_gate:
-        y = y * gate
-    groups = torch.unflatten(y, -1, (-1, group_size))
-    y = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight.to(wide)
-    return (y if gate is None or not norm_before_gate else y * gate).to(dtype)

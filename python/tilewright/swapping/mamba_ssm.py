@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .. import _backend
 from ..nn import Mamba, Mamba2
+from ..scan import gated_rms_norm
 from ..scan.conv import MAX_WIDTH
-from ..scan.ssd import gated_rms_norm
 from .instances import Layer
 
 _METHODS = ("forward", "step", "allocate_inference_cache", "_get_states_from_cache")
@@ -52,5 +52,4 @@ def _normed(self: Any, y: Tensor, z: Tensor) -> Tensor:
     norm = self.norm
     if (type(norm).__module__, type(norm).__name__) != ("mamba_ssm.ops.triton.layernorm_gated", "RMSNorm"):
         return norm(y, z)  # type: ignore[no-any-return]
-    group_size = norm.group_size or y.shape[-1]
-    return gated_rms_norm(y, z, norm.weight, norm.eps, group_size, norm.norm_before_gate)
+    return gated_rms_norm(y, norm.weight, z, norm.eps, norm.group_size, norm.norm_before_gate)

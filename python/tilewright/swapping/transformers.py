@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import _backend, scan
 from ..nn.inference import conv_step
-from ..nn.mamba import can_fuse, can_step, projected, step_of, wide, without_bias
+from ..nn.mamba import can_fuse, can_step, projected, runs_its_forward_alone, step_of, wide, without_bias
 from ..nn.packing import Packing, packing_of
 from ..scan.conv import MAX_WIDTH
 from .instances import Layer
@@ -231,7 +231,7 @@ def _mamba2_forward(
             y, state = scanned
             cache_params.update_recurrent_state(state, self.layer_idx)
         y = y.flatten(2)
-    return projected(self.out_proj, self.norm(y, z).to(zxbcdt.dtype) if _has_norm(self) else y)
+    return projected(self.out_proj, _normed(self.norm, y, z).to(zxbcdt.dtype) if _has_norm(self) else y)
 
 
 def _mamba2_step(
@@ -265,6 +265,18 @@ def _split_mamba2(self: Any, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _has_norm(self: Any) -> bool:
     return bool(getattr(self, "mamba_rms_norm", True))  # FalconH1 can do without
+
+
+def _normed(norm: Any, y: Tensor, z: Tensor) -> Tensor:
+    """The gated norm in one pass, if its class is known to do no more."""
+    cls = type(norm)
+    known = cls.__name__ in _GATED_NORMS and cls.__module__.startswith("transformers.models.")
+    if not (known and runs_its_forward_alone(norm)):
+        return norm(y, z)  # type: ignore[no-any-return]
+    own = vars(norm)  # asking a module for what it does not have costs microseconds
+    group_size = own["group_size"] if "group_size" in own else y.shape[-1] // own["n_groups"]  # FalconH1's
+    before = own.get("norm_before_gate", False)
+    return scan.gated_rms_norm(y, norm.weight, z, own["variance_epsilon"], group_size, before)
 
 
 def _scan(
@@ -331,6 +343,10 @@ def _masked(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     return hidden_states if mask is None else hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)
 
 
+_GATED_NORMS = frozenset({
+    "MambaRMSNormGated", "BambaRMSNormGated", "Zamba2RMSNormGated", "FalconH1RMSNormGated",
+    "GraniteMoeHybridRMSNormGated", "NemotronHRMSNormGated",
+})  # fmt: skip
 _FORWARDS = {  # by a model's name, which is that of its folder and file, and the class in it
     ("mamba", "MambaMixer"): _mamba_forward,
     ("falcon_mamba", "FalconMambaMixer"): _mamba_forward,
