@@ -274,7 +274,7 @@ def _normed(norm: Any, y: Tensor, z: Tensor) -> Tensor:
     if not (known and runs_its_forward_alone(norm)):
         return norm(y, z)  # type: ignore[no-any-return]
     own = vars(norm)  # asking a module for what it does not have costs microseconds
-    group_size = own["group_size"] if "group_size" in own else y.shape[-1] // own["n_groups"]  # FalconH1's
+    group_size = own.get("group_size") or y.shape[-1] // own.get("n_groups", 1)  # FalconH1's are counted
     before = own.get("norm_before_gate", False)
     return scan.gated_rms_norm(y, norm.weight, z, own["variance_epsilon"], group_size, before)
 
