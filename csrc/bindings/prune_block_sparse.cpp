@@ -1,4 +1,8 @@
 // The block-sparse linear layer and its gradient.
+#include <cstdlib>
+#include <memory>
+#include <new>
+
 #include "bindings/arguments.h"
 #include "bindings/families.h"
 #include "core/dispatch.h"
@@ -57,21 +61,41 @@ class LayerReader {
     to.t_order = take(to.columns);
   }
 
-  // A matrix (tokens, width) of the values' dtype.
+  // A matrix (..., width) of the values' dtype, whose leading axes are those of the tokens.
   Matrix matrix(py::handle object, const char* name, int64_t width, Access access = Access::kRead) {
     const TensorView v = arguments.tensor(object, name, access);
     check_device(v, values_.device, name);
     check_dtype(v, p.dtype, name);
-    check_value(v.ndim == 2 && v.shape[1] == width, name, ": must have shape (tokens, ", width, "), got ",
+    const int32_t last = v.ndim - 1;
+    check_value(last >= 1 && v.shape[last] == width, name, ": must have shape (tokens, ", width, "), got ",
                 v.sizes());
-    check_value(p.tokens < 0 || v.shape[0] == p.tokens, name, ": holds ", v.shape[0], " tokens, not ",
-                p.tokens);
-    p.tokens = v.shape[0];
-    return {v.data, v.stride(0), v.stride(1)};
+    int64_t tokens = 1, step = 0;  // from one token to the next
+    for (int32_t axis = last - 1; axis >= 0; --axis) {
+      if (v.shape[axis] == 1) continue;
+      check_value(tokens <= 1 || v.stride(axis) == step * tokens, name,
+                  ": tokens must lie at even distances");
+      if (tokens == 1) step = v.stride(axis);
+      tokens *= v.shape[axis];
+    }
+    check_value(p.tokens < 0 || tokens == p.tokens, name, ": holds ", tokens, " tokens, not ", p.tokens);
+    p.tokens = tokens;
+    return {v.data, step, v.stride(last)};
   }
 
+  const void* bias(py::handle object) {
+    return arguments.flat(object, "bias", p.out, p.dtype, values_.device);
+  }
+
+  // Scratch of a CPU's kernel is found here where the caller brings none.
   void run(BlockSparseCall call, py::handle workspace, int threads) {
-    if (!workspace.is_none()) p.workspace = arguments.tensor(workspace, "workspace").data;
+    Scratch scratch{nullptr, std::free};
+    if (!workspace.is_none()) {
+      p.workspace = arguments.tensor(workspace, "workspace").data;
+    } else if (const int64_t bytes = workspace_bytes(call, threads); bytes > 0) {
+      scratch.reset(std::aligned_alloc(64, size_t(divide_up(bytes, 64) * 64)));
+      if (scratch == nullptr) throw std::bad_alloc();
+      p.workspace = scratch.get();
+    }
     const Device device = values_.device;
     const Stream stream = arguments.current_stream(device);
     py::gil_scoped_release released;
@@ -81,12 +105,23 @@ class LayerReader {
            prune::block_sparse_linear_cuda(p, call, device.index, stream));
   }
 
-  bool on_gpu() const { return values_.device.is_cuda; }
+  int64_t workspace_bytes(BlockSparseCall call, int threads) {
+    p.pattern.rows = divide_up(p.out, p.pattern.block_rows);
+    p.pattern.columns = divide_up(p.in, p.pattern.block_columns);
+    int64_t bytes = 0;
+    (void)call;
+    (void)threads;
+    TW_RUN(values_.device.is_cuda,
+           void(bytes = TW_CALL_CPU(block_sparse_linear_workspace_cpu, p, call, threads)), void());
+    return bytes;
+  }
 
   Arguments arguments;
   BlockSparseLinearParams p{};
 
  private:
+  using Scratch = std::unique_ptr<void, decltype(&std::free)>;
+
   TensorView values_;
 };
 
@@ -98,7 +133,7 @@ void forward(py::handle x, py::handle values, py::handle pattern, py::handle bia
   p.x = reader.matrix(x, "x", in);
   p.y = reader.matrix(y, "y", out, Access::kOverwrite);
   if (!z.is_none()) p.z = reader.matrix(z, "z", out, Access::kOverwrite);
-  p.bias = reader.arguments.flat(bias, "bias", out, p.dtype, reader.arguments.tensor(x, "x").device);
+  p.bias = reader.bias(bias);
   p.activation = Activation(activation);
   reader.run(BlockSparseCall::kForward, workspace, threads);
 }
@@ -125,16 +160,7 @@ void weight_gradient(py::handle dz, py::handle x, py::handle pattern, py::handle
 int64_t workspace_bytes(py::handle values, int64_t out, int64_t in, int64_t tokens, int call, int threads) {
   LayerReader reader(values, out, in);
   reader.p.tokens = tokens;
-  reader.p.pattern.rows = divide_up(out, reader.p.pattern.block_rows);
-  reader.p.pattern.columns = divide_up(in, reader.p.pattern.block_columns);
-  (void)call;
-  (void)threads;
-  int64_t bytes = 0;
-  TW_RUN(
-      reader.on_gpu(),
-      void(bytes = TW_CALL_CPU(block_sparse_linear_workspace_cpu, reader.p, BlockSparseCall(call), threads)),
-      void());
-  return bytes;
+  return reader.workspace_bytes(BlockSparseCall(call), threads);
 }
 
 }  // namespace

@@ -16,7 +16,16 @@ import torch
 from torch import nn
 
 from .case import OURS, Call, Case, Contender, Plan, full, of_tokens, short
-from .prune_layers import Size, forward, gradients, random, sizes
+from .prune_layers import (
+    Size,
+    by_onednn,
+    forward,
+    gradients,
+    onednn_forward,
+    onednn_gradients,
+    random,
+    sizes,
+)
 
 
 def forward_cases(plan: Plan) -> list[Case]:
@@ -84,11 +93,17 @@ def _forward(
         layer = _layers(device, size, block, zeros, dtype)[which]
         return forward(layer, random(device, tokens, size.into, dtype))
 
+    def onednn() -> Call:
+        dense, _ = _layers(device, size, block, zeros, dtype)
+        return onednn_forward(dense, random(device, tokens, size.into, dtype))
+
     activations = tokens * (size.out + size.into)
     kept = round((1 - zeros) * size.weights)
+    dense_bytes = (size.weights + activations) * dtype.itemsize
     contenders = [
         Contender(OURS, lambda: setup(1), (kept + activations) * dtype.itemsize),
-        Contender("torch", lambda: setup(0), (size.weights + activations) * dtype.itemsize),
+        Contender("torch", lambda: setup(0), dense_bytes),
+        *by_onednn(device, dtype, onednn, dense_bytes),
     ]
     name, title = _names(size, block, zeros, tokens, dtype)
     facts = _facts(size, block, zeros, tokens, dtype)
@@ -103,11 +118,17 @@ def _backward(
         layer = _layers(device, size, block, zeros, dtype)[which]
         return gradients(layer, random(device, tokens, size.into, dtype))
 
+    def onednn() -> Call:
+        dense, _ = _layers(device, size, block, zeros, dtype)
+        return onednn_gradients(dense, random(device, tokens, size.into, dtype))
+
     kept = round((1 - zeros) * size.weights)
     activations = tokens * (2 * size.into + size.out)
+    dense_bytes = (2 * size.weights + activations) * dtype.itemsize
     contenders = [
         Contender(OURS, lambda: setup(1), (2 * kept + activations) * dtype.itemsize),
-        Contender("torch", lambda: setup(0), (2 * size.weights + activations) * dtype.itemsize),
+        Contender("torch", lambda: setup(0), dense_bytes),
+        *by_onednn(device, dtype, onednn, dense_bytes),
     ]
     name, title = _names(size, block, zeros, tokens, dtype)
     facts = _facts(size, block, zeros, tokens, dtype)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .case import Call, Plan
+from .case import Call, Contender, Plan, Unavailable
 
 _TIMED = ("o", "up", "down", "in", "out")  # of a model's layers; the others are like one of these
 _MULTIPLE = 64  # what both sides must divide by, so that every block and pattern fits
@@ -52,3 +53,40 @@ def gradients(layer: nn.Module, x: Tensor) -> Call:
     y = layer(x.requires_grad_())
     inputs, dy = [x, *layer.parameters()], random(x.device, x.shape[0], y.shape[1], y.dtype, seed=2)
     return lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
+
+
+def by_onednn(
+    device: torch.device, dtype: torch.dtype, setup: Callable[[], Call], size: float | None = None
+) -> list[Contender]:
+    """The dense layer once more where torch's product is not oneDNN's: float32 on a CPU, which is MKL's."""
+    if device.type == "cpu" and dtype == torch.float32:
+        return [Contender("torch, oneDNN", setup, size)]
+    return []
+
+
+def onednn_forward(layer: nn.Linear, x: Tensor) -> Call:
+    """As `forward`, of a layer without a bias."""
+    weight = _for_onednn(layer.weight)
+    return lambda: _onednn(x, weight)
+
+
+def onednn_gradients(layer: nn.Linear, x: Tensor) -> Call:
+    """As `gradients`, without a graph."""
+    weight = _for_onednn(layer.weight)
+    dy = random(x.device, x.shape[0], layer.out_features, x.dtype, seed=2)
+    return lambda: (_onednn(dy, weight.t()), _onednn(dy.t(), x.t()))
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return y
+
+
+def _for_onednn(weight: Tensor) -> Tensor:
+    """The weight, where this torch has the product: it is an internal op, which may change."""
+    weight = weight.detach()
+    try:
+        _onednn(weight[:1], weight)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise Unavailable(f"not in this torch: {error}") from None
+    return weight

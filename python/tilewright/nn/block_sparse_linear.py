@@ -14,7 +14,7 @@ from .._library import autocast
 from ..prune import block_pattern
 from ..prune.block_pattern import BLOCK_SIZES
 from ..prune.masked import mask_of
-from ..prune.ops.block_sparse import ACTIVATIONS, block_sparse_linear
+from ..prune.ops.block_sparse import ACTIVATIONS, block_sparse_linear, call_directly
 from .dense_state import read_dense
 
 
@@ -202,6 +202,16 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y of x ``(*, in_features)``."""
+        parameters = self._parameters  # what is an attribute is sought in many places first
+        bias = parameters.get("bias")
+        found = call_directly(
+            x, parameters.get("values"), self._buffers.get("_pattern"),
+            self.bias if bias is None else bias,  # which may be a parametrization's
+            self.out_features, self.in_features, self.activation,
+        )  # fmt: skip
+        return self._checked(x) if found is None else found
+
+    def _checked(self, x: Tensor) -> Tensor:
         check_tensor("x", x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must have shape (*, {self.in_features}), got {tuple(x.shape)}")

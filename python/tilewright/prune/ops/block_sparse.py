@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._library import define, differentiates
+from ..._library import define, differentiates, is_direct, new_on_cpu
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _FORWARD, _INPUT, _WEIGHT = range(3)
@@ -139,4 +139,22 @@ def block_sparse_linear(
         y: Tensor = BlockSparseLinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         y, _ = _fwd(*arguments, False)
+    return y
+
+
+def call_directly(
+    x: Tensor, values: Tensor | None, pattern: Tensor | None, bias: Tensor | None, out: int, into: int,
+    activation: str,
+) -> Tensor | None:  # fmt: skip
+    """y of x (..., in) without the op; None where that is not for this call, or arguments are mistaken."""
+    if values is None or pattern is None or not is_direct(x, values, pattern, bias):
+        return None
+    y = new_on_cpu((*x.shape[:-1], out), values.dtype)
+    try:
+        _backend.C.block_sparse_linear_fwd(
+            x, values, pattern, bias, y, None, out, into, ACTIVATIONS.index(activation), None,
+            _backend.num_threads(),
+        )  # fmt: skip
+    except (TypeError, ValueError):
+        return None
     return y
