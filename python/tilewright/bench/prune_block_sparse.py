@@ -5,6 +5,8 @@ Bytes of a call, each once, with e the bytes of an element:
     forward, one token      the kept values, x and y    e (density out in + in + out)
     forward, more tokens    the same, x and y a token
     both gradients          values, x, dz, dx, dvalues
+
+With one token, layers take turns as in a model that decodes: their weights come from memory.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from .case import OURS, Call, Case, Contender, Plan, full, of_tokens, short
 from .prune_layers import (
     Size,
     by_onednn,
+    decoding,
     forward,
     gradients,
     onednn_forward,
@@ -89,9 +92,10 @@ def _facts(size: Size, block: int, zeros: float, tokens: int, dtype: torch.dtype
 def _forward(
     device: torch.device, size: Size, dtype: torch.dtype, tokens: int, block: int, zeros: float
 ) -> Case:
-    def setup(which: int) -> Call:
+    def setup(which: int, weights: int) -> Call:
         layer = _layers(device, size, block, zeros, dtype)[which]
-        return forward(layer, random(device, tokens, size.into, dtype))
+        x = random(device, tokens, size.into, dtype)
+        return decoding(layer, x, weights * dtype.itemsize) if tokens == 1 else forward(layer, x)
 
     def onednn() -> Call:
         dense, _ = _layers(device, size, block, zeros, dtype)
@@ -101,13 +105,13 @@ def _forward(
     kept = round((1 - zeros) * size.weights)
     dense_bytes = (size.weights + activations) * dtype.itemsize
     contenders = [
-        Contender(OURS, lambda: setup(1), (kept + activations) * dtype.itemsize),
-        Contender("torch", lambda: setup(0), dense_bytes),
+        Contender(OURS, lambda: setup(1, kept), (kept + activations) * dtype.itemsize),
+        Contender("torch", lambda: setup(0, size.weights), dense_bytes),
         *by_onednn(device, dtype, onednn, dense_bytes),
     ]
     name, title = _names(size, block, zeros, tokens, dtype)
     facts = _facts(size, block, zeros, tokens, dtype)
-    calls = 4 if tokens == 1 else 1
+    calls = 16 if tokens == 1 else 1
     return Case(f"bsr-{name}", f"block-sparse layer, {title}", contenders, 2.0 * tokens * kept, calls, facts)
 
 

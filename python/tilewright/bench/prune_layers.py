@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from .case import Call, Contender, Plan, Unavailable
 
 _TIMED = ("o", "up", "down", "in", "out")  # of a model's layers; the others are like one of these
+_WEIGHTS, _MOST_COPIES = 2**28, 128  # bytes of the layers that take turns, and their number
 _MULTIPLE = 64  # what both sides must divide by, so that every block and pattern fits
 
 
@@ -47,6 +50,14 @@ def forward(layer: nn.Module, x: Tensor) -> Call:
     """One forward pass as in inference; a context manager around each would be timed with it."""
     layer.requires_grad_(False)
     return lambda: layer(x)
+
+
+def decoding(layer: nn.Module, x: Tensor, weight_bytes: float) -> Call:
+    """The same as in a model that decodes: layers take turns, together larger than any cache."""
+    layer.requires_grad_(False)
+    copies = max(2, min(_MOST_COPIES, round(_WEIGHTS / weight_bytes)))
+    layers = cycle([deepcopy(layer) for _ in range(copies)])
+    return lambda: next(layers)(x)
 
 
 def gradients(layer: nn.Module, x: Tensor) -> Call:
