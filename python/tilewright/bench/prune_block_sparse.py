@@ -6,7 +6,8 @@ Bytes of a call, each once, with e the bytes of an element:
     forward, more tokens    the same, x and y a token
     both gradients          values, x, dz, dx, dvalues
 
-With one token, layers take turns as in a model that decodes: their weights come from memory.
+With one token, layers take turns as in a model that decodes, so their weights come from memory; beside them a
+sum over as many bytes, which is nothing but reading them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .prune_layers import (
     onednn_forward,
     onednn_gradients,
     random,
+    reading,
     sizes,
 )
 
@@ -108,6 +110,7 @@ def _forward(
         Contender(OURS, lambda: setup(1, kept), (kept + activations) * dtype.itemsize),
         Contender("torch", lambda: setup(0, size.weights), dense_bytes),
         *by_onednn(device, dtype, onednn, dense_bytes),
+        *([reading(device, kept * dtype.itemsize)] if tokens == 1 else []),
     ]
     name, title = _names(size, block, zeros, tokens, dtype)
     facts = _facts(size, block, zeros, tokens, dtype)

@@ -55,9 +55,23 @@ def forward(layer: nn.Module, x: Tensor) -> Call:
 def decoding(layer: nn.Module, x: Tensor, weight_bytes: float) -> Call:
     """The same as in a model that decodes: layers take turns, together larger than any cache."""
     layer.requires_grad_(False)
-    copies = max(2, min(_MOST_COPIES, round(_WEIGHTS / weight_bytes)))
-    layers = cycle([deepcopy(layer) for _ in range(copies)])
+    layers = cycle([deepcopy(layer) for _ in range(_copies(weight_bytes))])
     return lambda: next(layers)(x)
+
+
+def reading(device: torch.device, weight_bytes: float) -> Contender:
+    """What a sum over as many bytes takes, of tensors that take turns: no layer can be faster."""
+
+    def setup() -> Call:
+        shape = _copies(weight_bytes), round(weight_bytes / 4)
+        weights = cycle(torch.ones(shape, device=device).unbind())
+        return lambda: next(weights).sum()
+
+    return Contender("torch, a sum of as much", setup, weight_bytes, yardstick=True)
+
+
+def _copies(weight_bytes: float) -> int:
+    return max(2, min(_MOST_COPIES, round(_WEIGHTS / weight_bytes)))
 
 
 def gradients(layer: nn.Module, x: Tensor) -> Call:
