@@ -33,9 +33,7 @@ def rendered(name: str, what: str) -> str:
     if not path.exists():
         if name.startswith("h200/"):
             return "Not yet measured on a GPU.\n"
-        return (
-            f"TODO(lead): not measured yet: `{how_to_measure(path)}`, then `python bench/update_docs.py`.\n"
-        )
+        return f"Not measured yet: `{how_to_measure(path)}`, then `python bench/update_docs.py`.\n"
     record = json.loads(path.read_text(encoding="utf-8"))
     return VIEWS[what](record)
 
@@ -91,7 +89,8 @@ ROOFLINE = {
     "optim": ("adamw8bit-fp32", "adamw8bit-bf16", "lion8bit-fp32", "quantize-fp32", "dequantize-fp32"),
     "scan": (
         "selective-scan-1x1536x2048", "selective-scan-training-1x1536x2048", "ssd-chunk-scan-forward-float32",
-        "linear-scan-3d-dim2-fp32", "causal-conv1d-rows", "selective-state-update-mamba2", "mamba-step",
+        "linear-scan-3d-dim2-fp32", "causal-conv1d-rows", "gated-rms-norm", "selective-state-update-mamba2",
+        "mamba-step",
     ),
     "attention": ("full-fp32", "full-bf16", "density-25-block-64", "window-fp32", "full-fp32-backward"),
     "prune": (
