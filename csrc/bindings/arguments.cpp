@@ -154,6 +154,18 @@ bool runs_on_gpu(const TensorView& view) {
 #endif
 }
 
+std::optional<int64_t> row_stride(const TensorView& view) {
+  if (view.numel() == 0) return 0;
+  int64_t rows = 1, stride = 0;
+  for (int32_t axis = view.ndim - 2; axis >= 0; --axis) {
+    if (view.shape[axis] == 1) continue;
+    if (rows == 1) stride = view.stride(axis);
+    if (view.stride(axis) != stride * rows) return std::nullopt;
+    rows *= view.shape[axis];
+  }
+  return stride;
+}
+
 bool is_real(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16 ||
          dtype == DType::kFloat64;

@@ -66,6 +66,9 @@ bool runs_on_gpu(const TensorView& view);
 
 bool is_real(DType dtype);
 
+// From one row of (..., width) to the next, if all lie at one distance; 0 where there are fewer than two.
+std::optional<int64_t> row_stride(const TensorView& view);
+
 void check_dtype(const TensorView& view, DType expected, Label name);
 // For several dtypes, whose names `allowed` lists.
 void check_dtypes(bool ok, const TensorView& view, const char* allowed, Label name);

@@ -69,17 +69,13 @@ class LayerReader {
     const int32_t last = v.ndim - 1;
     check_value(last >= 1 && v.shape[last] == width, name, ": must have shape (tokens, ", width, "), got ",
                 v.sizes());
-    int64_t tokens = 1, step = 0;  // from one token to the next
-    for (int32_t axis = last - 1; axis >= 0; --axis) {
-      if (v.shape[axis] == 1) continue;
-      check_value(tokens <= 1 || v.stride(axis) == step * tokens, name,
-                  ": tokens must lie at even distances");
-      if (tokens == 1) step = v.stride(axis);
-      tokens *= v.shape[axis];
-    }
+    const std::optional<int64_t> step = row_stride(v);  // from one token to the next
+    check_value(step.has_value(), name, ": tokens must lie at even distances");
+    int64_t tokens = 1;
+    for (int32_t axis = 0; axis < last; ++axis) tokens *= v.shape[axis];
     check_value(p.tokens < 0 || tokens == p.tokens, name, ": holds ", tokens, " tokens, not ", p.tokens);
     p.tokens = tokens;
-    return {v.data, step, v.stride(last)};
+    return {v.data, *step, v.stride(last)};
   }
 
   const void* bias(py::handle object) {

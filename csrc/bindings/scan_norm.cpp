@@ -65,17 +65,12 @@ class Reader {
  private:
   // One stride for all rows, or a refusal.
   NormRows rows_of(const TensorView& v, const char* name) const {
-    int64_t stride = p.dim, count = 1;
-    bool fits = v.numel() == 0 || p.dim == 1 || v.stride(v.ndim - 1) == 1;
-    for (int32_t axis = v.ndim - 2; fits && v.numel() != 0 && axis >= 0; --axis) {
-      if (v.shape[axis] == 1) continue;
-      if (count == 1) stride = v.stride(axis);
-      fits = v.stride(axis) == stride * count;
-      count *= v.shape[axis];
-    }
-    check_value(fits, name, " must have rows at one distance, whose elements lie side by side, got shape ",
-                v.sizes(), " with other strides; call .contiguous()");
-    return {v.data, stride};
+    const std::optional<int64_t> stride = row_stride(v);
+    const bool whole = v.numel() == 0 || p.dim == 1 || v.stride(v.ndim - 1) == 1;
+    check_value(stride.has_value() && whole, name,
+                " must have rows at one distance, whose elements lie side by side, got shape ", v.sizes(),
+                " with other strides; call .contiguous()");
+    return {v.data, p.rows > 1 ? *stride : p.dim};
   }
 };
 

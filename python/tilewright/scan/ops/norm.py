@@ -19,18 +19,11 @@ def _in_rows(x: Tensor) -> Tensor:
     """x, or a copy of it if its rows do not lie at one distance, or their elements not side by side."""
     if x.is_contiguous():
         return x
-    strides, rows, first = x.stride(), 1, 0
-    if strides[-1] != 1 and x.shape[-1] != 1:
+    try:
+        rows = x.view(-1, x.shape[-1])
+    except RuntimeError:  # no such matrix
         return x.contiguous()
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(strides[:-1]), strict=True):
-        if size == 1:
-            continue
-        if rows == 1:
-            first = stride
-        elif stride != first * rows:
-            return x.contiguous()
-        rows *= size
-    return x
+    return x if rows.stride(1) == 1 or rows.shape[1] == 1 else x.contiguous()
 
 
 def _empty_like(x: Tensor) -> Tensor:
