@@ -111,6 +111,23 @@ def test_forward_mode_is_refused(case: str) -> None:
             torch.func.jvp(of_one, (x,), (torch.ones_like(x),))
 
 
+def test_decode_steps_refuse_forward_mode() -> None:
+    x, state, weight = tensors((2, 8), (2, 8, 4), (8, 4))
+    ssm, A, B = tensors((2, 8, 16), (8, 16), (2, 16))
+    cases: list[tuple[str, Callable[[Tensor], Tensor], Tensor]] = [
+        ("x", lambda x: scan.causal_conv1d_update(x, state, weight), x),
+        ("conv_state", lambda state: scan.causal_conv1d_update(x, state, weight), state),
+        ("dt", lambda dt: scan.selective_state_update(ssm, x, dt, A, B, B), x),
+    ]
+    for name, function, at in cases:
+        before = [t.clone() for t in (state, ssm)]
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"{name} has a tangent"):
+            function(forward_ad.make_dual(at, torch.ones_like(at)))
+        with pytest.raises(NotImplementedError, match=f"{name} has a tangent"):
+            torch.func.jvp(function, (at,), (torch.ones_like(at),))
+        assert all(torch.equal(*pair) for pair in zip((state, ssm), before, strict=True))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_threads_at_once(case: str) -> None:
     """Calls from several threads, of which each may have its own number of threads, give the same bits."""

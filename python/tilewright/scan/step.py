@@ -67,7 +67,8 @@ def mamba_step(
     Raises:
         TypeError: an argument is not a tensor, or of another dtype than those above.
         ValueError: a shape or device that is not one of the above, or norm weights without an epsilon.
-        NotImplementedError: an argument requires a gradient; there is none. Use `torch.no_grad()`.
+        NotImplementedError: an argument requires a gradient or has a tangent; there is neither. Use
+            `torch.no_grad()`.
 
     Source: Gu and Dao, "Mamba" (arXiv 2312.00752); what mamba_ssm.Mamba.step does.
     """

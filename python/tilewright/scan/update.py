@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._checks import check_tensor
 from .conv import check_activation, one_dtype
@@ -47,7 +48,8 @@ def causal_conv1d_update(
     Raises:
         TypeError: an argument is not a tensor, or of another dtype than those above.
         ValueError: a shape, device, slot or activation that is not one of the above.
-        NotImplementedError: an argument requires a gradient; there is none. Use `torch.no_grad()`.
+        NotImplementedError: an argument requires a gradient or has a tangent; there is neither. Use
+            `torch.no_grad()`.
 
     Arguments as causal_conv1d.causal_conv1d_update.
     """
@@ -103,7 +105,8 @@ def selective_state_update(
     Raises:
         TypeError: an argument is not a tensor, or of another dtype than those above.
         ValueError: a shape, device or slot that is not one of the above.
-        NotImplementedError: an argument requires a gradient; there is none. Use `torch.no_grad()`.
+        NotImplementedError: an argument requires a gradient or has a tangent; there is neither. Use
+            `torch.no_grad()`.
 
     Source: Gu and Dao, "Mamba" (arXiv 2312.00752), Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060);
     arguments as mamba_ssm.ops.triton.selective_state_update.selective_state_update.
@@ -119,8 +122,8 @@ _STATE_NAMES = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state_b
 
 
 def check_tensors(tensors: tuple[Any, ...], names: tuple[str, ...], required: int) -> None:
-    """Refuses what is no tensor or needs a gradient; all else is checked by the binding."""
-    differentiating = torch.is_grad_enabled()
+    """Refuses what is no tensor, needs a gradient or has a tangent; all else is checked by the binding."""
+    differentiating, has_tangents = torch.is_grad_enabled(), forward_ad._current_level >= 0
     for i, tensor in enumerate(tensors):
         if tensor is None and i >= required:
             continue
@@ -130,3 +133,5 @@ def check_tensors(tensors: tuple[Any, ...], names: tuple[str, ...], required: in
             raise NotImplementedError(
                 f"{names[i]} requires a gradient, but a decode step has none: call it under torch.no_grad()"
             )
+        if has_tangents and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{names[i]} has a tangent, but a decode step has no forward mode AD")
