@@ -128,21 +128,26 @@ def test_decode_steps_refuse_forward_mode() -> None:
         assert all(torch.equal(*pair) for pair in zip((state, ssm), before, strict=True))
 
 
+def results(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def same(case: str) -> Callable[[Tensor, Tensor], bool]:
+    """mamba_inner's projections are torch's, whose sums depend on the number of threads."""
+    return torch.allclose if case == "mamba_inner" else torch.equal
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_threads_at_once(case: str) -> None:
     """Calls from several threads, of which each may have its own number of threads, give the same bits."""
-    function, inputs = CASES[case]()
-
-    def results() -> list[Tensor]:
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        out = function(*leaves)
-        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
-
-    expected, found, threads = results(), [], torch.get_num_threads()
+    problem = CASES[case]()
+    expected, found, threads = results(*problem), [], torch.get_num_threads()
 
     def work(number: int) -> None:
         torch.set_num_threads(number)
-        found.extend(results() for _ in range(3))
+        found.extend(results(*problem) for _ in range(3))
 
     workers = [threading.Thread(target=work, args=(number,)) for number in (1, 2, 3)]
     try:
@@ -153,7 +158,15 @@ def test_threads_at_once(case: str) -> None:
             worker.join()
         torch.set_num_threads(threads)
     assert len(found) == 9
-    if case == "mamba_inner":  # its projections are torch's, whose sums depend on the number of threads
-        assert all(map(torch.allclose, [t for other in found for t in other], expected * 9))
-    else:
-        assert all(map(torch.equal, [t for other in found for t in other], expected * 9))
+    assert all(map(same(case), [t for other in found for t in other], expected * 9))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_more_threads_than_there_can_be_shares(case: str) -> None:
+    problem, threads = CASES[case](), torch.get_num_threads()
+    expected = results(*problem)
+    try:
+        torch.set_num_threads(70)
+        assert all(map(same(case), results(*problem), expected))
+    finally:
+        torch.set_num_threads(threads)

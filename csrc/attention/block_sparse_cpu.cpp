@@ -375,7 +375,7 @@ void forward(const BlockSparseParams& p, int threads) {
   order_units(p, order, arena.take<int64_t>(p.mask.q2k.capacity + 2));
   char* const base = arena.base + arena.used;
   const int64_t bytes = Scratch(p, nullptr).arena.used;
-  parallel_slots(unit_count(p), threads, [&](int64_t i, int slot) {
+  parallel_queue(unit_count(p), threads, [&](int64_t i, int slot) {
     Scratch scratch(p, base + slot * bytes);
     run<T>(p, scratch, unit_at(p, order[i]));
   });

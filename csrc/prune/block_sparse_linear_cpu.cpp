@@ -9,8 +9,7 @@
 //           the lanes. A tile's sums stay in registers along all blocks of a block row.
 //   y of up to kFew tokens   W streams by once, vectors along the columns.
 //
-// Work is handed out in chunks of block rows whose weights fit the second-level cache, times groups of
-// tokens.
+// Work is cut into chunks of block rows whose weights fit the second-level cache, times groups of tokens.
 //
 // Roofline: 2 FLOPs a kept weight and token, bound by the FMA units (16-bit pairs double them) from a dozen
 // tokens on; below, by reading the kept weights once.
@@ -277,7 +276,7 @@ void multiply_all(const BlockSparseLinearParams& p, BlockSparseCall call, int th
   });
   const int64_t chunks = split_rows(side, side.block_size() / Units::kPerUnit, threads, w.bounds);
   const int64_t groups = divide_up(s.panels, kGroupPanels);
-  parallel_slots(chunks * groups, threads, [&](int64_t unit, int slot) {
+  parallel_queue(chunks * groups, threads, [&](int64_t unit, int slot) {
     const int64_t chunk = unit / groups, begin = unit % groups * kGroupPanels;
     const int64_t end = smaller(begin + kGroupPanels, s.panels);
     const int64_t first = w.bounds[chunk], last = w.bounds[chunk + 1];
@@ -313,6 +312,8 @@ struct Stream {
     lines = w.block_rows * words / line;
     token_words = w.columns * line;
   }
+
+  int64_t slot_words(int64_t tokens) const { return round_up(tokens * token_words, kLanes); }
 };
 
 template <class T>
@@ -364,11 +365,46 @@ __attribute__((always_inline)) inline void stream_block(const Stream<T>& s, cons
   }
 }
 
-inline float sum_of(const float* from, int count) {
-  if (count == kLanes) return float(sum(load(from)));
-  float total = 0;
-  for (int i = 0; i < count; ++i) total += from[i];
-  return total;
+// sums[line][token] of all blocks of a row, for blocks of kLines single vectors: their sums stay in
+// registers.
+template <class T, int kT, int kLines>
+__attribute__((always_inline)) inline void stream_small(const BlockPattern& w, int64_t row, const T* block,
+                                                        const Stream<T>& s, const float* x, float* sums) {
+  using Units = typename UnitsOf<T>::Type;
+  constexpr int64_t kStep = kLanes * Stream<T>::kPerUnit;
+  Float found[kLines][kT];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLines * kT; ++i) found[i / kT][i % kT] = splat(0.0f);
+  for (int64_t at = w.first[row]; at < w.first[row + 1]; ++at) {
+    const float* const tokens = x + w.column[at] * int64_t{kLanes};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLines; ++i, block += kStep) {
+      const Float weights = load_weights(block, 0);
+      __builtin_prefetch(reinterpret_cast<const char*>(block) + kAhead);
+#pragma GCC unroll 4
+      for (int t = 0; t < kT; ++t)
+        found[i][t] = Units::step(weights, load(tokens + t * s.token_words), found[i][t]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLines * kT; ++i) store(sums + i * kLanes, found[i / kT][i % kT]);
+}
+
+// sums[line][token] of all blocks of a row.
+template <class T, int kT>
+__attribute__((always_inline)) inline void stream_blocks(const BlockPattern& w, int64_t row, const T* block,
+                                                         const Stream<T>& s, const float* x, float* sums) {
+  constexpr int kMost = kT == 1 ? 4 : 2, kHeld = kLanes / kT, kHalf = kHeld > 1 ? kHeld / 2 : 1;
+  if (s.line == kLanes && s.lines == kHeld) return stream_small<T, kT, kHeld>(w, row, block, s, x, sums);
+  if (s.line == kLanes && s.lines == kHalf) return stream_small<T, kT, kHalf>(w, row, block, s, x, sums);
+  for (int64_t at = w.first[row]; at < w.first[row + 1]; ++at, block += w.block_rows * w.block_columns) {
+    const float* tokens = x + w.column[at] * int64_t{s.line};
+    if (s.lines >= kMost) {
+      stream_block<T, kT, kMost>(s, block, tokens, sums);
+    } else {  // the smallest blocks of pairs have two lines
+      stream_block<T, kT, 2>(s, block, tokens, sums);
+    }
+  }
 }
 
 // Tokens [token, token + kT) of a block row.
@@ -378,25 +414,16 @@ __attribute__((noinline)) void stream_row(const BlockSparseLinearParams& p, cons
   const BlockPattern& w = p.pattern;
   alignas(64) float sums[kMaxBlock * kT * kLanes];
   alignas(64) float result[kMaxBlock];
-  std::memset(sums, 0, sizeof(float) * size_t(s.lines) * kT * kLanes);
+  const int lanes = s.words < kLanes ? s.words : kLanes;  // vectors, too, that hold the sums of kLanes rows
+  std::memset(sums, 0, sizeof(float) * size_t(round_up(s.lines, lanes)) * kT * kLanes);
   const T* block = static_cast<const T*>(p.values) + int64_t{w.first[row]} * w.block_rows * w.block_columns;
-  constexpr int kMost = kT == 1 ? 4 : 2;
-  const float* const from = x + token * s.token_words;
-  for (int64_t at = w.first[row]; at < w.first[row + 1]; ++at, block += w.block_rows * w.block_columns) {
-    const float* tokens = from + w.column[at] * int64_t{s.line};
-    if (s.lines >= kMost) {
-      stream_block<T, kT, kMost>(s, block, tokens, sums);
-    } else {  // the smallest blocks of pairs have two lines
-      stream_block<T, kT, 2>(s, block, tokens, sums);
-    }
-  }
+  stream_blocks<T, kT>(w, row, block, s, x + token * s.token_words, sums);
   const int64_t column = row * w.block_rows, columns = smaller(p.out - column, w.block_rows);
-  const int lanes = s.words < kLanes ? s.words : kLanes, rows_in_line = kLanes / lanes;
   for (int t = 0; t < kT; ++t) {
-    for (int64_t j = 0; j < columns; ++j) {
-      const float* at = sums + (j / rows_in_line * kT + t) * kLanes + j % rows_in_line * lanes;
-      const float bias = p.bias == nullptr ? 0.0f : widen(static_cast<const T*>(p.bias)[column + j]);
-      result[j] = sum_of(at, lanes) + bias;
+    for (int64_t j = 0; j < columns; j += kLanes)
+      store(result + j, row_sums(sums + (j / kLanes * lanes * kT + t) * kLanes, kT * kLanes, lanes));
+    if (p.bias != nullptr) {
+      for (int64_t j = 0; j < columns; ++j) result[j] += widen(static_cast<const T*>(p.bias)[column + j]);
     }
     if (p.z.data != nullptr) write_row(element<T>(p.z, token + t, column), p.z.column, result, columns);
     for (int64_t j = 0; j < columns; j += kLanes) store(result + j, activate(p.activation, load(result + j)));
@@ -404,23 +431,21 @@ __attribute__((noinline)) void stream_row(const BlockSparseLinearParams& p, cons
   }
 }
 
+// Every thread has the tokens' words to itself: they lie in no other core's cache.
 template <class T>
 void stream_all(const BlockSparseLinearParams& p, int threads) {
   const Stream<T> s(p.pattern);
-  Arena arena{static_cast<char*>(p.workspace)};
-  float* const x = arena.take<float>(p.tokens * s.token_words);
-  int32_t* const bounds = arena.take<int32_t>(p.pattern.rows + 1);
-  repeat_tokens<T>(p, s, x);
-  const Side side(p, BlockSparseCall::kForward);
-  const int64_t chunks = split_rows(side, side.block_size() / Stream<T>::kPerUnit, threads, bounds);
-  parallel_chunks(chunks, threads, [&](int64_t chunk) {
-    for (int64_t row = bounds[chunk]; row < bounds[chunk + 1]; ++row) {
-      int64_t t = 0;
-      for (; t + 4 <= p.tokens; t += 4) stream_row<T, 4>(p, s, x, row, t);
-      for (; t + 2 <= p.tokens; t += 2) stream_row<T, 2>(p, s, x, row, t);
-      if (t < p.tokens) stream_row<T, 1>(p, s, x, row, t);
-    }
-  });
+  float* const words = static_cast<float*>(p.workspace);
+  const auto words_of = [&](int slot) { return words + slot * s.slot_words(p.tokens); };
+  parallel_slots(
+      p.pattern.rows, threads, [&](int slot) { repeat_tokens<T>(p, s, words_of(slot)); },
+      [&](int64_t row, int slot) {
+        const float* const x = words_of(slot);
+        int64_t t = 0;
+        for (; t + 4 <= p.tokens; t += 4) stream_row<T, 4>(p, s, x, row, t);
+        for (; t + 2 <= p.tokens; t += 2) stream_row<T, 2>(p, s, x, row, t);
+        if (t < p.tokens) stream_row<T, 1>(p, s, x, row, t);
+      });
 }
 
 // ---- dispatch ----
@@ -429,10 +454,7 @@ template <class T>
 int64_t workspace_bytes(const BlockSparseLinearParams& p, BlockSparseCall call, int threads) {
   const Side side(p, call);
   if (call == BlockSparseCall::kForward && p.tokens <= kFew) {
-    Arena arena{nullptr};
-    arena.take<float>(p.tokens * Stream<T>(p.pattern).token_words);
-    arena.take<int32_t>(p.pattern.rows + 1);
-    return arena.used;
+    return larger(threads, 1) * Stream<T>(p.pattern).slot_words(p.tokens) * int64_t(sizeof(float));
   }
   return Workspace(nullptr, side, sizes_of<T>(p, side), threads).bytes;
 }
