@@ -133,5 +133,5 @@ def check_tensors(tensors: tuple[Any, ...], names: tuple[str, ...], required: in
             raise NotImplementedError(
                 f"{names[i]} requires a gradient, but a decode step has none: call it under torch.no_grad()"
             )
-        if has_tangents and forward_ad.unpack_dual(tensor).tangent is not None:
+        if has_tangents and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(f"{names[i]} has a tangent, but a decode step has no forward mode AD")
