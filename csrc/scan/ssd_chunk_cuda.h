@@ -224,7 +224,7 @@ __device__ __forceinline__ void prepare_steps(const SsdChunkScanParams& p, const
     const bool inside = i < chunk.length;
     const float raw = inside ? source[i * p.dt.step] + bias : 0.0f;
     const float dt = inside ? activated(p, raw) : 0.0f;
-    double cum = dt * rate;
+    double cum = inside ? ssd_log_decay(dt, rate) : 0.0;
     for (int distance = 1; distance < device::kWarpSize; distance *= 2) {
       const double below = device::shfl_up(cum, distance);
       if (lane >= distance && i - distance >= begin) cum += below;

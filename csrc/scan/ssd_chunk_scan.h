@@ -69,6 +69,14 @@ struct SsdChunk {
   int32_t length;  // 0: a number that no chunk has
 };
 
+// dt A of a step. Where the decay is infinite, a number of which nothing is left either: sums of it stay
+// finite, and with them the differences that later steps need.
+static constexpr double ssd_log_decay(double dt, double rate) {
+  constexpr double kNothingLeft = -1e5;
+  const double decay = dt * rate;
+  return decay < kNothingLeft ? kNothingLeft : decay;  // a NaN stays
+}
+
 // Positions are taken as they may be, so that wrong ones on a device cannot lead outside of the tensors.
 static constexpr int64_t ssd_sequence_start(const SsdChunkScanParams& p, int64_t sequence) {
   if (p.cu_seqlens == nullptr) return 0;

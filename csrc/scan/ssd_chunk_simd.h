@@ -191,7 +191,7 @@ void prepare_steps(const SsdChunkScanParams& p, Steps<Real>& s, const Extents<Re
   const double rate = double(static_cast<const Real*>(p.A)[head]);
   double cum = 0;
   for (int64_t i = 0; i < size.steps; ++i) {
-    if (i < s.count) cum += double(s.dt[i]) * rate;
+    if (i < s.count) cum += scan::ssd_log_decay(double(s.dt[i]), rate);
     s.high[i] = Real(cum);
     s.low[i] = std::isfinite(s.high[i]) ? Real(cum - double(s.high[i])) : Real(0);
   }

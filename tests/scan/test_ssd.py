@@ -319,6 +319,21 @@ def test_strong_decay_and_growth(backend) -> None:
     check(backend, inputs, torch.float32)
 
 
+def test_decay_that_leaves_nothing(backend) -> None:
+    """Infinite rates, and steps so long that their decay is no float32: the state is dropped, no more."""
+    inputs = make(1, 200, 3, 4, 1, 3)
+    inputs["dt"][0, 10::20] = 1e36
+    inputs["x"][0, 10::20] = 0
+    inputs["A"] = torch.tensor([-math.inf, -1e4, -1e30], dtype=torch.float64)
+    inputs["initial_states"][:] = 1
+    exact = reference.ssd_chunk_scan(**inputs, dt_softplus=True)
+    assert all(bool(t.isfinite().all()) for t in exact)
+    low = in_dtype(inputs, torch.float32, backend.device)
+    out, states = ours(**low, dt_softplus=True)
+    for found, expected in zip((out, states), exact, strict=True):
+        torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 # ---- what goes in and what comes out ----
 
 
