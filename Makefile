@@ -19,7 +19,7 @@ emulated = $(if $(findstring _emulated,$(modules)),1,0)
 # The environment's own cmake and ninja come first; without isolation pybind11 stays where it was last time.
 install = PATH="$(abspath $(bin)):$$PATH" TILEWRIGHT_EMULATED=$(emulated) $(pip) --no-build-isolation --editable
 
-.PHONY: demo test bench gpu docs nightly wheel lint format stubs sanitize clean
+.PHONY: demo test bench gpu docs nightly wheel lint format stubs sanitize inspect clean
 
 demo: $(VENV)/.package
 	$(bin)/tilewright demo
@@ -48,7 +48,15 @@ sanitize: $(VENV)/.test
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(bin)/python -m pytest $(SANITIZED)
 
-nightly: $(VENV)/.test $(VENV)/.bench lint wheel docs
+# What the compilers made: no symbol of one instruction set in another's objects, no CUDA kernel that spills.
+inspect: $(VENV)/.test $(VENV)/.inspect
+	$(bin)/python scripts/check_sources.py
+	$(bin)/python scripts/check_isa_leak.py build/cpython-*
+	$(bin)/python scripts/check_binary.py --require-cuda sm_90a python/tilewright/_C*.so
+	$(bin)/python scripts/ptxas_report.py --no-spills build/cpython-*
+	$(bin)/python scripts/check_sass.py build/cpython-*
+
+nightly: $(VENV)/.test $(VENV)/.bench lint inspect wheel docs
 	HYPOTHESIS_PROFILE=nightly $(bin)/python -m pytest -m "nightly or not nightly"
 	$(MAKE) sanitize
 	$(bin)/python -m pytest bench

@@ -64,8 +64,9 @@ __device__ __forceinline__ int depth_of(int extent, int from) {
 
 // ---- 1 and 2: gradients of states ----
 
+// Four blocks of a multiprocessor: left to itself, ptxas takes 48 registers for a fifth, and spills.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     chunk_gradients_kernel(const __grid_constant__ BackwardParams params) {
   const SsdChunkScanParams& p = params.p;
   Smem& smem = device::shared_memory<Smem>();
