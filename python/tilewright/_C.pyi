@@ -41,6 +41,7 @@ __all__: list[str] = [
     "linear_scan",
     "linear_scan_workspace",
     "mamba_step",
+    "matmul",
     "position_tables",
     "prune_expand",
     "prune_group_scores",
@@ -422,6 +423,17 @@ def mamba_step(
 ) -> None:
     """
     Writes out and moves both states on.
+    """
+
+def matmul(
+    arg0: typing.Any,
+    arg1: typing.Any,
+    arg2: typing.Any,
+    arg3: typing.Any,
+    arg4: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Writes a @ b + bias (or None) of float32 matrices on the CPU, of any strides.
     """
 
 def position_tables(

@@ -42,6 +42,11 @@ def differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def is_transformed() -> bool:
+    """Whether forward mode or a transform of torch.func is at work."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _questions() -> tuple[Callable[[], Any], ...] | None:
     """What torch is asked before an op is left out: each answers 0, False or None; None on an older torch."""
     try:

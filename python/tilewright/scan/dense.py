@@ -1,8 +1,7 @@
-"""Dense float32 products by oneDNN, where torch's own are slow.
+"""Dense float32 products on processors where torch's own are slow.
 
 torch multiplies float32 matrices on a CPU with MKL, whose AVX-512 code is for Intel's processors alone: on
-others it takes twice the time that oneDNN does, which comes with torch too. Beside a scan the projections of
-a Mamba block are most of its work.
+others it takes more than twice the time. Beside a scan the projections of a Mamba block are most of its work.
 """
 
 from __future__ import annotations
@@ -13,16 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from .. import _C
 from .._info import cpuinfo
-from .._library import differentiates
+from .._library import differentiates, is_transformed
+from .ops import matmul  # noqa: F401  (it registers the op used below)
 
-_WORTH_IT = 1 << 21  # multiplications, below which setting up oneDNN's product costs more than it saves
+_WORTH_IT = 1 << 18  # multiplications, below which torch's product is the faster one to call
+_ROWS = 4  # of x; with fewer, memory decides, and torch reads the weight once as it lies
+
+_matmul = torch.ops.tilewright.matmul.default
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As torch.nn.functional.linear; under torch.compile and autocast it is that."""
+    """As torch.nn.functional.linear; under torch.compile, torch.func and autocast it is that."""
     if not _takes(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     if differentiates(x, weight, bias):
@@ -35,45 +38,34 @@ def product(rows: Tensor, columns: Tensor) -> Tensor:
     return _multiply(rows, columns, None) if _takes(rows, columns) else F.linear(rows, columns)
 
 
+@cache
+def is_better() -> bool:
+    """Whether large products are faster here than torch's on this processor."""
+    return (
+        torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        and any(level.startswith("avx512") for level in _C.cpu_levels())
+        and next((value for key, value in cpuinfo() if key == "vendor_id"), "GenuineIntel") != "GenuineIntel"
+    )
+
+
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not weight.is_contiguous() and not weight.t().is_contiguous():
-        weight = weight.contiguous()  # oneDNN has nothing fast for rows with gaps
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+    out: Tensor = _matmul(x.flatten(0, -2), weight.t(), bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is the better one for these two."""
+    """Whether our product is the faster one for these two."""
     if torch.compiler.is_compiling():
         return False
     return (
         all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in (x, weight))
         and x.dim() > 1
+        and x.numel() >= _ROWS * x.shape[-1]
         and x.numel() * weight.shape[0] >= _WORTH_IT
-        and bool(torch.backends.mkldnn.enabled)
-        and _is_better()
+        and is_better()
+        and _C.cpu_level().startswith("avx512")
+        and not is_transformed()
     )
-
-
-@cache
-def _is_better() -> bool:
-    return (
-        torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and next((value for key, value in cpuinfo() if key == "vendor_id"), "GenuineIntel") != "GenuineIntel"
-        and _works()
-    )
-
-
-def _works() -> bool:
-    """Whether this torch's oneDNN product takes what we give it: it is an internal op, which may change."""
-    x, weight = torch.ones(2, 3, device="cpu"), torch.ones(4, 3, device="cpu")
-    try:
-        return torch.equal(_multiply(x, weight, None), F.linear(x, weight))
-    except (RuntimeError, TypeError):
-        return False
 
 
 class _Linear(torch.autograd.Function):
@@ -83,13 +75,13 @@ class _Linear(torch.autograd.Function):
         return _multiply(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        times = F.linear if torch.is_grad_enabled() else product  # for a second derivative
         rows = grad.flatten(0, -2)
         return (
-            product(grad, weight.t()) if wants_x else None,
-            product(rows.t(), x.flatten(0, -2).t()) if wants_weight else None,
+            times(grad, weight.t()) if wants_x else None,
+            times(rows.t(), x.flatten(0, -2).t()) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )
