@@ -114,8 +114,11 @@ void update_state_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, const 
     read_gradient(p, s, s.g + i * size.dims, chunk, chunk.start + i, head, false);
     scale_row(s.g + i * size.dims, s.steps.from_start[i], size.dims);
   }
+  Fetch before = fetch_rows(p.dout, p, chunk.batch, chunk.start - kSsdChunk, kSsdChunk, head,
+                            tiles_of<Real>(p.states, p.head_dim));
   for_tiles<Real>(p.states, padded_columns<Real>(p.head_dim),
                   [&](auto tile, int n, int64_t d) __attribute__((always_inline)) {
+                    before.next();
                     Real* target = s.G + n * size.dims + d;
                     tile.clear();
                     if (piece.ends) {
@@ -176,12 +179,14 @@ void multiply_g_x(const SsdChunkScanParams& p, Scratch<Real>& s, int count) {
                   });
 }
 
-// U, given G or null for zeros.
+// U, given G or null for zeros; S comes nearer meanwhile.
 template <class Real>
-void multiply_U(const SsdChunkScanParams& p, Scratch<Real>& s, const Real* G, int count) {
+void multiply_U(const SsdChunkScanParams& p, Scratch<Real>& s, const Real* G, const Real* S, int count) {
   const auto& size = s.size;
+  Fetch next = fetch_state(S, p, tiles_of<Real>(count, p.head_dim));
   for_tiles<Real>(count, padded_columns<Real>(p.head_dim),
                   [&](auto tile, int j, int64_t d) __attribute__((always_inline)) {
+                    next.next();
                     tile.clear();
                     if (G != nullptr) {
                       tile.multiply(plain(s.B_rows, size.states), j, G + d, size.dims, 0, p.states);
@@ -195,11 +200,12 @@ void multiply_U(const SsdChunkScanParams& p, Scratch<Real>& s, const Real* G, in
 // sums += state * columns, and along[i] = sum over the states n of by[n][i] times what was added.
 template <class Real>
 void multiply_state(const SsdChunkScanParams& p, Real* sums, Real* along, const Real* state,
-                    const Real* columns, const Real* by, const Extents<Real>& size, int count) {
+                    const Real* columns, const Real* by, const Extents<Real>& size, int count, Fetch next) {
   std::memset(along, 0, size_t(size.steps) * sizeof(Real));
   if (state == nullptr) return;
   for_tiles<Real>(p.states, padded_columns<Real>(count),
                   [&](auto tile, int n, int64_t i) __attribute__((always_inline)) {
+                    next.next();
                     tile.clear();
                     tile.multiply(plain(state, size.dims), n, columns + i, size.steps, 0, p.head_dim);
                     Vector<Real> totals[2];
@@ -299,7 +305,9 @@ void differentiate_head(const SsdChunkScanParams& p, Scratch<Real>& s, const Wor
   const int count = piece.count;
   prepare_steps(p, s.steps, size, chunk, piece, head);
   read_rows(s.x, size.dims, p.x, p.dtype, chunk, piece, head, p.head_dim);
+  Fetch next = fetch_state(kept_state<Real>(w.G, p, number, head), p, count);
   for (int i = 0; i < count; ++i) {
+    next.next();
     read_gradient(p, s, s.g + i * size.dims, chunk, chunk.start + piece.first + i, head, true);
   }
   transpose_exactly(s.x_columns, size.steps, s.x, size.dims, count, p.head_dim);
@@ -308,14 +316,18 @@ void differentiate_head(const SsdChunkScanParams& p, Scratch<Real>& s, const Wor
   const Real *S = nullptr, *G = nullptr;
   if (piece.continues) S = operand_state(kept_state<Real>(p.chunk_states, p, number, head), s.S, p, size);
   if (piece.ends) G = operand_state(kept_state<Real>(w.G, p, number, head), s.G, p, size);
-  multiply_U(p, s, G, count);
+  multiply_U(p, s, G, S, count);
   transpose_scaled(s.g_columns, s.g, s.steps.from_start, size, p, count);
-  multiply_state(p, s.dC_columns, s.from_C, S, s.g_columns, s.C_columns, size, count);
+  const auto of_next_head = [&](const SsdTensor& t) {
+    return fetch_rows(t, p, chunk.batch, chunk.start + piece.first, count, head + 1,
+                      tiles_of<Real>(p.states, count));
+  };
+  multiply_state(p, s.dC_columns, s.from_C, S, s.g_columns, s.C_columns, size, count, of_next_head(p.x));
   for (int64_t j = 0; j < size.steps; j += Lanes<Real>::kCount) {
     store(s.crossing + j, load(s.steps.to_end + j) * load(s.steps.dt + j));
   }
   transpose_scaled(s.x_columns, s.x, s.crossing, size, p, count);
-  multiply_state(p, s.dB_columns, s.from_B, G, s.x_columns, s.B_columns, size, count);
+  multiply_state(p, s.dB_columns, s.from_B, G, s.x_columns, s.B_columns, size, count, of_next_head(p.dout));
   const Real through =
       S != nullptr && G != nullptr ? s.steps.decay * dot(S, G, size.states * size.dims) : Real(0);
   finish_steps(p, s, w, chunk, number, piece, head, through);

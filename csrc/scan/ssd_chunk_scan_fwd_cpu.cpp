@@ -41,8 +41,12 @@ void update_state(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk&
   read_rows(s.x, size.dims, p.x, p.dtype, chunk, piece, head, p.head_dim);
   for (int j = 0; j < piece.count; ++j)
     scale_row(s.x + j * size.dims, s.steps.to_end[j] * s.steps.dt[j], size.dims);
+  Fetch next = fetch_rows(p.x, p, chunk.batch, chunk.start + kSsdChunk,
+                          smaller(kSsdChunk, p.length - chunk.start - kSsdChunk), head,
+                          tiles_of<Real>(p.states, p.head_dim));
   for_tiles<Real>(p.states, padded_columns<Real>(p.head_dim),
                   [&](auto tile, int n, int64_t d) __attribute__((always_inline)) {
+                    next.next();
                     Real* target = s.state + n * size.dims + d;
                     tile.clear();
                     if (piece.continues) {
@@ -69,8 +73,9 @@ void scan_states(const SsdChunkScanParams& p, Scratch<Real>& s, int64_t sequence
 
 // decayed[i][j] = (C[i] B[j]) exp(cum[i] - cum[j]) dt[j], right for j <= i.
 template <class Real>
-void decay_products(Scratch<Real>& s) {
+void decay_products(Scratch<Real>& s, Fetch next) {
   for (int i = 0; i < s.steps.count; ++i) {
+    next.next();
     const Real* products = s.CB + i * s.size.steps;
     Real* row = s.decayed + i * s.size.steps;
     for (int j = 0; j <= i; j += Lanes<Real>::kCount) {
@@ -106,12 +111,15 @@ void scan_head(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& ch
   prepare_steps(p, s.steps, size, chunk, piece, head);
   read_rows(s.x, size.dims, p.x, p.dtype, chunk, piece, head, p.head_dim);
   if (p.D != nullptr) read_D(p, s.D, head, size.dims);
-  decay_products(s);
+  decay_products(s, fetch_state(kept_state<Real>(p.chunk_states, p, number, head), p, piece.count));
   const Real* state = piece.continues
                           ? operand_state(kept_state<Real>(p.chunk_states, p, number, head), s.state, p, size)
                           : nullptr;
+  Fetch next = fetch_rows(p.x, p, chunk.batch, chunk.start + piece.first, piece.count, head + 1,
+                          tiles_of<Real>(piece.count, p.head_dim));
   for_tiles<Real>(piece.count, padded_columns<Real>(p.head_dim),
                   [&](auto tile, int i, int64_t d) __attribute__((always_inline)) {
+                    next.next();
                     tile.clear();
                     if (state != nullptr) {
                       tile.multiply(plain(s.C_rows, size.states), i, state + d, size.dims, 0, p.states);

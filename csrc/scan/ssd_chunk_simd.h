@@ -1,6 +1,7 @@
 // What both CPU passes of the SSD scan need: scratch memory, rows of the tensors, the steps of one head.
 #pragma once
 
+#include "core/integers.h"
 #include "core/threads.h"
 #include "scan/gemm_simd.h"
 #include "scan/ssd_chunk_scan.h"
@@ -136,6 +137,52 @@ inline Piece last_piece(const SsdChunkScanParams& p, const SsdChunk& chunk) {
   int first = chunk.length - 1;
   while (first > 0 && !ssd_resets(p, chunk.batch, chunk.start + first)) --first;
   return {first, chunk.length - first, first == 0 && continues_before(p, chunk), true};
+}
+
+// ---- what is read soon ----
+
+// Brings rows to the second-level cache, a share of them with every call of next(): from memory they come too
+// late if they are asked for only when they are needed.
+class Fetch {
+ public:
+  Fetch() = default;
+  Fetch(const void* data, int64_t rows, int64_t row_bytes, int64_t stride, int64_t calls)
+      : at_(static_cast<const char*>(data)),
+        rows_(data == nullptr ? 0 : rows),
+        row_bytes_(row_bytes),
+        stride_(stride),
+        share_(divide_up(rows, calls)) {}
+
+  __attribute__((always_inline)) void next() {
+    for (int64_t i = 0; i < share_ && rows_ > 0; ++i, --rows_, at_ += stride_) {
+      for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(at_ + byte, 0, 2);
+    }
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t rows_ = 0, row_bytes_ = 0, stride_ = 0, share_ = 0;
+};
+
+template <class Real>
+int64_t tiles_of(int64_t rows, int64_t columns) {
+  return divide_up(rows, Lanes<Real>::kRows) * divide_up(columns, 2 * Lanes<Real>::kCount);
+}
+
+template <class Real>
+Fetch fetch_state(const Real* kept, const SsdChunkScanParams& p, int64_t calls) {
+  const int64_t bytes = p.head_dim * int64_t{sizeof(Real)};
+  return {kept, p.states, bytes, bytes, calls};
+}
+
+// A head's rows of `count` steps from `step` on; none where their elements do not lie side by side.
+inline Fetch fetch_rows(const SsdTensor& t, const SsdChunkScanParams& p, int64_t batch, int64_t step,
+                        int64_t count, int64_t head, int64_t calls) {
+  if (t.inner != 1 || head >= p.heads || step < 0) return {};
+  const int64_t element = itemsize(p.dtype);
+  const char* const data =
+      static_cast<const char*>(t.data) + (batch * t.batch + step * t.step + head * t.head) * element;
+  return {data, count, p.head_dim * element, t.step * element, calls};
 }
 
 // ---- the steps of one head in one piece ----
