@@ -90,7 +90,7 @@ ROOFLINE = {
     "scan": (
         "selective-scan-1x1536x2048", "selective-scan-training-1x1536x2048", "ssd-chunk-scan-forward-float32",
         "linear-scan-3d-dim2-fp32", "causal-conv1d-rows", "gated-rms-norm", "selective-state-update-mamba2",
-        "mamba-step",
+        "mamba-step", "dense-product",
     ),
     "attention": ("full-fp32", "full-bf16", "density-25-block-64", "window-fp32", "full-fp32-backward"),
     "prune": (

@@ -43,8 +43,10 @@ def differentiates(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether forward mode or a transform of torch.func is at work."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether forward mode, a transform of torch.func or a tracer is at work."""
+    if forward_ad._current_level >= 0 or torch._C._get_tracing_state():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _questions() -> tuple[Callable[[], Any], ...] | None:

@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+NOTE = "_tilewright_note"  # in vars(module) of a swapped one: what its new methods keep there, gone with them
 ORIGINAL = "_tilewright_original"  # in a class that `tilewright.swap` gave a layer: the one it had
 
 
 def original_class(module: nn.Module) -> Any:
     """The module's class or, if it is swapped, the one that it had."""
     return vars(type(module)).get(ORIGINAL, type(module))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether this is a torch.nn.Linear, or one swapped for a dense product, with nothing beside it."""
+    return original_class(module) is nn.Linear and (type(module) is nn.Linear or NOTE not in vars(module))
 
 
 def check_inputs(name: str, inputs: Any) -> None:

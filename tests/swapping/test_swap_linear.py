@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch.nn.utils import prune as torch_prune
 
 import tilewright as tw
 from tilewright import _C
+from tilewright._models import NOTE
 from tilewright.nn import BlockSparseLinear, SemiStructuredLinear
 from tilewright.prune import compressing
+from tilewright.scan import dense
 from tilewright.swapping import linear as linear_layers
-from tilewright.swapping.instances import NOTE
 
 Cost = Callable[[str, int], float]
 
@@ -490,7 +492,9 @@ def test_mamba_trains_fused_as_before(clock: Clock) -> None:
     assert is_plain(layer.in_proj)
 
 
-def test_big_dense_models_cost_little() -> None:
+@pytest.mark.parametrize("gains", [False, True])
+def test_big_dense_models_cost_little(monkeypatch: pytest.MonkeyPatch, gains: bool) -> None:
+    monkeypatch.setattr(dense, "is_better", lambda: gains)
     model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])
     looked = []
 
@@ -503,8 +507,88 @@ def test_big_dense_models_cost_little() -> None:
 
     with Counting():
         report = tw.swap(model)
-    assert len(report.dense) == 4
+    assert (len(report.dense), len(report.swapped)) == ((0, 4) if gains else (4, 0))
     assert max(looked) <= 4096
+
+
+@pytest.fixture
+def gains(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """A processor on which our dense product is the faster one; the shapes it is given."""
+    shapes: list[tuple[int, ...]] = []
+    multiply = dense._multiply
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(dense, "is_better", lambda: True)
+    monkeypatch.setattr(dense, "_multiply", watched)
+    monkeypatch.setattr(_C, "cpu_level", lambda: "avx512")
+    return shapes
+
+
+def test_dense_layers_where_torch_is_slow(gains: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256), nn.Linear(256, 8))
+    stock, x = copy.deepcopy(model), torch.randn(2, 20, 256)
+    report = tw.swap(model)
+    assert [(entry.path, entry.op, entry.kernel) for entry in report.swapped] == [
+        ("0", "matmul", "cpu-avx512, dense"),
+        ("2", "matmul", "cpu-avx512, dense"),
+    ]
+    assert report.dense == ["3"], "too small to gain"
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        gains.clear()
+        copied(x).square().sum().backward()
+        assert len(gains) == 5, "two outputs, two gradients of weights, one of an input"
+        stock.zero_grad()
+        stock(x).square().sum().backward()
+        for ours, theirs in zip(copied.parameters(), stock.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    assert tw.unswap(model) == 2
+    assert [type(layer) for layer in model] == [type(layer) for layer in stock]
+
+
+def test_what_dense_layers_stay_torchs(gains: list[tuple[int, ...]]) -> None:
+    model = nn.ModuleDict({
+        "exact": nn.Linear(256, 256).double(),
+        "derived": type("Mine", (nn.Linear,), {})(256, 256),
+        "other": nn.MultiheadAttention(256, 4),
+        "mixer": tw.nn.Mamba(256),
+        "named": nn.Linear(256, 256),
+        "normed": torch.nn.utils.parametrizations.weight_norm(nn.Linear(256, 256)),
+    })  # fmt: skip
+    report = tw.swap(model, include="!named")
+    assert not report.swapped
+    assert {"exact", "mixer.in_proj", "mixer.out_proj", "named"} <= set(report.dense)
+    assert len(tw.swap(model).swapped) == 1
+
+
+def test_layers_with_zeros_that_no_form_gains_from_are_dense(
+    clock: Clock, gains: list[tuple[int, ...]]
+) -> None:
+    clock.cost = lambda name, tokens: 1.0 if name == "dense" else 1.5
+    model = network(256)
+    stock, x = copy.deepcopy(model), torch.randn(9, 256)
+    report = tw.swap(model)
+    assert [entry.op for entry in report.swapped] == ["matmul"] * 3
+    assert "dense: " in report.swapped[0].kernel
+    assert "has 0.67x the speed of dense" in report.swapped[0].kernel
+    torch.testing.assert_close(run(model, x), run(stock, x))
+
+
+def test_dense_layers_that_are_swapped_can_be_pruned_and_compressed(
+    clock: Clock, gains: list[tuple[int, ...]]
+) -> None:
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
+    assert len(tw.swap(model).swapped) == 2
+    x = torch.randn(9, 256)
+    tw.prune.shrink(model, x, 0.5)
+    assert model[0].weight.shape[0] == 256
+    with torch.no_grad():
+        model[0].weight *= pattern(*model[0].weight.shape)
+    report = tw.prune.compress(model, x)
+    assert [entry.paths for entry in report.compressed] == [["0"]]
 
 
 def test_real_race() -> None:

@@ -468,3 +468,43 @@ def test_gated_norms_with_hooks_or_methods_of_their_own_are_called() -> None:
     own = others[0] if others else first
     own.__class__ = type("Other", (type(own),), {"forward": lambda self, y, z: y.new_zeros(y.shape)})
     assert not torch.allclose(logits(model, ids), expected, atol=1e-5)
+
+
+def plain_norms(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: m for path, m in model.named_modules() if type(m).__name__.endswith("RMSNorm")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_beside_the_layers_are_one_op(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, stock, ours = twins(family)
+    report = tw.swap(ours)
+    wanted = {path: m for path, m in plain_norms(stock).items() if "Weightless" not in type(m).__name__}
+    assert report.norms == list(wanted)
+    assert report.norms
+    assert f"{len(wanted)} RMS norms beside them in one pass" in str(report)
+    for norm in wanted.values():
+        monkeypatch.setattr(type(norm), "forward", lambda *arguments: 1 / 0)
+    for path, norm in plain_norms(ours).items():
+        if path in wanted:
+            norm(torch.randn(2, 3, norm.weight.shape[0]))
+    logits(ours, tokens())
+    assert tw.unswap(ours) == len(report.swapped)
+    with pytest.raises(ZeroDivisionError):
+        logits(ours, tokens())
+
+
+def test_which_norms_stay_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mamba")
+    assert not tw.swap(model, include="*.mixer").norms
+    assert not tw.swap(model).norms, "nothing new to stand beside"
+    tw.unswap(model)
+    assert tw.swap(model, include=["*.0.mixer", "*.norm_f"]).norms == ["backbone.norm_f"]
+    tw.unswap(model)
+    first = model.backbone.layers[0].norm
+    first.__class__ = type("Mine", (type(first),), {"forward": lambda self, x: x})
+    report = tw.swap(model)
+    assert report.norms == ["backbone.layers.1.norm", "backbone.norm_f"]
+    norm, x = model.backbone.norm_f, torch.randn(3, 16, dtype=torch.bfloat16)
+    assert norm(x).dtype == torch.float32, "as it was: the weight's dtype decides"
+    exact = norm.double()(x.double())
+    assert exact.dtype == torch.float64

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from . import scan_blocks, scan_conv, scan_linear, scan_models, scan_norm, scan_selective, scan_ssd
+from . import (
+    scan_blocks,
+    scan_conv,
+    scan_dense,
+    scan_linear,
+    scan_models,
+    scan_norm,
+    scan_selective,
+    scan_ssd,
+)
 from .case import Case, Plan, grouped
 
 GPU_PEERS = ("mamba-ssm", "causal-conv1d")
@@ -19,5 +28,6 @@ def cases(plan: Plan) -> list[Case]:
         *grouped("linear scan", scan_linear.cases(plan)),
         *grouped("convolution", scan_conv.convolutions(plan)),
         *grouped("gated norm", scan_norm.cases(plan)),
+        *grouped("dense product", scan_dense.cases(plan)),
         *grouped("a token", scan_conv.updates(plan)),
     ]

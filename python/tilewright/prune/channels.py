@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._models import call, evaluation, floats_of
+from .._models import call, evaluation, floats_of, original_class
+from ..scan.dense import by_torch
 from .structure import Side
 from .surgery import Cut, Group, is_depthwise, not_plain, slots
 
@@ -36,7 +37,7 @@ def find_channels(
     model: nn.Module, example_inputs: Any, taken: set[Side]
 ) -> tuple[list[Group], dict[str, str]]:
     """Groups of channels outside of what is `taken`, and those that cannot shrink, with the reason."""
-    roots = [m for m in model.modules() if type(m) in _ROOTS and (m, "out") not in taken]
+    roots = [m for m in model.modules() if original_class(m) in _ROOTS and (m, "out") not in taken]
     if not roots:
         return [], {}
     graph = _graph(model, example_inputs)
@@ -107,7 +108,7 @@ def _graph(model: nn.Module, example_inputs: Any) -> Any:
     def forward(traced: nn.Module, inputs: Any) -> Any:
         return call(traced, inputs)
 
-    with evaluation(model), _differentiable(model), _own_hooks(model), warnings.catch_warnings():
+    with evaluation(model), _differentiable(model), _own_hooks(model), by_torch(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return library.DependencyGraph().build_dependency(

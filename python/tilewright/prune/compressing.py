@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_number, check_type, suggests_keywords
-from .._models import call, check_inputs, evaluation, original_class
+from .._models import call, check_inputs, evaluation, is_plain_linear, original_class
 from ..bench import timing
 from .compress_report import Compressed, CompressReport
 from .examples import (
@@ -188,7 +188,7 @@ def observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], d
         found.calls[output.numel() // output.shape[-1] if output.numel() else 0] += 1
         found.dtype = inputs[0].dtype if inputs and isinstance(inputs[0], Tensor) else found.dtype
 
-    hooks = [m.register_forward_hook(hook) for m in model.modules() if type(m) is nn.Linear]
+    hooks = [m.register_forward_hook(hook) for m in model.modules() if is_plain_linear(m)]
     try:
         return outputs_of(model, example_inputs), seen
     finally:
@@ -221,7 +221,7 @@ def _works(
             continue
         key = (id(linear.weight), id(linear.bias))
         met = seen.get(linear, Seen())
-        if key in same and type(linear) is nn.Linear:
+        if key in same and is_plain_linear(linear):
             same[key].paths += paths
             same[key].places += spots
             same[key].seen.calls.update(met.calls)
@@ -263,7 +263,7 @@ def _obstacle(work: Work, patterns: tuple[list[str] | None, list[str] | None]) -
         return "not included"
     if exclude is not None and any_matches(work.paths, exclude):
         return "excluded"
-    if type(linear) is not nn.Linear:
+    if not is_plain_linear(linear):
         if original_class(linear) is nn.Linear:
             return "it is swapped: tilewright.unswap(model) first"
         return f"it is a {type(linear).__name__}, not a plain torch.nn.Linear"

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from .. import optim
 from .._checks import check_choice, check_count, check_number, check_type, suggests_keywords
+from .._models import is_plain_linear
 from .calibration import Calibration, Loss, evaluation, progress_bar
 from .layers import Target, find_targets
 from .masked import mask_of
@@ -241,7 +242,9 @@ def _kept(target: Target) -> Tensor | None:
 def _is_plain_linear(module: nn.Module) -> bool:
     if "forward" in vars(module):
         return False
-    return not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
+    if not isinstance(module, nn.Linear) or is_plain_linear(module):
+        return True
+    return type(module).forward is nn.Linear.forward
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._models import original_class
 from .masked import drop_mask, mask_of, set_mask
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -37,12 +38,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module | None) -> bool:
     """A plain linear layer, whose weight may be cut; classes derived from it may do anything with theirs."""
-    return type(module) is nn.Linear or (module is not None and is_conv1d(module))
+    return module is not None and (original_class(module) is nn.Linear or is_conv1d(module))
 
 
 def slots(module: nn.Module, side: str) -> Slots | None:
     """What a layer loses on its "in" or "out" side; None for kinds that are not known."""
-    if type(module) is nn.Linear:
+    if original_class(module) is nn.Linear:
         if side == "in":
             return Slots((("weight", 1),), ("in_features",))
         return Slots((("weight", 0), ("bias", 0)), ("out_features",))

@@ -6,6 +6,8 @@ others it takes more than twice the time. Beside a scan the projections of a Mam
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,6 +23,7 @@ from .ops import matmul  # noqa: F401  (it registers the op used below)
 _WORTH_IT = 1 << 18  # multiplications, below which torch's product is the faster one to call
 _ROWS = 4  # of x; with fewer, memory decides, and torch reads the weight once as it lies
 
+_left: list[bool] = []
 _matmul = torch.ops.tilewright.matmul.default
 
 
@@ -28,6 +31,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch.nn.functional.linear; under torch.compile, torch.func and autocast it is that."""
     if not _takes(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
+    return multiply(x, weight, bias)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same by our product, whatever is faster: float32 on a CPU, x of two axes or more."""
     if differentiates(x, weight, bias):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     return _multiply(x, weight, bias)
@@ -36,6 +44,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(rows: Tensor, columns: Tensor) -> Tensor:
     """(..., k) times (n, k) transposed, without a gradient -> (..., n)."""
     return _multiply(rows, columns, None) if _takes(rows, columns) else F.linear(rows, columns)
+
+
+@contextmanager
+def by_torch() -> Iterator[None]:
+    """Leaves products to torch, whose own functions a reader of autograd's graph knows."""
+    _left.append(True)
+    try:
+        yield
+    finally:
+        _left.pop()
 
 
 @cache
@@ -55,7 +73,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether our product is the faster one for these two."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _left or is_transformed():
         return False
     return (
         all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in (x, weight))
@@ -64,7 +82,6 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * weight.shape[0] >= _WORTH_IT
         and is_better()
         and _C.cpu_level().startswith("avx512")
-        and not is_transformed()
     )
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from .. import _backend
 from .._checks import came, check_flag, check_matches, check_type, suggests_keywords
-from .._models import check_inputs, original_class
+from .._models import ORIGINAL, check_inputs, original_class
 from ..attention import BlockMask, BlockSparse
 from ..nn import Mamba, Mamba2
 from ..prune.compressing import observe, reason_of
@@ -74,11 +74,13 @@ def swap(
         attention: a `tilewright.attention.BlockSparse`: the mask that the attention layers of a model of
             transformers 5 get, besides the model's own. None: attention stays as it is.
         scan: swap Mamba layers: those of transformers (mamba, falcon_mamba, mamba2, jamba, bamba, zamba,
-            zamba2, falcon_h1, granitemoehybrid, nemotron_h) and of mamba_ssm (Mamba, Mamba2).
+            zamba2, falcon_h1, granitemoehybrid, nemotron_h), with the RMS norms of their models, and of
+            mamba_ssm (Mamba, Mamba2).
         linear: swap linear layers (`torch.nn.Linear`, `Conv1D` of transformers) whose weights have zeros that
             a kernel can skip, where that is faster by measurements here: at 1 and 512 tokens and, with
-            `verify`, at those that the layers see on it. They serve inference; wherever a gradient is wanted
-            the layer runs as before.
+            `verify`, at those that the layers see on it. These forms serve inference; wherever a gradient is
+            wanted the layer is dense. Also large float32 `torch.nn.Linear` layers without zeros, on a CPU
+            with AVX-512 that is not Intel's: our dense product serves them in training too.
         include: which layers, by their names in ``model.named_modules()``: a pattern such as
             ``"backbone.layers.1?.*"``, several of them, or a function of name and module. A pattern after
             ``!`` excludes. None: all.
@@ -100,9 +102,15 @@ def swap(
     chosen = _chooser(model, include)
     report = SwapReport(dry_run=dry_run)
     changes = _plan(model, scan, chosen, report)
+    norms = _plan_norms(model, chosen, report) if changes else []
     attending = [] if attention is None else _plan_attention(model, attention, chosen, report)
     if linear:
-        changes += _plan_linear(model, chosen, report, verify)
+        mixers = {
+            module for module in model.modules() if isinstance(module, (Mamba, Mamba2)) or is_swapped(module)
+        }
+        mixers.update(change.module for change in changes)
+        changes += _plan_linear(model, chosen, report, verify, mixers)
+    changes += norms
     if dry_run or not (changes or attending):
         return report
     done: list[nn.Module] = []
@@ -126,7 +134,7 @@ def swap(
 
 
 def unswap(model: nn.Module) -> int:
-    """Gives every swapped layer of the model its own code back; returns how many there were.
+    """Gives every swapped layer of the model its own code back; returns how many there were, norms aside.
 
     What else was done to the layers since then, parametrizations and FSDP included, stays.
 
@@ -136,14 +144,17 @@ def unswap(model: nn.Module) -> int:
     """
     check_type("model", model, nn.Module, "torch.nn.Module")
     swapped = [module for module in model.modules() if is_swapped(module)]
+    norms = sum(_is_norm(getattr(type(module), ORIGINAL)) for module in swapped)
     restore(swapped)
-    return len(swapped) + attention_layers.remove(model)
+    return len(swapped) - norms + attention_layers.remove(model)
 
 
 def methods_for(cls: type) -> Methods:
     """The methods that a class of a known library gets; LookupError for others."""
     if linear_layers.is_linear(cls):
         return linear_layers.METHODS
+    if _is_norm(cls):
+        return _norm_methods()
     for known, host in _known_bases(cls):
         return host.layer_of(known).methods  # type: ignore[no-any-return]
     raise LookupError(f"tilewright has no replacement for {cls.__module__}.{cls.__qualname__}")
@@ -211,6 +222,28 @@ def _plan(model: nn.Module, scan: bool, chosen: Chooser, report: SwapReport) -> 
     return changes
 
 
+def _plan_norms(model: nn.Module, chosen: Chooser, report: SwapReport) -> list[_Change]:
+    """The RMS norms beside Mamba layers."""
+    changes = []
+    for path, module in model.named_modules():
+        if not _is_norm(type(module)) or not chosen(path, module):
+            continue
+        if replaced_forward(module) is None and _device_obstacle(module) is None:
+            report.norms.append(path)
+            changes.append(_Change(module, _norm_methods()))
+    return changes
+
+
+def _is_norm(cls: type) -> bool:
+    known = cls.__module__.startswith("transformers.models.")
+    return known and bool(import_module(".transformers", __name__).is_norm(cls))
+
+
+def _norm_methods() -> Methods:
+    methods: Methods = import_module(".transformers", __name__).NORM_METHODS
+    return methods
+
+
 def _plan_attention(
     model: nn.Module, attention: BlockSparse, chosen: Chooser, report: SwapReport
 ) -> list[nn.Module]:
@@ -232,32 +265,45 @@ def _plan_attention(
     return attending
 
 
-def _plan_linear(model: nn.Module, chosen: Chooser, report: SwapReport, verify: Any) -> list[_Change]:
-    """Decides about the linear layers, by measuring those with zeros."""
+def _plan_linear(
+    model: nn.Module, chosen: Chooser, report: SwapReport, verify: Any, mixers: set[nn.Module]
+) -> list[_Change]:
+    """Decides about the linear layers, by measuring those with zeros; dense ones of mixers are theirs."""
     modules = dict(model.named_modules())
     candidates: list[tuple[str, nn.Module]] = []
+    changes = []
+
+    def take_dense(path: str, module: nn.Module, why: str = "") -> None:
+        kernel = f"{_kernel(module)}, dense{why}"
+        report.swapped.append(Swapped(path, type(module).__name__, linear_layers.DENSE_OP, kernel))
+        changes.append(_Change(module, linear_layers.METHODS))
+
     for path, module in modules.items():
         if is_swapped(module) and linear_layers.is_linear(original_class(module)):
             report.skipped.append(Skipped(path, type(module).__name__, "swapped already"))
         if not linear_layers.is_linear(type(module)):
             continue
-        if not linear_layers.has_zeros(module):
-            report.dense.append(path)
-            continue
         parent = modules.get(path.rpartition(".")[0]) if path else None
         why = None if chosen(path, module) else "not included"
         why = why or linear_layers.obstacle(module, parent) or replaced_forward(module)
         why = why or _device_obstacle(module)
-        if why is None:
+        if not linear_layers.has_zeros(module):
+            if why is None and parent not in mixers and linear_layers.gains_dense(module):
+                take_dense(path, module)
+            else:
+                report.dense.append(path)
+        elif why is None:
             candidates.append((path, module))
         else:
             report.skipped.append(Skipped(path, type(module).__name__, why))
     if not candidates:
-        return []
+        return changes
     seen = {} if verify is None else observe(model, verify)[1]
-    changes = []
     for (path, module), work in zip(candidates, linear_layers.decide(candidates, seen), strict=True):
         name = type(module).__name__
+        if work.made is None and linear_layers.gains_dense(module):
+            take_dense(path, module, f": {reason_of(work)}")
+            continue
         if work.made is None:
             report.skipped.append(Skipped(path, name, f"dense: {reason_of(work)}"))
             continue

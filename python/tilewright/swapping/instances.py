@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .._models import ORIGINAL
+from .._models import NOTE, ORIGINAL
 
 Methods = Mapping[str, Callable[..., Any]]
 
@@ -33,7 +33,6 @@ class Layer:
     obstacle: Callable[[nn.Module], str | None]
 
 
-NOTE = "_tilewright_note"  # in vars(module): what its new methods keep there, gone with them
 _subclasses: dict[type[nn.Module], type[nn.Module]] = {}
 _rebased: WeakKeyDictionary[type[nn.Module], type[nn.Module]] = WeakKeyDictionary()
 

@@ -1,6 +1,9 @@
-"""Linear layers whose weights have zeros that a kernel can skip.
+"""Linear layers whose weights have zeros that a kernel can skip, and others where torch's product is slow.
 
-A swapped layer keeps its weight, which stays the one that trains, is saved and is loaded. Beside it lies a
+A layer without zeros gets our dense product where that is faster than torch's, which is known beforehand:
+large float32 layers on certain processors (`scan.dense`). It trains with it too.
+
+A layer with zeros keeps its weight, which stays the one that trains, is saved and is loaded. Beside it lies a
 copy of what is not zero, in the form of a kernel, made from the weight when it is first needed and anew when
 the weight has changed. That copy serves inference; wherever a gradient is wanted, and under `torch.compile`,
 where nothing would notice a change of the weight, the layer does what it did.
@@ -19,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._models import ORIGINAL
+from .._models import NOTE, ORIGINAL
 from ..nn import BlockSparseLinear, CrossoverLinear, SemiStructuredLinear
 from ..prune.compressing import READ_ELSEWHERE, Seen, Work, decide_all, frozen, progress_bar
 from ..prune.forms import DENSE, Findings, Form, find_forms
-from .instances import NOTE, exchange
+from ..scan import dense
+from .instances import exchange
 from .report import Measured
 
 TOKENS = (1, 512)  # a step of decoding, and a prompt
@@ -31,7 +35,9 @@ _MARGIN = 0.03  # how much faster than dense a form must be, as for `compress`
 _SECONDS = 0.1  # for each form at each number of tokens
 _SAMPLE = 4096  # weights that are looked at first
 _FEW = 0.05  # a smaller share of zeros among them helps no form: what stores over 0.85 is not even tried
+_LARGE = 1 << 16  # weights; a smaller layer's time is that of the call
 _GROWN = 1.05  # times what was stored when the form was chosen: with more it may have lost its lead
+DENSE_OP = "matmul"
 _OPS: dict[type[nn.Module], str] = {
     BlockSparseLinear: "block_sparse_linear",
     SemiStructuredLinear: "semi_structured_linear",
@@ -52,10 +58,10 @@ class Recipe:
         argument = form.block if isinstance(form, BlockSparseLinear) else form.pattern
         return cls(type(form), argument, _stored(form))
 
-    def made(self, dense: nn.Linear) -> nn.Module | None:
+    def made(self, linear: nn.Linear) -> nn.Module | None:
         """The form of this weight; None if it has other zeros now."""
         try:
-            form: nn.Module = self.kind.from_linear(dense, self.argument)
+            form: nn.Module = self.kind.from_linear(linear, self.argument)
         except ValueError:
             return None
         return form.eval() if _stored(form) <= self.stored * _GROWN else None
@@ -122,8 +128,8 @@ class Sparse:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return None
             with torch.inference_mode(False), torch.no_grad():
-                dense = plain(layer)
-                self._forms = [None if recipe is None else recipe.made(dense) for recipe in self.recipes]
+                linear = plain(layer)
+                self._forms = [None if recipe is None else recipe.made(linear) for recipe in self.recipes]
         return self._forms
 
 
@@ -159,8 +165,12 @@ def _transformed(x: Tensor) -> bool:
 def _forward(self: Any, x: Tensor) -> Tensor:
     note = vars(self).get(NOTE)
     form = None if note is None else note.form_for(self, x)
-    y: Tensor = getattr(type(self), ORIGINAL).forward(self, x) if form is None else form(x)
-    return y
+    if form is not None:
+        return form(x)  # type: ignore[no-any-return]
+    original = getattr(type(self), ORIGINAL)
+    if original is nn.Linear:
+        return dense.linear(x, self.weight, self.bias)
+    return original.forward(self, x)  # type: ignore[no-any-return]
 
 
 def _train(self: Any, mode: bool = True) -> Any:
@@ -176,6 +186,19 @@ METHODS: dict[str, Callable[..., Any]] = {"forward": _forward, "train": _train}
 def is_linear(cls: type) -> bool:
     """Whether this class is `torch.nn.Linear`, or `Conv1D` of transformers."""
     return cls is nn.Linear or (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def gains_dense(layer: nn.Module) -> bool:
+    """Whether our dense product is for this layer: large, float32, where torch's product is slow."""
+    weight: Any = layer.weight
+    return (
+        type(layer) is nn.Linear
+        and type(weight) is nn.Parameter
+        and weight.dtype == torch.float32
+        and weight.is_cpu
+        and weight.numel() >= _LARGE
+        and dense.is_better()
+    )
 
 
 def plain(layer: Any) -> nn.Linear:
@@ -227,27 +250,29 @@ def decide(found: Sequence[tuple[str, nn.Module]], seen: dict[nn.Module, Seen]) 
 
 
 def _work(path: str, layer: nn.Module, met: Seen) -> Work:
-    dense = plain(layer)
+    linear = plain(layer)
     tokens = sorted({*TOKENS, *(count for count in met.calls if count)})
-    work = Work(dense, [path], [], Findings(0.0, ""), tokens, Seen(Counter(met.calls), dense.weight.dtype))
+    work = Work(linear, [path], [], Findings(0.0, ""), tokens, Seen(Counter(met.calls), linear.weight.dtype))
     try:
-        findings = find_forms(dense, path)
+        findings = find_forms(linear, path)
     except ValueError as error:
         work.obstacle = str(error).removeprefix(f"{path}: ")
         return work
-    forms = [replace(form, build=_competitor_of(dense, form)) for form in findings.forms]
+    forms = [replace(form, build=_competitor_of(linear, form)) for form in findings.forms]
+    if gains_dense(linear):
+        exchange(linear, METHODS)  # what its forms have to beat is then our product
     work.findings = replace(findings, forms=forms)
     if not forms:
         work.obstacle = "its zeros are too scattered for blocks of 8x8 or n:m"  # without numbers: rows fold
     return work
 
 
-def _competitor_of(dense: nn.Linear, form: Form) -> Callable[[], nn.Module]:
-    """Makes a layer like `dense`, swapped to that form."""
+def _competitor_of(linear: nn.Linear, form: Form) -> Callable[[], nn.Module]:
+    """Makes a layer like `linear`, swapped to that form."""
 
     def build() -> nn.Module:
-        layer = frozen(dense.weight, dense.bias).eval()
-        note = Sparse([Recipe.of(form.build())], (), 0, dense.weight.device, dense.weight.dtype)
+        layer = frozen(linear.weight, linear.bias).eval()
+        note = Sparse([Recipe.of(form.build())], (), 0, linear.weight.device, linear.weight.dtype)
         note.watch(layer)
         exchange(layer, METHODS, note)
         return layer

@@ -15,6 +15,7 @@ from .._tables import count, folded, table
 FAMILIES = (
     "Mamba layers of transformers and mamba_ssm",
     "linear layers with zeros in blocks or n:m (tilewright.prune makes them)",
+    "large float32 linear layers, on CPUs with AVX-512 that are not Intel's",
     "attention layers of transformers (with attention=tilewright.attention.BlockSparse(...))",
 )
 
@@ -86,12 +87,14 @@ class SwapReport:
         swapped: the layers that were swapped; with ``dry_run`` those that would be.
         skipped: the layers of a kind that is known, but that were left alone.
         dense: names of linear layers without zeros worth a kernel.
+        norms: names of the RMS norms beside swapped Mamba layers, which take one pass each way now.
         dry_run: whether nothing was changed.
     """
 
     swapped: list[Swapped] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     dense: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
     dry_run: bool = False
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False, compare=False)
 
@@ -129,6 +132,7 @@ class SwapReport:
             ],
             "skipped": [asdict(entry) for entry in self.skipped],
             "dense": list(self.dense),
+            "norms": list(self.norms),
         }
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
@@ -174,8 +178,13 @@ class SwapReport:
 
     def _notes(self) -> list[str]:
         notes = []
+        if self.norms:
+            notes = [
+                "",
+                f"{count(self.norms, 'RMS norm')} beside them in one pass each way (gated_rms_norm).",
+            ]
         if self.dense:
-            notes = ["", f"{count(self.dense, 'linear layer')} left dense: no zeros in the weight."]
+            notes += ["", f"{count(self.dense, 'linear layer')} left dense: no zeros in the weight."]
         if not self.swapped and not self.skipped:
             notes += ["", "Nothing here is for tilewright's kernels. What it swaps:"]
             notes += [f"- {family}" for family in FAMILIES]

@@ -1,4 +1,4 @@
-"""The Mamba layers of Hugging Face transformers 5.
+"""The Mamba layers of Hugging Face transformers 5, and the norms of their models.
 
 Their own forward runs a Python loop over the tokens where mamba_ssm is not installed, copies channel-last
 views into the layout its kernels want where it is, and, in a Mamba-1 layer with a cache, starts from a zero
@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend, scan
+from .._models import ORIGINAL
 from ..nn.inference import conv_step
 from ..nn.mamba import can_fuse, can_step, projected, runs_its_forward_alone, step_of, wide, without_bias
 from ..nn.packing import Packing, packing_of
 from ..scan.conv import MAX_WIDTH
-from .instances import Layer
+from .instances import Layer, Methods
 
 _ARGUMENTS = ["self", "hidden_states", "cache_params", "attention_mask"]
 
@@ -41,6 +42,14 @@ def layer_of(cls: type) -> Layer | None:
         return None
     op = "ssd_chunk_scan" if forward is _mamba2_forward else "selective_scan"
     return Layer(op, {"forward": _with_offloading_hooks(forward)}, _obstacle)
+
+
+def is_norm(cls: type) -> bool:
+    """Whether this is the class of an RMS norm of these models, as `NORM_METHODS` computes it."""
+    package, _, name = cls.__module__.rpartition(".")
+    parent, _, family = package.rpartition(".")
+    known = parent == "transformers.models" and name == f"modeling_{family}" and family in MODELS
+    return known and cls.__name__ in _NORMS
 
 
 def _obstacle(module: Any) -> str | None:
@@ -279,6 +288,13 @@ def _normed(norm: Any, y: Tensor, z: Tensor) -> Tensor:
     return scan.gated_rms_norm(y, norm.weight, z, own["variance_epsilon"], group_size, before)
 
 
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """The norm's one pass, which rounds once."""
+    if hidden_states.dtype != self.weight.dtype or hidden_states.dtype == torch.float64:
+        return getattr(type(self), ORIGINAL).forward(self, hidden_states)  # type: ignore[no-any-return]
+    return scan.gated_rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
+
+
 def _scan(
     self: Any, cache_params: Any, state: Tensor | None, ends: Tensor | None,
     u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, A: Tensor, D: Tensor, bias: Tensor | None,
@@ -347,6 +363,10 @@ _GATED_NORMS = frozenset({
     "MambaRMSNormGated", "BambaRMSNormGated", "Zamba2RMSNormGated", "FalconH1RMSNormGated",
     "GraniteMoeHybridRMSNormGated", "NemotronHRMSNormGated",
 })  # fmt: skip
+_NORMS = frozenset({
+    "MambaRMSNorm", "FalconMambaRMSNorm", "JambaRMSNorm", "ZambaRMSNorm", "Mamba2RMSNorm", "BambaRMSNorm",
+    "Zamba2RMSNorm", "FalconH1RMSNorm", "GraniteMoeHybridRMSNorm", "NemotronHRMSNorm",
+})  # fmt: skip
 _FORWARDS = {  # by a model's name, which is that of its folder and file, and the class in it
     ("mamba", "MambaMixer"): _mamba_forward,
     ("falcon_mamba", "FalconMambaMixer"): _mamba_forward,
@@ -360,3 +380,4 @@ _FORWARDS = {  # by a model's name, which is that of its folder and file, and th
     ("nemotron_h", "NemotronHMamba2Mixer"): _mamba2_forward,
 }
 MODELS = frozenset(model for model, _ in _FORWARDS)
+NORM_METHODS: Methods = {"forward": _norm_forward}

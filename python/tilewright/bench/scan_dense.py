@@ -1,0 +1,54 @@
+"""Cases of the dense float32 product: a Mamba block's input projection, beside torch's product and oneDNN's.
+
+On the CPU alone. FLOPs are those of the products: one forward, three with the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .case import OURS, Call, Case, Contender, Plan
+from .prune_layers import onednn_forward, onednn_gradients
+
+
+def cases(plan: Plan) -> list[Case]:
+    """The projection of mamba2-130m, or of the model."""
+    if plan.on_gpu or (plan.model is not None and plan.model.scan is None):
+        return []
+    hidden = 768 if plan.model is None else plan.model.hidden
+    outputs = 4 * hidden + 2 * 128 + hidden // 32
+    return [_case(plan, 512, hidden, outputs, grad) for grad in ((False,) if plan.quick else (False, True))]
+
+
+def _case(plan: Plan, tokens: int, inputs: int, outputs: int, grad: bool) -> Case:
+    layer = torch.nn.Linear(inputs, outputs, bias=False)
+    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(0))
+
+    def step(function: Callable[[Tensor, Tensor], Tensor]) -> Call:
+        if not grad:
+            return torch.inference_mode()(lambda: function(x, layer.weight))
+        wanted, dy = x.clone().requires_grad_(), torch.ones(tokens, outputs)
+        return lambda: torch.autograd.grad(function(wanted, layer.weight), (wanted, layer.weight), dy)
+
+    def ours() -> Call:
+        from tilewright.scan.dense import multiply
+
+        return step(multiply)
+
+    def theirs() -> Call:
+        forward, backward = onednn_forward(layer, x), onednn_gradients(layer, x)
+        return (lambda: (forward(), backward())) if grad else torch.inference_mode()(forward)
+
+    name = "dense-product" + ("-grad" if grad else "")
+    title = f"dense product, {tokens} x {inputs} x {outputs}" + (", with gradients" if grad else "")
+    contenders = [
+        Contender(OURS, ours),
+        Contender("torch", lambda: step(F.linear)),
+        Contender("torch, oneDNN", theirs),
+    ]
+    sizes = {"tokens": tokens, "inputs": inputs, "outputs": outputs, "dtype": "float32"}
+    return Case(name, title, contenders, 2.0 * tokens * inputs * outputs * (3 if grad else 1), sizes=sizes)
