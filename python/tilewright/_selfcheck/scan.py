@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tilewright import scan
 from tilewright.nn import Mamba, Mamba2
+from tilewright.scan import dense
 
 from . import Probe
 
@@ -152,6 +153,11 @@ def _layer_step(make: Callable[[], Mamba | Mamba2]) -> Probe:
     return check
 
 
+def _on_cpu(probe: Probe) -> Probe:
+    """For what has no other kernel."""
+    return lambda device: probe(torch.device("cpu"))
+
+
 _TOKENS = (_BATCH, _DIM, _LENGTH)
 _SEQUENCE = (_BATCH, _LENGTH, _HEADS)
 _SELECTIVE = {
@@ -177,6 +183,11 @@ _NORM = {
     "z": _normal(_BATCH, _LENGTH, _DIM, seed=3),
 }
 _CONV = {"x": _normal(*_TOKENS, seed=1), "weight": _normal(_DIM, 4, seed=2), "bias": _normal(_DIM, seed=3)}
+_DENSE = {
+    "x": _normal(_BATCH, _LENGTH, _DIM, seed=1),
+    "weight": _normal(50, _DIM, seed=2),
+    "bias": _normal(50, seed=3),
+}
 PROBES: dict[str, Probe] = {
     "linear_scan": _compared(scan.linear_scan, _plain_linear_scan, _LINEAR),
     "selective_scan": _compared(_selective_scan, _plain_selective_scan, _SELECTIVE),
@@ -186,6 +197,7 @@ PROBES: dict[str, Probe] = {
     "ssd_chunk_scan, bfloat16": _compared(_ssd_chunk_scan, _plain_ssd, _SSD, torch.bfloat16),
     "causal_conv1d": _compared(_causal_conv1d, _plain_conv, _CONV),
     "gated_rms_norm": _compared(_gated_rms_norm, _plain_gated_norm, _NORM),
+    "dense product": _on_cpu(_compared(dense.multiply, F.linear, _DENSE)),
     "decode steps": _check_decoding,
     "Mamba, step by step": _layer_step(lambda: Mamba(_DIM, d_state=_STATES)),
     "Mamba2, step by step": _layer_step(lambda: Mamba2(_DIM, d_state=16, headdim=8)),

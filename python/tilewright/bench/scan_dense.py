@@ -1,6 +1,7 @@
 """Cases of the dense float32 product: a Mamba block's input projection, beside torch's product and oneDNN's.
 
-On the CPU alone. FLOPs are those of the products: one forward, three with the gradients.
+On the CPU alone. FLOPs are those of the products, bytes those of their operands and results, each once: one
+product forward, three with the gradients.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ def _case(plan: Plan, tokens: int, inputs: int, outputs: int, grad: bool) -> Cas
 
     name = "dense-product" + ("-grad" if grad else "")
     title = f"dense product, {tokens} x {inputs} x {outputs}" + (", with gradients" if grad else "")
+    moved = 4.0 * (tokens * inputs + inputs * outputs + tokens * outputs) * (3 if grad else 1)
     contenders = [
-        Contender(OURS, ours),
-        Contender("torch", lambda: step(F.linear)),
-        Contender("torch, oneDNN", theirs),
+        Contender(OURS, ours, moved),
+        Contender("torch", lambda: step(F.linear), moved),
+        Contender("torch, oneDNN", theirs, moved),
     ]
     sizes = {"tokens": tokens, "inputs": inputs, "outputs": outputs, "dtype": "float32"}
     return Case(name, title, contenders, 2.0 * tokens * inputs * outputs * (3 if grad else 1), sizes=sizes)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ... import _C, _backend
+from ... import _backend
 from ..._library import define
 
 
 def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     out = _fake(a, b, bias)
     # Of the product, not of what tests exchange for it: there is no CUDA kernel to emulate.
-    _C.matmul(a, b, bias if bias is None else bias.contiguous(), out, _backend.num_threads())
+    _backend._C.matmul(a, b, bias if bias is None else bias.contiguous(), out, _backend.num_threads())
     return out
 
 
