@@ -18,7 +18,7 @@ from ..._library import define
 def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     out = _fake(a, b, bias)
     # Of the product, not of what tests exchange for it: there is no CUDA kernel to emulate.
-    _backend._C.matmul(a, b, bias if bias is None else bias.contiguous(), out, _backend.num_threads())
+    _backend._C.matmul(a, b, bias if bias is None else bias.contiguous(), out, _backend.num_threads())  # type: ignore[attr-defined]
     return out
 
 
