@@ -203,7 +203,7 @@ def test_small_and_empty_products_are_left_to_torch(taken, monkeypatch) -> None:
     monkeypatch.setattr(dense, "_WORTH_IT", 4 * 12 * 9 + 1)
     dense.linear(normal(4, 12), normal(9, 12))
     monkeypatch.setattr(dense, "_WORTH_IT", 1)
-    dense.linear(normal(3, 12), normal(9, 12))
+    dense.linear(normal(3, 12), normal(12, 9).T)
     dense.linear(normal(12), normal(9, 12))
     assert not taken
 

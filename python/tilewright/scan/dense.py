@@ -21,7 +21,7 @@ from .._library import differentiates, is_transformed
 from .ops import matmul  # noqa: F401  (it registers the op used below)
 
 _WORTH_IT = 1 << 18  # multiplications, below which torch's product is the faster one to call
-_ROWS = 4  # of x; with fewer, memory decides, and torch reads the weight once as it lies
+_ROWS = 4  # of x, where the weight's rows do not lie side by side
 
 _left: list[bool] = []
 _matmul = torch.ops.tilewright.matmul.default
@@ -78,7 +78,7 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     return (
         all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in (x, weight))
         and x.dim() > 1
-        and x.numel() >= _ROWS * x.shape[-1]
+        and (weight.stride(1) == 1 or x.numel() >= _ROWS * x.shape[-1])
         and x.numel() * weight.shape[0] >= _WORTH_IT
         and is_better()
         and _C.cpu_level().startswith("avx512")
