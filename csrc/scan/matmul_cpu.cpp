@@ -1,7 +1,7 @@
 // Dense float32 products on the CPU, compiled once per instruction-set level.
 //
-// Roofline: 2 m n k FLOP; two fused multiply-adds of kLanes a cycle. The tile alone, with what it reads in
-// the second-level cache, does 98% of that on AVX-512; what is lost is lost around it.
+// Roofline: 2 m n k FLOP; two fused multiply-adds of kLanes a cycle. With what it reads in the second-level
+// cache, the tile comes within a few percent of that on AVX-512; what is lost is lost around it.
 //
 // B is taken in blocks of kBlockPanels panels, a panel being as wide as the tile, and kDepth deep, each
 // copied to where it lies in the order of its reading and stays in the second-level cache. The tile's rows of

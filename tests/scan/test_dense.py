@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import tilewright as tw
+from dense_products import watched_products
 from reference import matmul as reference
 from tilewright import _C
 from tilewright.nn.mamba import projected
@@ -21,18 +22,8 @@ from tilewright.scan import dense
 @pytest.fixture
 def taken(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the inputs that our product got, which gets all that it can take."""
-    shapes: list[tuple[int, ...]] = []
-    multiply = dense._multiply
-
-    def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return multiply(x, weight, bias)
-
-    monkeypatch.setattr(dense, "is_better", lambda: True)
-    monkeypatch.setattr(_C, "cpu_level", lambda: "avx512")
     monkeypatch.setattr(dense, "_WORTH_IT", 1)
-    monkeypatch.setattr(dense, "_multiply", watched)
-    return shapes
+    return watched_products(monkeypatch)
 
 
 @pytest.fixture(params=_C.cpu_levels())

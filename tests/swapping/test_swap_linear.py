@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 import tilewright as tw
+from dense_products import watched_products
 from tilewright import _C
 from tilewright._models import NOTE
 from tilewright.nn import BlockSparseLinear, SemiStructuredLinear
@@ -514,17 +515,7 @@ def test_big_dense_models_cost_little(monkeypatch: pytest.MonkeyPatch, gains: bo
 @pytest.fixture
 def gains(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A processor on which our dense product is the faster one; the shapes it is given."""
-    shapes: list[tuple[int, ...]] = []
-    multiply = dense._multiply
-
-    def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return multiply(x, weight, bias)
-
-    monkeypatch.setattr(dense, "is_better", lambda: True)
-    monkeypatch.setattr(dense, "_multiply", watched)
-    monkeypatch.setattr(_C, "cpu_level", lambda: "avx512")
-    return shapes
+    return watched_products(monkeypatch)
 
 
 def test_dense_layers_where_torch_is_slow(gains: list[tuple[int, ...]]) -> None:

@@ -493,7 +493,7 @@ def test_norms_beside_the_layers_are_one_op(family: str, monkeypatch: pytest.Mon
         logits(ours, tokens())
 
 
-def test_which_norms_stay_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_norms_stay_torchs() -> None:
     model = tiny("mamba")
     assert not tw.swap(model, include="*.mixer").norms
     assert not tw.swap(model).norms, "nothing new to stand beside"

@@ -13,19 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .case import OURS, Call, Case, Contender, Plan
+from .presets import MODELS
 from .prune_layers import onednn_forward, onednn_gradients
 
 
 def cases(plan: Plan) -> list[Case]:
     """The projection of mamba2-130m, or of the model."""
-    if plan.on_gpu or (plan.model is not None and plan.model.scan is None):
+    model = plan.model or MODELS["mamba2-130m"]
+    scan = model.scan
+    if plan.on_gpu or scan is None:
         return []
-    hidden = 768 if plan.model is None else plan.model.hidden
-    outputs = 4 * hidden + 2 * 128 + hidden // 32
-    return [_case(plan, 512, hidden, outputs, grad) for grad in ((False,) if plan.quick else (False, True))]
+    outputs = 2 * scan.inner + (2 * scan.states + scan.heads if scan.heads else 0)  # x, z; B, C and dt
+    grads = (False,) if plan.quick else (False, True)
+    return [_case(512, model.hidden, outputs, grad) for grad in grads]
 
 
-def _case(plan: Plan, tokens: int, inputs: int, outputs: int, grad: bool) -> Case:
+def _case(tokens: int, inputs: int, outputs: int, grad: bool) -> Case:
     layer = torch.nn.Linear(inputs, outputs, bias=False)
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(0))
 
