@@ -43,8 +43,10 @@ def differentiates(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether forward mode, a transform of torch.func or a tracer is at work."""
+    """Whether forward mode, torch.func, a tracer or a dispatch mode, as FLOP counters are, is at work."""
     if forward_ad._current_level >= 0 or torch._C._get_tracing_state():
+        return True
+    if torch._C._len_torch_dispatch_stack():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import tilewright as tw
 from dense_products import watched_products
@@ -186,6 +187,13 @@ def test_autocast_and_compilation_are_left_to_torch(taken) -> None:
         assert dense.linear(x, weight).dtype == torch.bfloat16
     compiled = torch.compile(dense.linear, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, weight), F.linear(x, weight))
+    assert not taken
+
+
+def test_flop_counters_see_torchs_product(taken) -> None:
+    with FlopCounterMode(display=False) as counter:
+        dense.linear(normal(4, 12), normal(9, 12))
+    assert counter.get_total_flops() == 2 * 4 * 12 * 9
     assert not taken
 
 

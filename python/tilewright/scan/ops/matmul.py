@@ -5,11 +5,7 @@ tilewright::matmul  a (m, k), b (k, n), bias (n) -> (m, n), float32 on a CPU
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ... import _backend
 from ..._library import define
@@ -27,8 +23,3 @@ def _fake(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 define("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor", _matmul, _fake)
-
-
-@register_flop_formula(torch.ops.tilewright.matmul)
-def _flops(a: torch.Size, b: torch.Size, *others: Any, **options: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
