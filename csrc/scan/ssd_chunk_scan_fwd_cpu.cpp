@@ -66,7 +66,7 @@ void scan_states(const SsdChunkScanParams& p, Scratch<Real>& s, int64_t sequence
     const SsdChunk chunk = ssd_chunk_at(p, sequence, c);
     if (chunk.length == 0) break;
     keep_state(kept_state<Real>(p.chunk_states, p, base + c, head), s.state, p, s.size);
-    update_state(p, s, chunk, head);
+    if (p.final_state != nullptr || !is_last(p, chunk)) update_state(p, s, chunk, head);
   }
   store_state(p.final_state, sequence * p.heads + head, s.state, p, s.size);
 }

@@ -119,18 +119,24 @@ const Real* operand_state(const Real* kept, Real* scratch, const SsdChunkScanPar
 
 struct Piece {
   int first, count;
-  bool continues;  // from the state before the chunk
-  bool ends;       // its state is the one after the chunk
+  bool continues;  // from the state before the chunk, if that may be anything but zeros
+  bool ends;       // its state is the one after the chunk, if anything depends on that
 };
 
 inline bool continues_before(const SsdChunkScanParams& p, const SsdChunk& chunk) {
-  return chunk.start == ssd_sequence_start(p, chunk.sequence) || !ssd_resets(p, chunk.batch, chunk.start);
+  if (chunk.start == ssd_sequence_start(p, chunk.sequence)) return p.initial_state != nullptr;
+  return !ssd_resets(p, chunk.batch, chunk.start);
+}
+
+inline bool is_last(const SsdChunkScanParams& p, const SsdChunk& chunk) {
+  return chunk.start + chunk.length == ssd_sequence_end(p, chunk.sequence);
 }
 
 inline Piece piece_from(const SsdChunkScanParams& p, const SsdChunk& chunk, int first) {
   int end = first + 1;
   while (end < chunk.length && !ssd_resets(p, chunk.batch, chunk.start + end)) ++end;
-  return {first, end - first, first == 0 && continues_before(p, chunk), end == chunk.length};
+  return {first, end - first, first == 0 && continues_before(p, chunk),
+          end == chunk.length && (p.dfinal_state != nullptr || !is_last(p, chunk))};
 }
 
 inline Piece last_piece(const SsdChunkScanParams& p, const SsdChunk& chunk) {

@@ -463,15 +463,38 @@ def test_opcheck() -> None:
     arguments = [*[inputs[name] for name in INPUTS], None, cu_seqlens]
     options = (True, 0.0, math.inf)
     bare = [*[inputs[name] for name in INPUTS[:5]], None, None, None, None, None, None]
-    for given_arguments, keep_y in ((arguments, True), (bare, False)):
-        torch.library.opcheck(
-            torch.ops.tilewright.ssd_chunk_scan_fwd.default, (*given_arguments, *options, keep_y)
+    forward, backward = (
+        getattr(torch.ops.tilewright, f"ssd_chunk_scan_{way}").default for way in ("fwd", "bwd")
+    )
+    for given_arguments, everything in ((arguments, True), (bare, False)):
+        wanted = (everything, everything)  # the final states, y
+        torch.library.opcheck(forward, (*given_arguments, *options, *wanted))
+        out, states, kept, y = forward(*given_arguments, *options, *wanted)
+        given = (out, states if everything else None)
+        torch.library.opcheck(backward, (*given, *given_arguments, *options, kept, y if everything else None))
+
+
+@pytest.mark.parametrize("lengths", [(64,), (200,), (30, 128, 65)])
+def test_states_that_nobody_asks_for(lengths: tuple[int, ...]) -> None:
+    """What is left out then is additions of zeros: not a bit changes."""
+    inputs = in_dtype(make(1, sum(lengths), 4, 8, 2, 16, sequences=len(lengths)), torch.float32)
+    inputs["initial_states"] = torch.zeros_like(inputs["initial_states"])
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+
+    def run(left_out: bool) -> list[Tensor]:
+        given = {name: t.clone().requires_grad_() for name, t in inputs.items()}
+        if left_out:
+            given["initial_states"] = None
+        out = ssd_chunk_scan(
+            **given, chunk_size=64, cu_seqlens=cu_seqlens, dt_softplus=True, return_final_states=not left_out
         )
-        out, states, kept, y = torch.ops.tilewright.ssd_chunk_scan_fwd(*given_arguments, *options, keep_y)
-        torch.library.opcheck(
-            torch.ops.tilewright.ssd_chunk_scan_bwd.default,
-            (out, states, *given_arguments, *options, kept, y if keep_y else None),
-        )
+        out, states = (out, None) if left_out else out
+        loss = out.square().sum() if left_out else out.square().sum() + 0 * states.sum()
+        wanted = [t for name, t in given.items() if name != "initial_states"]
+        return [out, *torch.autograd.grad(loss, wanted)]
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_compile() -> None:

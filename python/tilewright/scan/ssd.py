@@ -174,6 +174,7 @@ def ssd_chunk_scan(
         bool(dt_softplus),
         lowest,
         highest,
+        return_final_states or return_varlen_states,
     )
     wanted = int(return_final_states) + int(return_varlen_states)
     if wanted == 0:
@@ -299,10 +300,11 @@ def mamba_split_conv1d_scan_combined(
         seq_idx=seq_idx,
         dt_softplus=True,
         dt_limit=dt_limit,
-        return_final_states=True,
+        return_final_states=return_final_states,
         state_dtype=state_dtype,
     )
-    out, final_states = scanned[0].flatten(-2), scanned[1]
+    out, final_states = scanned if isinstance(scanned, tuple) else (scanned, None)
+    out = out.flatten(-2)
     if rmsnorm_weight is not None:
         out = gated_rms_norm(out, rmsnorm_weight, z, rmsnorm_eps, dim // ngroups, norm_before_gate)
     if extra > 0:

@@ -1,6 +1,6 @@
 """The SSD scan of Mamba-2 as torch ops.
 
-    tilewright::ssd_chunk_scan_fwd  the result, the final states, and what the backward op needs
+    tilewright::ssd_chunk_scan_fwd  the result, final states (empty unless wanted), what the backward op needs
     tilewright::ssd_chunk_scan_bwd  all gradients
 
 Weights (A, D, dt_bias), dt and states are float32, or float64 where x is.
@@ -27,12 +27,15 @@ _DIFFERENTIABLE = 9  # of the inputs, the first ones
 _NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states", "seq_idx", "cu_seqlens")
 
 
-def _empty(x: Tensor, B: Tensor, dt: Tensor, cu_seqlens: Tensor | None, keep_y: bool) -> tuple[Tensor, ...]:
+def _empty(
+    x: Tensor, B: Tensor, dt: Tensor, cu_seqlens: Tensor | None, return_final_states: bool, keep_y: bool
+) -> tuple[Tensor, ...]:
     batch, length, heads, head_dim = x.shape
     states = B.shape[3]
+    final = (sequence_count(batch, cu_seqlens), heads, head_dim, states) if return_final_states else (0,)
     return (
         x.new_empty(x.shape),
-        x.new_empty((sequence_count(batch, cu_seqlens), heads, head_dim, states), dtype=dt.dtype),
+        x.new_empty(final, dtype=dt.dtype),
         x.new_empty(
             (chunk_count(batch, length, cu_seqlens, _backend.C.SSD_CHUNK), heads, states, head_dim),
             dtype=dt.dtype,
@@ -61,16 +64,18 @@ def _forward(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    return_final_states: bool,
     keep_y: bool,
 ) -> tuple[Tensor, ...]:
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, x.shape[1])
-    results = _empty(x, B, dt, cu_seqlens, keep_y)
+    results = _empty(x, B, dt, cu_seqlens, return_final_states, keep_y)
     if not sequence_count(x.shape[0], cu_seqlens):
         return results
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
     tensors: dict[str, Tensor | None] = dict(zip(_NAMES, inputs, strict=True))
-    tensors["out"], tensors["final_states"], tensors["chunk_states"] = results[:3]
+    tensors["out"], final_states, tensors["chunk_states"] = results[:3]
+    tensors["final_states"] = final_states if return_final_states else None
     tensors["y"] = results[3] if keep_y else None
     tensors["workspace"] = _workspace(x, B, cu_seqlens, False)
     _backend.C.ssd_chunk_scan_fwd(tensors, dt_softplus, dt_min, dt_max, _backend.num_threads())
@@ -79,7 +84,7 @@ def _forward(
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     x, dt, _, B = arguments[:4]
-    return _empty(x, B, dt, cu_seqlens=arguments[10], keep_y=arguments[-1])
+    return _empty(x, B, dt, arguments[10], *arguments[-2:])
 
 
 def _empty_gradients(*inputs: Tensor | None) -> list[Tensor]:
@@ -128,7 +133,10 @@ def _fake_backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) 
 
 
 define(
-    f"ssd_chunk_scan_fwd({_INPUTS}, bool keep_y) -> (Tensor, Tensor, Tensor, Tensor)", _forward, _fake_forward
+    f"ssd_chunk_scan_fwd({_INPUTS}, bool return_final_states, bool keep_y) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
 )
 define(
     f"ssd_chunk_scan_bwd(Tensor dout, Tensor? dfinal_states, {_INPUTS}, Tensor chunk_states, Tensor? y) "
@@ -142,18 +150,20 @@ _bwd = torch.ops.tilewright.ssd_chunk_scan_bwd.default
 
 
 class SsdChunkScan(torch.autograd.Function):
-    """(out, final_states) of the inputs in the order of the op's schema."""
+    """(out, final_states) of the arguments in the order of the op's schema, up to return_final_states."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Runs the op and keeps its inputs, the states before each chunk and, for the gate, its result."""
-        inputs, options = arguments[:11], arguments[11:]
+        inputs, options, return_final_states = arguments[:11], arguments[11:14], arguments[14]
         z = inputs[6]
         keep_y = z is not None and any(ctx.needs_input_grad)
-        out, final_states, chunk_states, y = _fwd(*inputs, *options, keep_y)
+        out, final_states, chunk_states, y = _fwd(*inputs, *options, return_final_states, keep_y)
         ctx.save_for_backward(*inputs, chunk_states, y if keep_y else None)
         ctx.options = options
         ctx.set_materialize_grads(False)
+        if not return_final_states:
+            ctx.mark_non_differentiable(final_states)
         return out, final_states
 
     @staticmethod
@@ -172,4 +182,4 @@ class SsdChunkScan(torch.autograd.Function):
         found = _bwd(dout, dfinal_states, *inputs, *ctx.options, chunk_states, y)
         needed = ctx.needs_input_grad
         results = [found[i] if needed[i] else None for i in range(_DIFFERENTIABLE)]
-        return (*results, None, None, None, None, None)
+        return (*results, None, None, None, None, None, None)
