@@ -99,34 +99,35 @@ void read_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, Real* g, const
 
 // ---- the first pass: gradients of states ----
 
+// The gradient of the state before a chunk, from that of the one after it; the two may be one.
 template <class Real>
-void update_state_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& chunk,
-                           int64_t head) {
+void update_state_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& chunk, int64_t head,
+                           const Real* after, Real* before) {
   const Piece piece = piece_from(p, chunk, 0);
   const auto& size = s.size;
   if (!piece.continues) {
-    std::memset(s.G, 0, size_t(size.states * size.dims) * sizeof(Real));
+    std::memset(before, 0, size_t(size.states * size.dims) * sizeof(Real));
     return;
   }
   prepare_steps(p, s.steps, size, chunk, piece, head);
-  read_rows(s.C_rows, size.states, p.C, p.dtype, chunk, piece, head / (p.heads / p.groups), p.states);
+  const Rows<Real> C = rows_across(s.C_rows, size, p.C, p, chunk, piece, head / (p.heads / p.groups));
   for (int i = 0; i < piece.count; ++i) {
     read_gradient(p, s, s.g + i * size.dims, chunk, chunk.start + i, head, false);
     scale_row(s.g + i * size.dims, s.steps.from_start[i], size.dims);
   }
-  Fetch before = fetch_rows(p.dout, p, chunk.batch, chunk.start - kSsdChunk, kSsdChunk, head,
-                            tiles_of<Real>(p.states, p.head_dim));
+  Fetch next = fetch_rows(p.dout, p, chunk.batch, chunk.start - kSsdChunk, kSsdChunk, head,
+                          tiles_of<Real>(p.states, p.head_dim));
   for_tiles<Real>(p.states, padded_columns<Real>(p.head_dim),
                   [&](auto tile, int n, int64_t d) __attribute__((always_inline)) {
-                    before.next();
-                    Real* target = s.G + n * size.dims + d;
+                    next.next();
+                    const int64_t at = n * size.dims + d;
                     tile.clear();
                     if (piece.ends) {
-                      tile.load_from(target, size.dims);
+                      tile.load_from(after + at, size.dims);
                       tile.scale(s.steps.decay);
                     }
-                    tile.multiply(transposed(s.C_rows, size.states), n, s.g + d, size.dims, 0, piece.count);
-                    tile.store_to(target, size.dims);
+                    tile.multiply(C, n, s.g + d, size.dims, 0, piece.count);
+                    tile.store_to(before + at, size.dims);
                   });
 }
 
@@ -135,11 +136,15 @@ void scan_state_gradients(const SsdChunkScanParams& p, Scratch<Real>& s, const W
                           int64_t sequence, int64_t head) {
   load_state(s.G, p.dfinal_state, sequence * p.heads + head, p, s.size);
   const int64_t steps = ssd_sequence_end(p, sequence) - ssd_sequence_start(p, sequence);
+  const int64_t base = ssd_chunk_base(p, sequence);
+  Real* G = s.G;
   for (int64_t c = (steps + kSsdChunk - 1) / kSsdChunk - 1; c >= 0; --c) {
-    keep_state(kept_state<Real>(w.G, p, ssd_chunk_base(p, sequence) + c, head), s.G, p, s.size);
-    update_state_gradient(p, s, ssd_chunk_at(p, sequence, c), head);
+    keep_state(kept_state<Real>(w.G, p, base + c, head), G, p, s.size);
+    Real* const before = c > 0 && fills_tiles(p, s.size) ? kept_state<Real>(w.G, p, base + c - 1, head) : s.G;
+    update_state_gradient(p, s, ssd_chunk_at(p, sequence, c), head, G, before);
+    G = before;
   }
-  store_state(p.dinitial_state, sequence * p.heads + head, s.G, p, s.size);
+  store_state(p.dinitial_state, sequence * p.heads + head, G, p, s.size);
 }
 
 // ---- the second pass: one head of one piece ----

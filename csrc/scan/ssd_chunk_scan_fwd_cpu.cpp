@@ -32,12 +32,14 @@ struct Scratch {
   }
 };
 
+// The state after a chunk, from the one before it; the two may be one.
 template <class Real>
-void update_state(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& chunk, int64_t head) {
+void update_state(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& chunk, int64_t head,
+                  const Real* before, Real* after) {
   const Piece piece = last_piece(p, chunk);
   const auto& size = s.size;
   prepare_steps(p, s.steps, size, chunk, piece, head);
-  read_rows(s.B_rows, size.states, p.B, p.dtype, chunk, piece, head / (p.heads / p.groups), p.states);
+  const Rows<Real> B = rows_across(s.B_rows, size, p.B, p, chunk, piece, head / (p.heads / p.groups));
   read_rows(s.x, size.dims, p.x, p.dtype, chunk, piece, head, p.head_dim);
   for (int j = 0; j < piece.count; ++j)
     scale_row(s.x + j * size.dims, s.steps.to_end[j] * s.steps.dt[j], size.dims);
@@ -47,14 +49,14 @@ void update_state(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk&
   for_tiles<Real>(p.states, padded_columns<Real>(p.head_dim),
                   [&](auto tile, int n, int64_t d) __attribute__((always_inline)) {
                     next.next();
-                    Real* target = s.state + n * size.dims + d;
+                    const int64_t at = n * size.dims + d;
                     tile.clear();
                     if (piece.continues) {
-                      tile.load_from(target, size.dims);
+                      tile.load_from(before + at, size.dims);
                       tile.scale(s.steps.decay);
                     }
-                    tile.multiply(transposed(s.B_rows, size.states), n, s.x + d, size.dims, 0, piece.count);
-                    tile.store_to(target, size.dims);
+                    tile.multiply(B, n, s.x + d, size.dims, 0, piece.count);
+                    tile.store_to(after + at, size.dims);
                   });
 }
 
@@ -62,13 +64,19 @@ template <class Real>
 void scan_states(const SsdChunkScanParams& p, Scratch<Real>& s, int64_t sequence, int64_t head) {
   load_state(s.state, p.initial_state, sequence * p.heads + head, p, s.size);
   const int64_t base = ssd_chunk_base(p, sequence);
+  Real* state = s.state;
   for (int64_t c = 0;; ++c) {
     const SsdChunk chunk = ssd_chunk_at(p, sequence, c);
     if (chunk.length == 0) break;
-    keep_state(kept_state<Real>(p.chunk_states, p, base + c, head), s.state, p, s.size);
-    if (p.final_state != nullptr || !is_last(p, chunk)) update_state(p, s, chunk, head);
+    keep_state(kept_state<Real>(p.chunk_states, p, base + c, head), state, p, s.size);
+    const bool last = is_last(p, chunk);
+    if (last && p.final_state == nullptr) break;
+    Real* const after =
+        !last && fills_tiles(p, s.size) ? kept_state<Real>(p.chunk_states, p, base + c + 1, head) : s.state;
+    update_state(p, s, chunk, head, state, after);
+    state = after;
   }
-  store_state(p.final_state, sequence * p.heads + head, s.state, p, s.size);
+  store_state(p.final_state, sequence * p.heads + head, state, p, s.size);
 }
 
 // decayed[i][j] = (C[i] B[j]) exp(cum[i] - cum[j]) dt[j], right for j <= i.

@@ -98,16 +98,23 @@ Real* kept_state(void* states, const SsdChunkScanParams& p, int64_t chunk, int64
 
 template <class Real>
 void keep_state(Real* kept, const Real* scratch, const SsdChunkScanParams& p, const Extents<Real>& size) {
+  if (kept == scratch) return;
   for (int32_t n = 0; n < p.states; ++n) {
     std::memcpy(kept + int64_t{n} * p.head_dim, scratch + n * size.dims, size_t(p.head_dim) * sizeof(Real));
   }
+}
+
+// Whether a kept state can be an operand itself: it needs no padding.
+template <class Real>
+bool fills_tiles(const SsdChunkScanParams& p, const Extents<Real>& size) {
+  return size.states == p.states && size.dims == p.head_dim;
 }
 
 // A kept state as an operand of stride size.dims: itself where it needs no padding, else a copy.
 template <class Real>
 const Real* operand_state(const Real* kept, Real* scratch, const SsdChunkScanParams& p,
                           const Extents<Real>& size) {
-  if (size.states == p.states && size.dims == p.head_dim) return kept;
+  if (fills_tiles(p, size)) return kept;
   std::memset(scratch, 0, size_t(size.states * size.dims) * sizeof(Real));
   for (int32_t n = 0; n < p.states; ++n) {
     std::memcpy(scratch + n * size.dims, kept + int64_t{n} * p.head_dim, size_t(p.head_dim) * sizeof(Real));
@@ -263,6 +270,19 @@ void read_rows(Real* rows, int64_t stride, const SsdTensor& t, DType dtype, cons
   for (int i = 0; i < piece.count; ++i) {
     read_row(rows + i * stride, t, dtype, chunk.batch, chunk.start + piece.first + i, head, count, stride);
   }
+}
+
+// Rows of B or C as an operand whose columns are steps: where they lie, if they are Reals side by side that
+// fill the tiles, else as a copy.
+template <class Real>
+Rows<Real> rows_across(Real* copy, const Extents<Real>& size, const SsdTensor& t, const SsdChunkScanParams& p,
+                       const SsdChunk& chunk, const Piece& piece, int64_t group) {
+  const bool is_real = std::is_same_v<Real, double> || p.dtype == DType::kFloat32;
+  if (is_real && t.inner == 1 && p.states % Lanes<Real>::kRows == 0) {
+    return {row_of<Real>(t, chunk.batch, chunk.start + piece.first, group), 1, t.step};
+  }
+  read_rows(copy, size.states, t, p.dtype, chunk, piece, group, p.states);
+  return transposed(copy, size.states);
 }
 
 // D of a head, for each of its channels.
