@@ -37,7 +37,7 @@ struct Scratch {
   Real *CB, *K, *K_sum, *decayed, *crossing;              // [steps][steps], crossing [steps]
   Real *x, *g, *U;                                        // [steps][head_dim]
   Real *x_columns, *g_columns;                            // [head_dim][steps]
-  Real *from_C, *from_B, *d_rate, *row, *other, *D, *dD;
+  Real *from_C, *from_B, *d_rate, *slope, *row, *other, *D, *dD;
 
   Scratch(const SsdChunkScanParams& p, char* base) : size(p), arena{base}, steps(arena, size) {
     for (Real** state : {&S, &G}) *state = arena.take<Real>(size.states * size.dims);
@@ -47,7 +47,8 @@ struct Scratch {
     }
     for (Real** square : {&CB, &K, &K_sum, &decayed}) *square = arena.take<Real>(size.steps * size.steps);
     for (Real** rows : {&x, &g, &U, &x_columns, &g_columns}) *rows = arena.take<Real>(size.steps * size.dims);
-    for (Real** vector : {&crossing, &from_C, &from_B, &d_rate}) *vector = arena.take<Real>(size.steps);
+    for (Real** vector : {&crossing, &from_C, &from_B, &d_rate, &slope})
+      *vector = arena.take<Real>(size.steps);
     for (Real** vector : {&D, &dD}) *vector = arena.take<Real>(size.dims);
     for (Real** vector : {&row, &other})
       *vector = arena.take<Real>(size.dims > size.states ? size.dims : size.states);
@@ -245,13 +246,17 @@ Real dot(const Real* a, const Real* b, int64_t padded_count) {
   return Real(sum(total));
 }
 
-// What softplus and the clamp make of dt's gradient.
+// slope = what dt's gradient is multiplied with on its way through the clamp and softplus.
 template <class Real>
-Real through_activation(const SsdChunkScanParams& p, Real gradient, Real raw) {
-  const double active = p.softplus ? softplus_of(double(raw)) : double(raw);
-  if (active < double(Real(p.dt_min)) || active > double(Real(p.dt_max))) return Real(0);
-  if (!p.softplus || raw > Real(20)) return gradient;
-  return gradient / (Real(1) + Real(std::exp(-double(raw))));
+void slopes(const SsdChunkScanParams& p, const Steps<Real>& steps, Real* slope) {
+  for (int i = 0; i < steps.count; i += Lanes<Real>::kCount) {
+    store(slope + i, p.softplus ? sigmoid_of<Real>(load(steps.raw + i)) : splat(Real(1)));
+  }
+  const Real lowest = Real(p.dt_min), highest = Real(p.dt_max);
+  for (int i = 0; i < steps.count; ++i) {
+    if (p.softplus && steps.raw[i] > Real(20)) slope[i] = Real(1);  // softplus is its argument there
+    if (steps.active[i] < lowest || steps.active[i] > highest) slope[i] = Real(0);
+  }
 }
 
 // ddt of every step, from d_rate = crossing, from_C and from_B as they lie in the scratch.
@@ -266,11 +271,12 @@ void finish_steps(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace
     s.d_rate[t] = Real(double(s.d_rate[t]) + after + double(through));
   }
   Real* ddt = row_of<Real>(p.ddt, chunk.batch, chunk.start + piece.first, head);
+  slopes(p, s.steps, s.slope);
   for (int t = 0; t < count; ++t) {
     const Real d_rate = Real(double(s.d_rate[t]) + before);
     before += double(s.from_B[t]);
     const Real direct = dot(s.U + t * s.size.dims, s.x + t * s.size.dims, s.size.dims);
-    const Real gradient = through_activation(p, direct + rate * d_rate, s.steps.raw[t]);
+    const Real gradient = (direct + rate * d_rate) * s.slope[t];
     ddt[t * p.ddt.step] = gradient;
     dA += double(d_rate) * double(s.steps.dt[t]);
     dbias += double(gradient);
@@ -430,10 +436,9 @@ void sum_blocks(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<R
   const int64_t stride = p.batch * p.length * p.groups * p.states;
   for (int which = 0; which < 2; ++which) {
     const Real* partial = (which == 0 ? w.dB : w.dC) + row * p.states;
-    for (int32_t n = 0; n < p.states; ++n) {
-      Real total = partial[n];
-      for (int64_t block = 1; block < w.blocks; ++block) total += partial[block * stride + n];
-      s.row[n] = total;
+    std::memcpy(s.row, partial, size_t(p.states) * sizeof(Real));
+    for (int64_t block = 1; block < w.blocks; ++block) {
+      for (int32_t n = 0; n < p.states; ++n) s.row[n] += partial[block * stride + n];
     }
     write_row(which == 0 ? p.dB : p.dC, p.dtype, batch, step, group, s.row, p.states);
   }

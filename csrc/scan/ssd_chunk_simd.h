@@ -204,15 +204,16 @@ inline Fetch fetch_rows(const SsdTensor& t, const SsdChunkScanParams& p, int64_t
 // large sums are as exact as the sum of the steps between.
 template <class Real>
 struct Steps {
-  Real *raw, *dt;    // before and after softplus and clamp
-  Real *high, *low;  // cum
-  Real* from_start;  // exp(cum[i]): of the state before the piece, at step i
-  Real* to_end;      // exp(cum[last] - cum[i]): of step i, in the state after the piece
-  Real decay;        // exp(cum[last])
+  Real *raw, *active, *dt;  // before softplus, between it and the clamp, after it
+  Real *high, *low;         // cum
+  Real* from_start;         // exp(cum[i]): of the state before the piece, at step i
+  Real* to_end;             // exp(cum[last] - cum[i]): of step i, in the state after the piece
+  Real decay;               // exp(cum[last])
   int count;
 
   Steps(Arena& arena, const Extents<Real>& size) {
-    for (Real** part : {&raw, &dt, &high, &low, &from_start, &to_end}) *part = arena.take<Real>(size.steps);
+    for (Real** part : {&raw, &active, &dt, &high, &low, &from_start, &to_end})
+      *part = arena.take<Real>(size.steps);
   }
 
   // exp(cum[i] - cum[j]) for a vector of j.
@@ -226,13 +227,14 @@ inline double softplus_of(double x) { return x > 20 ? x : std::log1p(std::exp(x)
 template <class Real>
 void activate(const SsdChunkScanParams& p, Steps<Real>& s, const Extents<Real>& size) {
   for (int64_t i = 0; i < size.steps; i += Lanes<Real>::kCount) {
-    if (!p.softplus) {
-      store(s.dt + i, load(s.raw + i));
-    } else if constexpr (std::is_same_v<Real, double>) {
-      s.dt[i] = softplus_of(s.raw[i]);
+    Vector<Real> active = load(s.raw + i);
+    if constexpr (std::is_same_v<Real, double>) {
+      if (p.softplus) active = softplus_of(active);
     } else {
-      store(s.dt + i, softplus(load(s.raw + i)));
+      if (p.softplus) active = softplus(active);
     }
+    store(s.active + i, active);
+    store(s.dt + i, active);
   }
   const Real lowest = Real(p.dt_min), highest = Real(p.dt_max);
   for (int i = 0; i < s.count; ++i) {
