@@ -10,15 +10,15 @@ from tilewright.scan import dense
 
 
 def watched_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Makes our dense product the faster one here; returns the shapes of the inputs it will be given."""
+    """Makes our dense product the faster one here; returns the shapes of the rows it will be given."""
     shapes: list[tuple[int, ...]] = []
-    multiply = dense._multiply
+    matmul = dense._matmul
 
-    def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        shapes.append(tuple(x.shape))
-        return multiply(x, weight, bias)
+    def watched(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append(tuple(a.shape))
+        return matmul(a, b, bias)
 
     monkeypatch.setattr(dense, "is_better", lambda: True)
-    monkeypatch.setattr(dense, "_multiply", watched)
+    monkeypatch.setattr(dense, "_matmul", watched)
     monkeypatch.setattr(_C, "cpu_level", lambda: "avx512")
     return shapes

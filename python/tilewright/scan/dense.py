@@ -95,10 +95,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        times = F.linear if torch.is_grad_enabled() else product  # for a second derivative
         rows = grad.flatten(0, -2)
+        # torch's own is for a second derivative; what holds for one of the two products holds for the other.
+        times = _matmul if not torch.is_grad_enabled() and _takes(rows, weight.t()) else torch.mm
         return (
-            times(grad, weight.t()) if wants_x else None,
-            times(rows.t(), x.flatten(0, -2).t()) if wants_weight else None,
+            times(rows, weight).view(x.shape) if wants_x else None,
+            times(rows.t(), x.flatten(0, -2)) if wants_weight else None,
             rows.sum(0) if wants_bias else None,
         )

@@ -11,15 +11,15 @@ from ... import _backend
 from ..._library import define
 
 
-def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     out = _fake(a, b, bias)
     # Of the product, not of what tests exchange for it: there is no CUDA kernel to emulate.
     _backend._C.matmul(a, b, bias if bias is None else bias.contiguous(), out, _backend.num_threads())  # type: ignore[attr-defined]
     return out
 
 
-def _fake(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-define("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor", _matmul, _fake)
+define("matmul(Tensor a, Tensor b, Tensor? bias=None) -> Tensor", _matmul, _fake)
