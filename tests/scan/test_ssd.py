@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reference import ssd_chunk_scan as reference
-from tilewright import _C, scan
-from tilewright.scan import mamba_split_conv1d_scan_combined, ssd_chunk_scan
+from tilewright import _C
+from tilewright.scan import ssd_chunk_scan
 from tilewright.testing import emulated
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -656,7 +656,7 @@ def test_packing_needs_batch_1() -> None:
         )
 
 
-# ---- beside transformers, and the whole block ----
+# ---- beside transformers ----
 
 
 def test_transformers_chunk_scan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -671,110 +671,3 @@ def test_transformers_chunk_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     their_out, their_states = modeling.mamba2_chunk_scan(**renamed, **options)
     torch.testing.assert_close(out, their_out, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(states, their_states, rtol=1e-11, atol=1e-11)
-
-
-def plain_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    activation: str | None = None,
-) -> Tensor:
-    width = weight.shape[1]
-    out = torch.nn.functional.conv1d(x, weight[:, None], bias, padding=width - 1, groups=x.shape[1])
-    out = out[..., : x.shape[2]]
-    return out if activation is None else torch.nn.functional.silu(out)
-
-
-def split_inputs(heads: int, head_dim: int, groups: int, states: int, extra: int = 0) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).double()
-
-    dim, convolved = heads * head_dim, heads * head_dim + 2 * groups * states
-    return {
-        "zxbcdt": normal(2, 70, 2 * extra + dim + convolved + heads),
-        "conv1d_weight": normal(convolved, 4),
-        "conv1d_bias": normal(convolved),
-        "dt_bias": normal(heads),
-        "A": -normal(heads).abs(),
-        "D": normal(heads),
-        "chunk_size": 16,
-        "rmsnorm_weight": normal(dim),
-        "outproj_weight": normal(7, extra + dim),
-        "outproj_bias": normal(7),
-        "headdim": head_dim,
-        "ngroups": groups,
-    }
-
-
-def test_the_mixer_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of a Mamba-2 block behind its in_proj, result and gradients, in float64."""
-    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
-    config = modeling.Mamba2Config(
-        hidden_size=16, num_heads=4, head_dim=8, expand=2, state_size=8, n_groups=2, chunk_size=16,
-        num_hidden_layers=1, vocab_size=8,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    mixer = modeling.Mamba2Mixer(config, 0).double()
-    hidden = torch.randn(2, 70, 16, dtype=torch.float64)
-    monkeypatch.setattr(scan, "causal_conv1d", plain_conv, raising=False)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    to = torch.Tensor.to
-    monkeypatch.setattr(
-        torch.Tensor, "to",
-        lambda t, *a, **k: to(t, *[torch.float64 if i == torch.float32 else i for i in a], **k),
-    )  # fmt: skip
-    expected = mixer(hidden)
-    found = mamba_split_conv1d_scan_combined(
-        mixer.in_proj(hidden), mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, mixer.dt_bias,
-        -torch.exp(mixer.A_log), mixer.D, chunk_size=16, dt_limit=mixer.time_step_limit,
-        rmsnorm_weight=mixer.norm.weight, rmsnorm_eps=mixer.norm.variance_epsilon,
-        outproj_weight=mixer.out_proj.weight, outproj_bias=mixer.out_proj.bias, headdim=8, ngroups=2,
-        norm_before_gate=False,
-    )  # fmt: skip
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    parameters = list(mixer.parameters())
-    weight = torch.randn_like(expected)
-    for a, b in zip(
-        *(torch.autograd.grad(out, parameters, weight) for out in (found, expected)), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_the_block_without_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "causal_conv1d", plain_conv, raising=False)
-    inputs = split_inputs(2, 3, 1, 4, extra=5)
-    for name in ("rmsnorm_weight", "outproj_weight", "outproj_bias"):
-        del inputs[name]
-    out, states = mamba_split_conv1d_scan_combined(**inputs, return_final_states=True)
-    mlp, z, xBC, dt = inputs["zxbcdt"].split([10, 6, 14, 2], dim=-1)
-    xBC = plain_conv(xBC.mT, inputs["conv1d_weight"], inputs["conv1d_bias"], activation="silu").mT
-    x, B, C = xBC.split([6, 4, 4], dim=-1)
-    y, expected_states = reference.ssd_chunk_scan(
-        x.unflatten(-1, (2, 3)), dt, inputs["A"], B[:, :, None], C[:, :, None], inputs["D"],
-        z.unflatten(-1, (2, 3)), inputs["dt_bias"], dt_softplus=True,
-    )  # fmt: skip
-    expected = torch.cat([torch.nn.functional.silu(mlp[..., :5]) * mlp[..., 5:], y.flatten(-2)], -1)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(states, expected_states)
-    normed = mamba_split_conv1d_scan_combined(
-        **inputs, rmsnorm_weight=torch.ones(6).double(), norm_before_gate=True
-    )
-    assert normed.shape == out.shape
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"headdim": None}, "D must have shape"),
-        ({"headdim": 5, "D": torch.zeros(2, 3)}, r"D must have shape \(heads, headdim\)"),
-        ({"ngroups": 3}, "conv1d_weight must have heads"),
-        ({"zxbcdt": torch.zeros(1, 4, 21)}, "zxbcdt must have 22 columns"),
-        ({"zxbcdt": torch.zeros(4, 21)}, "zxbcdt must have 3 axes"),
-    ],
-)
-def test_wrong_arguments_of_the_block(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        mamba_split_conv1d_scan_combined(**split_inputs(2, 3, 1, 4) | changes)

@@ -3,9 +3,10 @@
 from .conv import causal_conv1d
 from .inner import mamba_inner
 from .linear import linear_scan
+from .mamba2 import mamba_split_conv1d_scan_combined
 from .norm import gated_rms_norm
 from .selective import selective_scan
-from .ssd import mamba_split_conv1d_scan_combined, ssd_chunk_scan
+from .ssd import ssd_chunk_scan
 from .step import mamba_step
 from .update import causal_conv1d_update, selective_state_update
 

@@ -62,6 +62,17 @@ def gated_rms_norm(
 
     Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060); as mamba_ssm's `rmsnorm_fn`, without bias.
     """
+    weight, eps, group_size = prepared(x, weight, z, eps, group_size, norm_before_gate)
+    arguments = (x, weight, None if z is None else z.to(x.dtype), eps, group_size, norm_before_gate)
+    if differentiates(x, weight, z):
+        return GatedRmsNorm.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _fwd(*arguments)[0]  # type: ignore[no-any-return]
+
+
+def prepared(
+    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int | None, norm_before_gate: bool
+) -> tuple[Tensor, float, int]:
+    """Weight, eps and group_size as the kernels take them, after all arguments have been checked."""
     _check_inputs(x, weight, z)
     if type(eps) is not float or not 0.0 <= eps < math.inf:  # in a decode step check_number would show
         eps = check_number("eps", eps, "[0, inf)")
@@ -74,17 +85,7 @@ def gated_rms_norm(
         raise ValueError(f"group_size must divide the {dim} channels of x, got {group_size}")
     if x.dtype == torch.float64 or weight.dtype not in (x.dtype, torch.float32):
         weight = weight.to(torch.promote_types(x.dtype, torch.float32))
-    arguments = (
-        x,
-        weight.contiguous(),
-        None if z is None else z.to(x.dtype),
-        eps,
-        group_size,
-        norm_before_gate,
-    )
-    if differentiates(x, weight, z):
-        return GatedRmsNorm.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-    return _fwd(*arguments)[0]  # type: ignore[no-any-return]
+    return weight.contiguous(), eps, group_size
 
 
 def _check_inputs(x: Any, weight: Any, z: Any) -> None:

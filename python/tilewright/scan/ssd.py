@@ -1,4 +1,4 @@
-"""The SSD scan of Mamba-2, and the whole Mamba-2 block tail built on it."""
+"""The SSD scan of Mamba-2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .._checks import (
     FLOATS,
@@ -16,13 +15,9 @@ from .._checks import (
     check_cu_seqlens,
     check_device,
     check_dtype,
-    check_number,
     check_shape,
     check_tensor,
 )
-from .conv import causal_conv1d, check_weight
-from .dense import linear
-from .norm import gated_rms_norm
 from .ops.ssd import SsdChunkScan
 
 
@@ -140,9 +135,9 @@ def ssd_chunk_scan(
 
     Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060).
     """
-    _check_sizes(x, dt, A, B, C)
+    check_sizes(x, dt, A, B, C)
     check_count("chunk_size", chunk_size)
-    _check_options(x, D, z, dt_bias)
+    check_options(x, D, z, dt_bias)
     lowest, highest = limits(dt_limit)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x.device, "x")
@@ -150,25 +145,19 @@ def ssd_chunk_scan(
             raise ValueError(f"cu_seqlens needs batch 1, got x of shape {tuple(x.shape)}")
     elif return_varlen_states:
         raise ValueError("return_varlen_states needs cu_seqlens, got None")
-    if seq_idx is not None:
-        check_tensor("seq_idx", seq_idx)
-        check_dtype("seq_idx", seq_idx, INTEGERS)
-        check_shape("seq_idx", seq_idx, x.shape[:2], "(batch, length)")
-        check_device("seq_idx", seq_idx, x.device, "x")
-        seq_idx = seq_idx.to(torch.int64).contiguous()
-    if state_dtype is not None and state_dtype not in FLOATS:
-        raise TypeError(f"state_dtype must be a floating-point dtype or None, got {state_dtype}")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    seq_idx = checked_seq_idx(seq_idx, x)
+    check_state_dtype(state_dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
     out, states = SsdChunkScan.apply(  # type: ignore[no-untyped-call]
         x,
         dt.to(wide),
         A.to(wide).contiguous(),
         B.to(x.dtype),
         C.to(x.dtype),
-        _weight(D, wide),
+        weight(D, wide),
         None if z is None else z.to(x.dtype),
-        _weight(dt_bias, wide),
-        _weight(_initial(initial_states, x, B, cu_seqlens), wide),
+        weight(dt_bias, wide),
+        weight(initial_states_of(initial_states, x, B, cu_seqlens), wide),
         seq_idx,
         None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
         bool(dt_softplus),
@@ -184,138 +173,8 @@ def ssd_chunk_scan(
     return (out, *[states] * wanted)
 
 
-@overload
-def mamba_split_conv1d_scan_combined(
-    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
-    chunk_size: int, initial_states: Tensor | None = ..., seq_idx: Tensor | None = ...,
-    dt_limit: tuple[float, float] = ..., return_final_states: Literal[False] = ...,
-    activation: str | None = ..., rmsnorm_weight: Tensor | None = ..., rmsnorm_eps: float = ...,
-    outproj_weight: Tensor | None = ..., outproj_bias: Tensor | None = ..., headdim: int | None = ...,
-    ngroups: int = ..., norm_before_gate: bool = ..., state_dtype: torch.dtype | None = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def mamba_split_conv1d_scan_combined(
-    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
-    chunk_size: int, initial_states: Tensor | None = ..., seq_idx: Tensor | None = ...,
-    dt_limit: tuple[float, float] = ..., *, return_final_states: Literal[True],
-    activation: str | None = ..., rmsnorm_weight: Tensor | None = ..., rmsnorm_eps: float = ...,
-    outproj_weight: Tensor | None = ..., outproj_bias: Tensor | None = ..., headdim: int | None = ...,
-    ngroups: int = ..., norm_before_gate: bool = ..., state_dtype: torch.dtype | None = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@overload
-def mamba_split_conv1d_scan_combined(
-    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
-    chunk_size: int, initial_states: Tensor | None = ..., seq_idx: Tensor | None = ...,
-    dt_limit: tuple[float, float] = ..., return_final_states: bool = ...,
-    activation: str | None = ..., rmsnorm_weight: Tensor | None = ..., rmsnorm_eps: float = ...,
-    outproj_weight: Tensor | None = ..., outproj_bias: Tensor | None = ..., headdim: int | None = ...,
-    ngroups: int = ..., norm_before_gate: bool = ..., state_dtype: torch.dtype | None = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
-def mamba_split_conv1d_scan_combined(
-    zxbcdt: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    chunk_size: int,
-    initial_states: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    return_final_states: bool = False,
-    activation: str | None = "silu",
-    rmsnorm_weight: Tensor | None = None,
-    rmsnorm_eps: float = 1e-6,
-    outproj_weight: Tensor | None = None,
-    outproj_bias: Tensor | None = None,
-    headdim: int | None = None,
-    ngroups: int = 1,
-    norm_before_gate: bool = True,
-    state_dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """All of a Mamba-2 block between its projections; arguments as mamba_ssm's function of this name.
-
-    The input is cut into z, (x, B, C) and dt; (x, B, C) go through the causal convolution; `ssd_chunk_scan`
-    follows, then the gated RMS norm (or, without its weight, the gate alone) and the output projection.
-
-    Args:
-        zxbcdt: ``(batch, length, 2 * extra + 2 * dim + 2 * ngroups * state + heads)``, dim = heads * headdim.
-            The first 2 * extra columns, if any, become ``silu(first half) * second half`` in front of the
-            result.
-        conv1d_weight: ``(dim + 2 * ngroups * state, width)``.
-        conv1d_bias: ``(dim + 2 * ngroups * state,)`` or None.
-        dt_bias: ``(heads,)``.
-        A: ``(heads,)``.
-        D: ``(heads,)``, then `headdim` is needed, or ``(heads, headdim)``.
-        chunk_size: as in `ssd_chunk_scan`, which also explains initial_states, seq_idx, dt_limit,
-            return_final_states and state_dtype. The convolution starts from zeros.
-        initial_states: ``(batch, heads, headdim, state)``.
-        seq_idx: ``(batch, length)``, int32 or int64.
-        dt_limit: smallest and largest dt.
-        return_final_states: also return the final states.
-        activation: of the convolution: None, "silu" or "swish".
-        rmsnorm_weight: ``(dim,)``. None: no norm.
-        rmsnorm_eps: added to the mean square.
-        outproj_weight: ``(out, extra + dim)``. None: no projection.
-        outproj_bias: ``(out,)``, only with `outproj_weight`.
-        headdim: channels in a head.
-        ngroups: groups of B and C, and of the norm.
-        norm_before_gate: ``norm(y) * silu(z)``, else ``norm(y * silu(z))``.
-        state_dtype: dtype in which states are returned.
-
-    Returns:
-        ``(batch, length, extra + dim)``, or ``(batch, length, out)``; with the final states if asked.
-
-    Raises:
-        TypeError, ValueError: as `ssd_chunk_scan` and `causal_conv1d`, and for sizes that do not add up.
-
-    Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060).
-    """
-    heads, head_dim, states, extra = _split_sizes(zxbcdt, conv1d_weight, D, headdim, ngroups)
-    dim, both = heads * head_dim, ngroups * states
-    _check_tail(zxbcdt, extra + dim, outproj_weight, outproj_bias)
-    if rmsnorm_weight is not None:
-        check_tensor("rmsnorm_weight", rmsnorm_weight)
-        check_dtype("rmsnorm_weight", rmsnorm_weight, FLOATS)
-        check_device("rmsnorm_weight", rmsnorm_weight, zxbcdt.device, "zxbcdt")
-        check_shape("rmsnorm_weight", rmsnorm_weight, (dim,), "(dim,)")
-        rmsnorm_eps = check_number("rmsnorm_eps", rmsnorm_eps, "[0, inf)")
-    mlp, z, xBC, dt = torch.split(zxbcdt, [2 * extra, dim, dim + 2 * both, heads], dim=-1)
-    check_dtype("zxbcdt", zxbcdt, FLOATS)
-    check_weight(conv1d_weight, conv1d_bias, xBC.transpose(1, 2), "conv1d_")
-    xBC = causal_conv1d(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
-    x, B, C = torch.split(xBC.transpose(1, 2), [dim, both, both], dim=-1)
-    gate = _split_last(z, heads, head_dim) if rmsnorm_weight is None else None
-    scanned = ssd_chunk_scan(
-        _split_last(x, heads, head_dim),
-        dt,
-        A,
-        _split_last(B, ngroups, states),
-        _split_last(C, ngroups, states),
-        chunk_size,
-        D=D,
-        z=gate,
-        dt_bias=dt_bias,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        dt_softplus=True,
-        dt_limit=dt_limit,
-        return_final_states=return_final_states,
-        state_dtype=state_dtype,
-    )
-    out, final_states = scanned if isinstance(scanned, tuple) else (scanned, None)
-    out = out.flatten(-2)
-    if rmsnorm_weight is not None:
-        out = gated_rms_norm(out, rmsnorm_weight, z, rmsnorm_eps, dim // ngroups, norm_before_gate)
-    if extra > 0:
-        first, second = mlp.chunk(2, dim=-1)
-        out = torch.cat([F.silu(first) * second, out], dim=-1)
-    if outproj_weight is not None:
-        out = linear(out, outproj_weight, outproj_bias)
-    return (out, final_states) if return_final_states else out
-
-
-def _check_sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+def check_sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+    """Refuses inputs that do not fit each other."""
     for name, value in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C)):
         check_tensor(name, value)
         check_dtype(name, value, FLOATS)
@@ -340,7 +199,8 @@ def _check_sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None
     check_shape("C", C, B.shape, "that of B")
 
 
-def _check_options(x: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> None:
+def check_options(x: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> None:
+    """Refuses those that do not fit x, which has been checked."""
     for name, value in (("D", D), ("z", z), ("dt_bias", dt_bias)):
         if value is not None:
             check_tensor(name, value)
@@ -358,6 +218,23 @@ def _check_options(x: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tenso
         check_shape("dt_bias", dt_bias, (heads,), "(heads,)")
 
 
+def checked_seq_idx(seq_idx: Tensor | None, x: Tensor) -> Tensor | None:
+    """As the kernels read them."""
+    if seq_idx is None:
+        return None
+    check_tensor("seq_idx", seq_idx)
+    check_dtype("seq_idx", seq_idx, INTEGERS)
+    check_shape("seq_idx", seq_idx, x.shape[:2], "(batch, length)")
+    check_device("seq_idx", seq_idx, x.device, "x")
+    return seq_idx.to(torch.int64).contiguous()
+
+
+def check_state_dtype(state_dtype: torch.dtype | None) -> None:
+    """Refuses what states cannot be returned in."""
+    if state_dtype is not None and state_dtype not in FLOATS:
+        raise TypeError(f"state_dtype must be a floating-point dtype or None, got {state_dtype}")
+
+
 def limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
     """The smallest and largest step size, as two numbers."""
     try:
@@ -369,7 +246,9 @@ def limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
     return lowest, highest
 
 
-def _initial(states: Tensor | None, x: Tensor, B: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+def initial_states_of(
+    states: Tensor | None, x: Tensor, B: Tensor, cu_seqlens: Tensor | None
+) -> Tensor | None:
     """The initial states of every sequence."""
     if states is None:
         return None
@@ -388,69 +267,6 @@ def _initial(states: Tensor | None, x: Tensor, B: Tensor, cu_seqlens: Tensor | N
     return states
 
 
-def _weight(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def weight(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A weight or state as the kernels read it."""
     return None if value is None else value.to(dtype).contiguous()
-
-
-def _split_sizes(
-    zxbcdt: Tensor, conv1d_weight: Tensor, D: Tensor, headdim: int | None, ngroups: int
-) -> tuple[int, int, int, int]:
-    """Heads, channels in a head, states, and half of the columns in front that are not the scan's."""
-    for name, value, axes in (("zxbcdt", zxbcdt, 3), ("conv1d_weight", conv1d_weight, 2)):
-        check_tensor(name, value)
-        if value.dim() != axes:
-            raise ValueError(f"{name} must have {axes} axes, got shape {tuple(value.shape)}")
-    check_tensor("D", D)
-    check_count("ngroups", ngroups)
-    if headdim is not None:
-        check_count("headdim", headdim)
-    if D.dim() == 2:
-        if headdim is not None and headdim != D.shape[1]:
-            raise ValueError(f"D must have shape (heads, headdim) = (heads, {headdim}), got {tuple(D.shape)}")
-        heads, headdim = D.shape
-    elif D.dim() != 1 or headdim is None:
-        raise ValueError(
-            f"D must have shape (heads, headdim), or (heads,) with headdim given; got shape {tuple(D.shape)} "
-            f"and headdim {headdim}"
-        )
-    else:
-        heads = D.shape[0]
-    dim, convolved = heads * headdim, conv1d_weight.shape[0]
-    if convolved <= dim or (convolved - dim) % (2 * ngroups) != 0:
-        raise ValueError(
-            f"conv1d_weight must have heads * headdim + 2 * ngroups * state rows, got {convolved} for "
-            f"{heads} heads of {headdim} and {ngroups} groups"
-        )
-    extra = zxbcdt.shape[2] - dim - convolved - heads
-    if extra < 0 or extra % 2 != 0:
-        raise ValueError(
-            f"zxbcdt must have {dim + convolved + heads} columns, or an even number more, "
-            f"got {zxbcdt.shape[2]}"
-        )
-    return heads, headdim, (convolved - dim) // (2 * ngroups), extra // 2
-
-
-def _check_tail(x: Tensor, columns: int, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Refuses an output projection that torch would refuse in other words, after the scan."""
-    if weight is None:
-        if bias is not None:
-            raise ValueError("outproj_bias is given, but outproj_weight is None: it would have no effect")
-        return
-    check_tensor("outproj_weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != columns:
-        raise ValueError(
-            f"outproj_weight must have shape (out, extra + dim) = (out, {columns}), got {tuple(weight.shape)}"
-        )
-    given = [("outproj_weight", weight)]
-    if bias is not None:
-        check_tensor("outproj_bias", bias)
-        check_shape("outproj_bias", bias, weight.shape[:1], "(out,)")
-        given.append(("outproj_bias", bias))
-    for name, value in given:
-        check_device(name, value, x.device, "zxbcdt")
-        if not torch.is_autocast_enabled(x.device.type):
-            check_dtype(name, value, (x.dtype,))
-
-
-def _split_last(t: Tensor, outer: int, inner: int) -> Tensor:
-    return t.view(*t.shape[:-1], outer, inner)
