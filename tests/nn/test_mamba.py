@@ -352,6 +352,26 @@ def test_initial_weights() -> None:
     assert tw.nn.Mamba2(64, device="meta").A_log.is_meta
 
 
+@pytest.mark.parametrize("kind", ["mamba2", "mamba2-mlp"])
+def test_a_norm_that_someone_looks_at_is_called(kind: str) -> None:
+    """Else it is one step with convolution and scan: the same bits, gradients included."""
+    module, calls = MODULES[kind][0](), []
+    x = inputs(module)
+
+    def run() -> list[Tensor]:
+        out = module(x)
+        return [out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))]
+
+    in_one = run()
+    module.norm.register_forward_hook(lambda *arguments: calls.append("hook"))
+    assert all(torch.equal(a, b) for a, b in zip(run(), in_one, strict=True))
+    assert calls == ["hook"]
+    module.norm.__class__ = type(
+        "Other", (RMSNormGated,), {"forward": lambda self, y, z: torch.zeros_like(y)}
+    )
+    assert not module(x)[0].equal(in_one[0][0])
+
+
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 def test_gated_norm(norm_before_gate: bool) -> None:
     norm = shaken(RMSNormGated(12, group_size=4, norm_before_gate=norm_before_gate))

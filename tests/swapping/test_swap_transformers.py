@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import tilewright as tw
 from ranks import run_ranks
+from tilewright.swapping import transformers
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -468,6 +469,35 @@ def test_gated_norms_with_hooks_or_methods_of_their_own_are_called() -> None:
     own = others[0] if others else first
     own.__class__ = type("Other", (type(own),), {"forward": lambda self, y, z: y.new_zeros(y.shape)})
     assert not torch.allclose(logits(model, ids), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*GATED_NORMS, "falcon_h1"])
+def test_between_the_projections_is_one_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where someone looks at the norm, it is called."""
+    model, ids = tiny(family).train(), tokens()
+    tw.swap(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    one_step, taken = transformers.mamba2_inner, []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        taken.append(1)
+        return one_step(*arguments, **options)
+
+    def run() -> list[Tensor]:
+        taken.clear()
+        out = model(ids, use_cache=False).logits
+        return [out, *torch.autograd.grad(out.square().sum(), parameters, materialize_grads=True)]
+
+    monkeypatch.setattr(transformers, "mamba2_inner", counted)
+    expected, norms = run(), gated_norms(model)
+    mixers = len(taken)
+    assert mixers == sum(hasattr(module, "A_log") for module in model.modules())
+    for norm in norms:
+        norm.register_forward_hook(lambda *arguments: None)
+    found = run()
+    assert len(taken) == mixers - len(norms)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * max(other.abs().max(), 1)
 
 
 def plain_norms(model: nn.Module) -> dict[str, nn.Module]:

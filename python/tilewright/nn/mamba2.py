@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from .. import scan
 from .._checks import check_count, check_tensor, suggests_keywords
 from ..scan.conv import MAX_WIDTH
+from ..scan.mamba2 import GatedNorm, mamba2_inner
 from ..scan.ssd import limits
 from .inference import conv_step, keep_last, states_of
-from .mamba import check_tokens, initial_dt_bias, projected, wide, width_of
+from .mamba import check_tokens, initial_dt_bias, projected, runs_its_forward_alone, wide, width_of
 from .packing import packing_of
 
 
@@ -229,9 +230,20 @@ class Mamba2(nn.Module):
 
     def _whole(self, rows: Tensor, seq_idx: Tensor | None) -> Tensor:
         """An input without a cache."""
-        mlp, z, xbc, dt = self._parts(projected(self.in_proj, rows))
-        y = self._scan(self._convolved(xbc, seq_idx, None), dt, z, seq_idx=seq_idx)
-        return self._projected(y.flatten(2), z, mlp)
+        zxbcdt, norm = projected(self.in_proj, rows), self._gated_norm()
+        if self.rmsnorm and norm is None:
+            mlp, z, xbc, dt = self._parts(zxbcdt)
+            y = self._scan(self._convolved(xbc, seq_idx, None), dt, z, seq_idx=seq_idx)
+            return self._projected(y.flatten(2), z, mlp)
+        mlp_part = None
+        if (extra := 2 * (self.d_inner - self.d_ssm)) > 0:
+            mlp_part, zxbcdt = torch.split(zxbcdt, [extra, zxbcdt.shape[-1] - extra], dim=-1)
+        y, _ = mamba2_inner(
+            zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, -torch.exp(wide(self.A_log)),
+            self._skip(), self.dt_bias, self.nheads, self.ngroups, norm, seq_idx=seq_idx,
+            dt_limit=self.dt_limit,
+        )  # fmt: skip
+        return self._with_mlp(y, mlp_part)
 
     def _cached(self, rows: Tensor, inference_params: Any) -> Tensor:
         """An input that starts or goes on with the states kept."""
@@ -284,14 +296,22 @@ class Mamba2(nn.Module):
     def _projected(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
         """Norm, the MLP's part beside it, and the last projection."""
         if self.rmsnorm:
-            y = self._normed(y, z)
-        if mlp.shape[-1]:
+            norm = self._gated_norm()
+            y = self.norm(y, z) if norm is None else scan.gated_rms_norm(y, norm.weight, z, *norm[1:])
+        return self._with_mlp(y, mlp)
+
+    def _with_mlp(self, y: Tensor, mlp: Tensor | None) -> Tensor:
+        if mlp is not None and mlp.shape[-1]:
             gate, value = mlp.chunk(2, dim=-1)
             y = torch.cat([F.silu(gate) * value, y], dim=-1)
         return projected(self.out_proj, y)
 
-    def _normed(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.norm(y, z)  # type: ignore[no-any-return]
+    def _gated_norm(self) -> GatedNorm | None:
+        """What the norm computes; None where there is none, or calling it does more or other things."""
+        if not (self.rmsnorm and type(self.norm) is RMSNormGated and runs_its_forward_alone(self.norm)):
+            return None
+        norm = self.norm
+        return GatedNorm(norm.weight, norm.eps, norm.group_size, norm.norm_before_gate)
 
     def _get_states_from_cache(
         self, inference_params: Any, batch_size: int, initialize_states: bool = False

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from .. import _backend
 from ..nn import Mamba, Mamba2
-from ..scan import gated_rms_norm
 from ..scan.conv import MAX_WIDTH
+from ..scan.mamba2 import GatedNorm
 from .instances import Layer
 
 _METHODS = ("forward", "step", "allocate_inference_cache", "_get_states_from_cache")
 _MAMBA = (*_METHODS, "_projected")
-_MAMBA2 = (*_METHODS, "_whole", "_cached", "_parts", "_convolved", "_heads", "_scan", "_skip", "_projected")
+_MAMBA2 = (
+    *_METHODS, "_whole", "_cached", "_parts", "_convolved", "_heads", "_scan", "_skip", "_projected",
+    "_with_mlp",
+)  # fmt: skip
 
 
 def layer_of(cls: type) -> Layer | None:
@@ -24,7 +25,7 @@ def layer_of(cls: type) -> Layer | None:
         return Layer("selective_scan", {name: getattr(Mamba, name) for name in _MAMBA}, _states)
     if name == ("mamba_ssm.modules.mamba2", "Mamba2"):
         methods = {name: getattr(Mamba2, name) for name in _MAMBA2}
-        return Layer("ssd_chunk_scan", {**methods, "_normed": _normed}, _distributed)
+        return Layer("ssd_chunk_scan", {**methods, "_gated_norm": _gated_norm}, _distributed)
     return None
 
 
@@ -47,9 +48,9 @@ def _width(module: Any) -> str | None:
     return None
 
 
-def _normed(self: Any, y: Tensor, z: Tensor) -> Tensor:
+def _gated_norm(self: Any) -> GatedNorm | None:
     """mamba_ssm's own gated norm is a Triton kernel, which runs on no CPU; others are called."""
-    norm = self.norm
+    norm: Any = getattr(self, "norm", None)
     if (type(norm).__module__, type(norm).__name__) != ("mamba_ssm.ops.triton.layernorm_gated", "RMSNorm"):
-        return norm(y, z)  # type: ignore[no-any-return]
-    return gated_rms_norm(y, norm.weight, z, norm.eps, norm.group_size, norm.norm_before_gate)
+        return None
+    return GatedNorm(norm.weight, norm.eps, norm.group_size, norm.norm_before_gate)

@@ -26,6 +26,7 @@ from ..nn.inference import conv_step
 from ..nn.mamba import can_fuse, can_step, projected, runs_its_forward_alone, step_of, wide, without_bias
 from ..nn.packing import Packing, packing_of
 from ..scan.conv import MAX_WIDTH
+from ..scan.mamba2 import GatedNorm, mamba2_inner
 from .instances import Layer, Methods
 
 _ARGUMENTS = ["self", "hidden_states", "cache_params", "attention_mask"]
@@ -221,6 +222,14 @@ def _mamba2_forward(
         zxbcdt = projected(self.in_proj, hidden_states * self.ssm_in_multiplier) * self.mup_vector
     else:
         zxbcdt = projected(self.in_proj, hidden_states)
+    norm = _gated_norm(self.norm) if _has_norm(self) else None
+    if cache_params is None and mask is None and (norm is not None or not _has_norm(self)):
+        y, _ = mamba2_inner(
+            zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, -torch.exp(wide(self.A_log)), self.D,
+            self.dt_bias, self.num_heads, self.n_groups, norm,
+            seq_idx=None if packing is None else packing.seq_idx, dt_limit=self.time_step_limit,
+        )  # fmt: skip
+        return projected(self.out_proj, y)
     z, xbc, dt = zxbcdt.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
     conv_state, state = _cached(self, cache_params, length)
     if conv_state is not None and state is not None:
@@ -276,16 +285,21 @@ def _has_norm(self: Any) -> bool:
     return bool(getattr(self, "mamba_rms_norm", True))  # FalconH1 can do without
 
 
-def _normed(norm: Any, y: Tensor, z: Tensor) -> Tensor:
+def _normed(module: Any, y: Tensor, z: Tensor) -> Tensor:
     """The gated norm in one pass, if its class is known to do no more."""
-    cls = type(norm)
+    norm = _gated_norm(module)
+    return module(y, z) if norm is None else scan.gated_rms_norm(y, norm.weight, z, *norm[1:])
+
+
+def _gated_norm(module: Any) -> GatedNorm | None:
+    """What a gated norm computes; None where its class is not known, or calling it does more."""
+    cls = type(module)
     known = cls.__name__ in _GATED_NORMS and cls.__module__.startswith("transformers.models.")
-    if not (known and runs_its_forward_alone(norm)):
-        return norm(y, z)  # type: ignore[no-any-return]
-    own = vars(norm)  # asking a module for what it does not have costs microseconds
-    group_size = own.get("group_size") or y.shape[-1] // own.get("n_groups", 1)  # FalconH1's are counted
-    before = own.get("norm_before_gate", False)
-    return scan.gated_rms_norm(y, norm.weight, z, own["variance_epsilon"], group_size, before)
+    if not (known and runs_its_forward_alone(module)):
+        return None
+    weight, own = module.weight, vars(module)  # asking for what it does not have costs microseconds
+    group_size = own.get("group_size") or weight.shape[0] // own.get("n_groups", 1)  # FalconH1's are counted
+    return GatedNorm(weight, own["variance_epsilon"], group_size, own.get("norm_before_gate", False))
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
