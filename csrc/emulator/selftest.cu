@@ -548,6 +548,7 @@ Floats float_math(const std::string& name, const Floats& a, const Floats& b, con
       {"sqrt_approx", [](float x, float, float) { return sqrt_approx(x); }},
       {"rsqrt_approx", [](float x, float, float) { return rsqrt_approx(x); }},
       {"exp2_approx", [](float x, float, float) { return exp2_approx(x); }},
+      {"exp2_polynomial", [](float x, float, float) { return exp2_polynomial(x); }},
       {"exp", [](float x, float, float) { return exp(x); }},
       {"log1p", [](float x, float, float) { return log1p(x); }},
       {"log2", [](float x, float, float) { return log2(x); }},
@@ -556,6 +557,8 @@ Floats float_math(const std::string& name, const Floats& a, const Floats& b, con
       {"cospi", [](float x, float, float) { return sincospi(x).cosine; }},
       {"min", [](float x, float y, float) { return min(x, y); }},
       {"max", [](float x, float y, float) { return max(x, y); }},
+      {"min_nan", [](float x, float y, float) { return min_nan(x, y); }},
+      {"max_nan", [](float x, float y, float) { return max_nan(x, y); }},
       {"float_bits", [](float x, float, float) { return bits_float(float_bits(x) ^ 0x80000000u); }}};
   return run_math(choose(functions, name), a, b, c);
 }

@@ -308,6 +308,8 @@ FLOAT_MATH = {
     "exp2_approx": lambda a, b, c: np.exp2(a.astype(np.float64)).astype(np.float32),
     "min": lambda a, b, c: np.fmin(a, b),
     "max": lambda a, b, c: np.fmax(a, b),
+    "min_nan": lambda a, b, c: np.minimum(a, b),
+    "max_nan": lambda a, b, c: np.maximum(a, b),
     "float_bits": lambda a, b, c: -a,
 }
 
@@ -337,6 +339,30 @@ def test_accurate_math(name):
         expected = ACCURATE_MATH[name](a.astype(np.float64)).astype(np.float32)
     result = np.array(selftest.float_math(name, a, b, c), np.float32)
     np.testing.assert_allclose(result, expected, rtol=2e-7, atol=1e-15)
+
+
+def exp2_polynomial(values):
+    zeros = np.zeros_like(values)
+    return np.array(selftest.float_math("exp2_polynomial", values, zeros, zeros), np.float32)
+
+
+def test_exp2_polynomial_is_as_accurate_as_the_special_function_unit():
+    spread = np.linspace(-125.5, 127.99, 100_001).astype(np.float32)
+    small = np.geomspace(2.0**-149, 1, 20_001).astype(np.float32)
+    halves = np.arange(-250, 256, dtype=np.float32) / 2
+    for values in (spread, small, -small, np.nextafter(halves, 200), np.nextafter(halves, -200)):
+        values = values[(values > -125.5) & (values < 128)]
+        expected = np.exp2(values.astype(np.float64))
+        assert np.abs(exp2_polynomial(values) / expected - 1).max() < 2.0**-22
+
+
+def test_exp2_polynomial_at_the_ends():
+    whole = np.arange(-125, 128, dtype=np.float32)
+    np.testing.assert_array_equal(exp2_polynomial(whole), np.exp2(whole.astype(np.float64)))
+    values = np.float32([128, 129.5, 130, 255, 3.4e38, np.inf, -125.51, -126, -149, -3.4e38, -np.inf, np.nan])
+    expected = np.float32([*6 * [np.inf], *5 * [0], np.nan])
+    np.testing.assert_array_equal(exp2_polynomial(values), expected)
+    assert not np.signbit(exp2_polynomial(values)[6:11]).any()
 
 
 def test_fma_rounds_once():
