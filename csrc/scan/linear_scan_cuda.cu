@@ -22,7 +22,8 @@
 namespace tilewright::scan {
 namespace {
 
-constexpr int kAcrossThreads = 64, kAlongThreads = kMaxWarps * device::kWarpSize, kCarryThreads = 64;
+constexpr int kAcrossThreads = TW_TUNED(LINEAR_SCAN_ACROSS_THREADS, 64),
+              kAlongThreads = kMaxWarps * device::kWarpSize, kCarryThreads = 64;
 constexpr int kRowsOfOneWarp = 4;  // rows of a block where each has one warp
 constexpr int64_t kMaxGrid = int64_t{1} << 30;
 
@@ -31,9 +32,12 @@ constexpr int64_t kMaxGrid = int64_t{1} << 30;
 template <bool kBackward, class T>
 struct Across {
   using Scalar = typename Numbers<T>::Scalar;
-  static constexpr int kWidth = 8 / sizeof(T);
+  static constexpr int kWidth = across_width(sizeof(T));
+  static constexpr int kGroups =
+      kBackward ? TW_TUNED(LINEAR_SCAN_ACROSS_GROUPS_BACKWARD, 4) : TW_TUNED(LINEAR_SCAN_ACROSS_GROUPS, 5);
   using Cell = device::Vector<T, kWidth>;
-  using Raw = device::Vector<uint32_t, 2>;  // a cell on its way: 16-bit numbers would take a register each
+  using Raw = device::Vector<uint32_t, sizeof(Cell) / 4>;  // a cell on its way: 16-bit numbers would take a
+                                                           // register each
   static_assert(sizeof(Cell) == sizeof(Raw));
   struct Loaded {
     Raw a, x, h;
@@ -158,7 +162,7 @@ struct Across {
     const bool whole = count == kWidth && is_whole(row.a) && is_whole(row.x) && is_whole(row.h) &&
                        is_whole(row.y) && is_whole(row.da);
     if (whole) {
-      walk<true, kBackward ? 4 : 5>(q, row, segment, count, total);
+      walk<true, kGroups>(q, row, segment, count, total);
     } else {
       walk<false, 1>(q, row, segment, count, total);
     }
@@ -179,7 +183,12 @@ __global__ void __launch_bounds__(kAcrossThreads) across_kernel(const __grid_con
 
 // ---- along: warps share a row ----
 
-constexpr int kTurns = 2;  // what one tile's warps still read, the next one's do not write
+// Tiles on their way; registers limit them.
+constexpr int kTilesAhead = TW_TUNED(LINEAR_SCAN_ALONG_AHEAD, 2);
+constexpr int kTilesAheadBackward = TW_TUNED(LINEAR_SCAN_ALONG_AHEAD_BACKWARD, 1);
+// What one tile's warps still read, the next one's do not write.
+constexpr int kTurns = kTilesAhead > 2 ? kTilesAhead : 2;
+static_assert(kTurns % kTilesAhead == 0 && kTurns % kTilesAheadBackward == 0);
 
 template <class Scalar>
 struct Smem {
@@ -191,7 +200,7 @@ template <bool kBackward, class T>
 struct Along {
   using Scalar = typename Numbers<T>::Scalar;
   static constexpr int kWidth = 16 / sizeof(T);
-  static constexpr int kAhead = kBackward ? 1 : 2;  // tiles on their way; registers limit them
+  static constexpr int kTiles = kBackward ? kTilesAheadBackward : kTilesAhead;
   using Cell = device::Vector<T, kWidth>;
   using Words = device::Vector<uint32_t, 4>;  // a cell on its way: 16-bit numbers would take a register each
   static_assert(sizeof(Cell) == sizeof(Words));
@@ -375,13 +384,13 @@ struct Along {
     if (kBackward && row.da.data != nullptr) write(row.da, piece.s, piece.count, da);
   }
 
-  // One tile: what is loaded is composed, and the tile kAhead on is called for.
+  // One tile: what is loaded is composed, and the tile kTiles on is called for.
   static __device__ __forceinline__ void visit(const Params& q, const Row<T>& row, const Segment& segment,
                                                int warp, Smem<Scalar>& smem, int turn, Loaded& loaded,
                                                Map<Scalar>& carry) {
     const int64_t tile = int64_t{q.warps} * device::kWarpSize * kWidth;
     const Piece piece = piece_of(loaded, q.p.descending, row, segment);
-    loaded = fetch(row, segment, loaded.s + kAhead * tile, q.p.descending);
+    loaded = fetch(row, segment, loaded.s + kTiles * tile, q.p.descending);
     Map<Scalar> total;
     const Map<Scalar> before = compose_warp(compose(piece), total);
     Map<Scalar> entered = carry, left = then(carry, total);
@@ -418,13 +427,13 @@ struct Along {
     const int64_t first = segment.begin + (warp * device::kWarpSize + device::lane_id()) * kWidth;
     Map<Scalar> carry = identity<Scalar>();
     carry.b = entering<kBackward>(q, row, slot, 0, 0);
-    Loaded loaded[kAhead];
+    Loaded loaded[kTiles];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) loaded[i] = fetch(row, segment, first + i * tile, q.p.descending);
+    for (int i = 0; i < kTiles; ++i) loaded[i] = fetch(row, segment, first + i * tile, q.p.descending);
     for (int64_t done = segment.begin; done < segment.end; done += kTurns * tile) {
 #pragma unroll
       for (int i = 0; i < kTurns; ++i) {
-        if (done + i * tile < segment.end) visit(q, row, segment, warp, smem, i, loaded[i % kAhead], carry);
+        if (done + i * tile < segment.end) visit(q, row, segment, warp, smem, i, loaded[i % kTiles], carry);
       }
     }
     if (warp == 0 && device::lane_id() == 0) leave(q, row, segment, slot, 0, 0, carry);

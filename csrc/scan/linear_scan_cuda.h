@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/integers.h"
+#include "core/tune.h"
 #include "device/half.h"
 #include "device/memory.h"
 #include "device/warp.h"
@@ -122,7 +123,12 @@ struct Params {
       *map_b;  // [slot][channel] of the accumulator's dtype; map_b becomes the state before the chunk
 };
 
-constexpr int kMaxWarps = 8;  // of a row
+constexpr int kMaxWarps = 8;                                         // of a row
+constexpr int kAcrossBytes = TW_TUNED(LINEAR_SCAN_ACROSS_BYTES, 8);  // of neighbours that a thread owns
+
+// Across: of neighbours; a number of 8 bytes is one whatever the constant says.
+constexpr int across_width(int bytes) { return kAcrossBytes > bytes ? kAcrossBytes / bytes : 1; }
+
 // Shapes alone decide how work is cut, so that results do not depend on the GPU. These numbers suit 132
 // multiprocessors.
 constexpr int64_t kFewThreads = 6144, kEnoughThreads = 24576, kMaxChunks = 2048, kMinSteps = 64;
@@ -131,7 +137,7 @@ constexpr int64_t kFewRows = 128, kEnoughWarps = 2112, kEnoughBlocks = 528, kMin
 void plan_across(Params& q) {
   const LinearScanParams& p = q.p;
   q.rows = p.outer;
-  q.groups = divide_up(p.inner, 8 / itemsize(p.dtype));
+  q.groups = divide_up(p.inner, across_width(int(itemsize(p.dtype))));
   const int64_t threads = p.sequences * q.rows * q.groups;
   if (threads == 0 || threads >= kFewThreads) return;
   const int64_t wanted = divide_up(kEnoughThreads, threads);

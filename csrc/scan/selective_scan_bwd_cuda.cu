@@ -14,6 +14,7 @@
 //
 // Roofline for every channel and step, 16-bit tensors, N states, with z: 14 bytes and 8 N / 128 of partial
 // sums; 3 N + 9 special functions and about 25 N instructions: N = 16 is bound by both.
+#include "scan/selective_scan_backward_tiles.h"
 #include "scan/selective_scan_plan.h"
 #include "scan/selective_scan_staging.h"
 
@@ -186,7 +187,7 @@ struct Block {
     for (int i = 0; i < kStates; ++i) {
 #pragma unroll
       for (int k = 0; k < kChannels; ++k)
-        r.h[k][i] = mul_add(decay(dt[k], r.A[k][i]), r.h[k][i], drive[k], r.B[i]);
+        r.h[k][i] = mul_add(decay_of<TileOf>(i, dt[k], r.A[k][i]), r.h[k][i], drive[k], r.B[i]);
     }
     clear_absent(r.h, l, geometry);
   }
@@ -258,7 +259,7 @@ struct Block {
     for (int i = 0; i < kStates; ++i) {
 #pragma unroll
       for (int k = 0; k < kChannels; ++k) {
-        const State lam = r.e[k][i], e = conj_mul(decay(dt[k], r.A[k][i]), lam);
+        const State lam = r.e[k][i], e = conj_mul(decay_of<TileOf>(i, dt[k], r.A[k][i]), lam);
         const State rate_gradient = conj_mul(before[k][i], e);
         s[2 * k] = dot_add(r.B[i], lam, s[2 * k]);
         s[2 * k + 1] = rate_dot_add(r.A[k][i], rate_gradient, s[2 * k + 1]);
@@ -509,7 +510,7 @@ struct Block {
 };
 
 template <class TileOf>
-__global__ void __launch_bounds__(TileOf::kMaxThreads, 256 / TileOf::kMaxThreads)
+__global__ void __launch_bounds__(TileOf::kMaxThreads, TileOf::kBlocks)
     gradient_kernel(const __grid_constant__ ScanLaunch l) {
   const Geometry<TileOf> geometry(l);
   Smem<TileOf>& smem = device::shared_memory<Smem<TileOf>>();

@@ -7,6 +7,8 @@
 //   each part from its c   (the kernels of the forward or backward pass)
 //
 // The gradient's recurrence e[t] = conj(a[t]) (e[t+1] + conj(C[t]) g[t]) goes the same way from the end.
+#include "scan/selective_scan_backward_tiles.h"
+#include "scan/selective_scan_forward_tiles.h"
 #include "scan/selective_scan_plan.h"
 #include "scan/selective_scan_staging.h"
 

@@ -35,6 +35,9 @@ __device__ __forceinline__ float scaled_rate(float A) { return A * kLog2E; }
 __device__ __forceinline__ Complex scaled_rate(Complex A) { return {A.re * kLog2E, A.im * kInversePi}; }
 
 __device__ __forceinline__ float decay(float dt, float rate) { return device::exp2_approx(dt * rate); }
+__device__ __forceinline__ float decay_by_polynomial(float dt, float rate) {
+  return device::exp2_polynomial(dt * rate);
+}
 __device__ __forceinline__ Complex decay(float dt, Complex rate) {
   const float magnitude = device::exp2_approx(dt * rate.re);
   const device::SineCosine turn = device::sincospi(dt * rate.im);
@@ -120,14 +123,17 @@ constexpr int kMaxTileChannels = 128;
 
 // State_: float or Complex. kLanes_: threads that share channels; 0: known at run time. kMaxStates_: of a
 // channel. kStage_: steps in shared memory at a time. kItem_: of these, steps that one thread prepares.
-// kConstant_: B and C may be constant; each thread then has one channel and keeps them in registers.
+// kBlocks_: that a multiprocessor should hold at once, which limits their registers. kConstant_: B and C may
+// be constant; each thread then has one channel and keeps them in registers.
 template <class State_, int kChannels_, int kStates_, int kLanes_, int kMaxStates_, int kStage_, int kItem_,
-          int kMaxThreads_, bool kConstant_>
+          int kMaxThreads_, int kBlocks_, bool kConstant_>
 struct Tile {
   using State = State_;
   static constexpr int kChannels = kChannels_, kStates = kStates_, kLanes = kLanes_;
   static constexpr int kMaxStates = kMaxStates_, kStage = kStage_, kItem = kItem_;
-  static constexpr int kMaxThreads = kMaxThreads_;
+  static constexpr int kMaxThreads = kMaxThreads_, kBlocks = kBlocks_;
+  static constexpr bool kFull = false;    // whether channels always have all states of the tile
+  static constexpr int kPolynomials = 0;  // of a thread's states of a channel: see SixteenTile
   static constexpr bool kConstant = kConstant_;
 
   static constexpr int channels_for(int lanes) {
@@ -146,8 +152,30 @@ struct Tile {
   }
   static constexpr int kMaxTileBytes = tile_bytes(kMaxChannels, 4);
   static_assert(kStates % kVector == 0 && kStage % kItem == 0 && kScanChunk % kStage == 0);
+  static_assert(kMaxThreads % device::kWarpSize == 0 && kMaxThreads * kBlocks <= 2048);
   static_assert(!kConstant || kChannels == 1);
 };
+
+// The tile of 9 to 16 states, by constants that a build may change; that of exactly 16, as models have, does
+// without the selections that keep absent states zero, a fifth of a step's instructions. kPolynomials of a
+// thread's states take their powers of two on the FMA units, which is for kernels that wait for the special
+// functions.
+template <class Tuning, bool kFull_>
+struct SixteenTile : Tile<float, Tuning::kChannels, Tuning::kStates, 16 / Tuning::kStates, 16, Tuning::kStage,
+                          Tuning::kItem, Tuning::kThreads, Tuning::kBlocks, false> {
+  static constexpr bool kFull = kFull_;
+  static constexpr int kPolynomials = Tuning::kPolynomials;
+  static_assert(16 % Tuning::kStates == 0 && kPolynomials <= Tuning::kStates);
+};
+
+// The decay of state number i of a thread.
+template <class TileOf>
+__device__ __forceinline__ typename TileOf::State decay_of(int i, float dt, typename TileOf::State rate) {
+  if constexpr (TileOf::kPolynomials > 0) {
+    if (i < TileOf::kPolynomials) return decay_by_polynomial(dt, rate);
+  }
+  return decay(dt, rate);
+}
 
 __host__ __device__ inline int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -420,7 +448,7 @@ __device__ __forceinline__ void load_rates(States<TileOf>& A, const ScanLaunch& 
 template <class TileOf>
 __device__ __forceinline__ void clear_absent(States<TileOf>& x, const ScanLaunch& l,
                                              const Geometry<TileOf>& geometry) {
-  if (geometry.states == l.p.states) return;
+  if (TileOf::kFull || geometry.states == l.p.states) return;
 #pragma unroll
   for (int i = 0; i < TileOf::kStates; ++i) {
     if (geometry.state(i) < l.p.states) continue;

@@ -3,6 +3,7 @@
 // Roofline for every channel and step, 16-bit tensors, N states, with z: 8 bytes; N + 4 special functions,
 // which a multiprocessor does 16 of in a cycle, and about 5.5 N instructions: N = 16 is bound by the special
 // functions, small N by memory.
+#include "scan/selective_scan_forward_tiles.h"
 #include "scan/selective_scan_plan.h"
 #include "scan/selective_scan_staging.h"
 
@@ -147,7 +148,7 @@ __device__ __forceinline__ void scan_stage(States<TileOf>& h, const States<TileO
     for (int i = 0; i < kStates; ++i) {
 #pragma unroll
       for (int k = 0; k < kChannels; ++k)
-        h[k][i] = mul_add(decay(now.dt[k], A[k][i]), h[k][i], now.drive[k], now.B[i]);
+        h[k][i] = mul_add(decay_of<TileOf>(i, now.dt[k], A[k][i]), h[k][i], now.drive[k], now.B[i]);
     }
     clear_absent(h, block.l, block.geometry);
 #pragma unroll
@@ -166,7 +167,7 @@ __device__ __forceinline__ void scan_stage(States<TileOf>& h, const States<TileO
 }
 
 template <class TileOf>
-__global__ void __launch_bounds__(TileOf::kMaxThreads, sizeof(typename TileOf::State) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(TileOf::kMaxThreads, TileOf::kBlocks)
     scan_kernel(const __grid_constant__ ScanLaunch l) {
   const Geometry<TileOf> geometry(l);
   Smem<TileOf>& smem = device::shared_memory<Smem<TileOf>>();

@@ -1,60 +1,11 @@
-// The host's side of the selective scan on a GPU: which tile, how many blocks, what is where in the
-// workspace.
+// The host's side of the selective scan on a GPU: how many blocks, what is where in the workspace.
 #pragma once
 
 #include "core/integers.h"
+#include "core/tune.h"
 #include "scan/selective_scan_cuda.h"
 
 namespace tilewright::scan {
-
-// ---- Tiles -------------------------------------------------------------------------------------
-
-//                    State  channels states lanes max stage item threads constant
-// Two channels a thread halve what it reads of B and C for a state, and cost one shuffle.
-using ForwardUsual = Tile<float, 2, 8, 2, 16, 16, 8, 128, false>;  // 9 to 16 states
-using ForwardFew = Tile<float, 1, 4, 1, 4, 16, 8, 128, false>;     // up to 4
-using ForwardAny = Tile<float, 2, 8, 0, kMaxStates, 8, 2, 128, false>;
-using ForwardConstant = Tile<float, 1, 8, 0, kMaxStates, 8, 2, 128, true>;
-using ForwardComplex = Tile<Complex, 1, 8, 0, kMaxStates, 8, 2, 128, true>;
-
-// The states of a stage are in registers here, and the sums of dB and dC over channels take fewer shuffles
-// the more channels a thread sums by itself.
-using BackwardUsual = Tile<float, 4, 4, 4, 16, 8, 8, 128, false>;  // 9 to 16 states
-using BackwardAny = Tile<float, 4, 4, 0, 128, 4, 2, 128, false>;
-using BackwardMany = Tile<float, 2, 8, 32, kMaxStates, 4, 1, 128, false>;  // beyond 128
-using BackwardConstant = Tile<float, 1, 8, 0, kMaxStates, 8, 2, 64, true>;
-using BackwardComplex = Tile<Complex, 1, 8, 0, kMaxStates, 4, 1, 64, true>;
-
-// Calls body(tile) with an object of the type of tile that suits the call.
-template <class Body>
-void with_forward_tile(const SelectiveScanParams& p, const Body& body) {
-  if (p.weight_dtype == DType::kComplex64) {
-    body(ForwardComplex{});
-  } else if (!p.variable_B || !p.variable_C) {
-    body(ForwardConstant{});
-  } else if (p.states <= 4) {
-    body(ForwardFew{});
-  } else if (p.states > 8 && p.states <= 16) {
-    body(ForwardUsual{});
-  } else {
-    body(ForwardAny{});
-  }
-}
-
-template <class Body>
-void with_backward_tile(const SelectiveScanParams& p, const Body& body) {
-  if (p.weight_dtype == DType::kComplex64) {
-    body(BackwardComplex{});
-  } else if (!p.variable_B || !p.variable_C) {
-    body(BackwardConstant{});
-  } else if (p.states > 128) {
-    body(BackwardMany{});
-  } else if (p.states > 8 && p.states <= 16) {
-    body(BackwardUsual{});
-  } else {
-    body(BackwardAny{});
-  }
-}
 
 // ---- Blocks ------------------------------------------------------------------------------------
 
@@ -76,6 +27,9 @@ inline void share_rows(ScanLaunch& l) {
   l.slots = divide_up(l.tiles, divide_up(numbers, 2 * l.channels));
 }
 
+constexpr int64_t kSplitBlocks =
+    TW_TUNED(SELECTIVE_SCAN_SPLIT_BLOCKS, 2);  // a multiprocessor, of split sequences
+
 // Sequences are split where whole ones would leave half of the device's multiprocessors without a block. A
 // split costs a second pass over the inputs, so that less idleness would not pay for it.
 inline void plan_parts(ScanLaunch& l, int device) {
@@ -88,7 +42,7 @@ inline void plan_parts(ScanLaunch& l, int device) {
   const int64_t multiprocessors = device::multiprocessor_count(device);
   if (blocks == 0 || 2 * blocks > multiprocessors) return;
   const int64_t chunks = chunk_count(p.batch, p.length, p.sequences, packed) / sequences;  // of a sequence
-  const int64_t splits = divide_up(2 * multiprocessors, blocks);
+  const int64_t splits = divide_up(kSplitBlocks * multiprocessors, blocks);
   const int64_t part_chunks = chunks / splits > 0 ? chunks / splits : 1;
   if (part_chunks >= chunks) return;
   l.part_chunks = part_chunks;

@@ -7,6 +7,7 @@
 // Products run on the FMA units in fp32. Roofline: a step of a head costs 2 * (2 P N + Q N + Q P) FLOPs, Q =
 // kSsdChunk, at P 64, N 128 57 kFLOP, against 4 P bytes of x and out in 16 bits and 12 P N / Q of states: it
 // is bound by the FMA units.
+#include "core/tune.h"
 #include "scan/ssd_chunk_cuda.h"
 
 namespace tilewright::scan {
@@ -14,6 +15,9 @@ namespace {
 
 // The state's decay over each chunk and head, in the workspace; negative where the state is dropped.
 constexpr float kDropped = -1.0f;
+
+// Blocks of the outputs' kernel that a multiprocessor should hold at once, which limits registers.
+constexpr int kOutputsBlocks = TW_TUNED(SSD_CHUNK_SCAN_OUTPUTS_BLOCKS, 2);
 
 struct Smem {
   Matrix left, right, products;
@@ -152,7 +156,8 @@ __device__ __forceinline__ void finish_outputs(const SsdChunkScanParams& p, cons
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) outputs_kernel(const __grid_constant__ SsdChunkScanParams p) {
+__global__ void __launch_bounds__(kThreads, kOutputsBlocks)
+    outputs_kernel(const __grid_constant__ SsdChunkScanParams p) {
   Smem& smem = device::shared_memory<Smem>();
   const Place place = place_of(p, tiles(p.head_dim));
   if (place.chunk.length == 0) return;

@@ -39,6 +39,7 @@ CASES = {
     "channels_and_one": {"dim": 33, "length": 7, **ALL},
     "tiles_of_channels": {"batch": 1, "dim": 300, "length": 7, **ALL},
     "tiles_of_channels_usual": {"batch": 1, "dim": 150, "length": 9, "states": 16, **ALL},
+    "stages_usual": {"dim": 40, "length": 137, "states": 16, **ALL},
     "tiles_of_channels_complex": {"batch": 1, "dim": 150, "length": 7, "complex_A": True, **ALL},
     "tiles_of_channels_constant": {"batch": 1, "dim": 150, "length": 7, "B": None, "C": None, **ALL},
     "tiles_of_grouped_channels": {"batch": 1, "dim": 260, "length": 7, "B": 2, "C": 2, **ALL},
@@ -110,12 +111,13 @@ def test_parts_of_every_sequence(case: str) -> None:
         check(CPU, **{**CASES[case], **longer})
 
 
-HALF_CASES = ["bare", "everything", "grouped", "constant", "complex", "packed_order_reverse"]
-
-
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
-    "case", ["bare", "everything", "grouped", "constant", "complex", "packed_order_reverse"]
+    "case",
+    [
+        *("bare", "everything", "grouped", "constant", "complex", "packed_order_reverse"),
+        *("tiles_of_channels_usual", "stages_usual"),
+    ],
 )
 def test_half_precision(backend, case: str, dtype: torch.dtype) -> None:
     check(backend.device, dtype=dtype, **CASES[case])
