@@ -9,10 +9,12 @@ Usage: python scripts/gpu.py --family optim,scan --stages build,check,test,bench
               tensors fill the GPU (`nightly`), by one
     sanitize  the first case of each test under compute-sanitizer's memcheck and racecheck, where it is
     bench     `tilewright bench`, a JSON that grows case by case
+    variants  kernels with other constants (gpu_variants.py): built, held against the default's results,
+              timed beside it in turn; predictions stand beside the outcome in the JSON
 
 Uses the python that runs it: to build, that one needs pybind11, cmake and ninja; for the rest torch, numpy,
 rich, pytest and hypothesis. What was built travels: build/gpu/tilewright, made elsewhere by a python of the
-same version, does here in the same place, and then there is nothing to build.
+same version, does here in the same place, and then there is nothing to build; so does build/gpu/variants.
 
 A run ends within --minutes, and what prints nothing for two minutes is killed. Each stage leaves
 OUT/<family>-<stage>.json, and what it printed beside it in .log.
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import TextIO
 
 from build_tree import ROOT, commands, environment, lay_out
+from gpu_variants import VARIANTS, Variant
 
 VERBATIM = argparse.RawDescriptionHelpFormatter
 FAMILIES = ("optim", "attention", "prune", "scan")
@@ -43,7 +46,8 @@ QUIET_SECONDS = 120
 TEST_SECONDS = 60  # then the test is given up; compiling what it tests is counted in
 SHARDS = 4  # that a family's tests are dealt out to: references in Python leave a GPU idle
 SHARED = "cuda and not nightly"  # the tests that this is for
-STARTS = 12  # of a shard
+STARTS = 12  # of a shard, or of the process that times variants
+BUILD_STAGES = ("build", "variants")  # what is of use without a GPU
 OUT_OF_TIME = 124
 
 
@@ -56,6 +60,7 @@ class Run:
         self.tail: list[str] = []
         self.log: TextIO | None = None
         self.echoes = True
+        self.found: dict[str, object] = {}  # goes into the stage's record
 
     def part(self, name: str) -> "Run":
         """One of several that run side by side: what they print goes into their logs alone."""
@@ -219,7 +224,56 @@ def bench(run: Run) -> int:
     )
 
 
-STAGES = {"build": build, "check": check, "test": test, "sanitize": sanitize, "bench": bench}
+def variants(run: Run) -> int:
+    from build_variants import pack, packed, unpack
+
+    listed, folder = VARIANTS.get(run.family, []), TREE / "variants" / run.family
+    if not listed:
+        run.say(f"gpu: {run.family} has no variants")
+        return 0
+    status = 0
+    if (TREE / "cmake" / "build.ninja").exists():
+        status = build_variants(run, listed, folder)
+    elif packed(folder).exists():
+        unpack(folder)
+    if run.gpu is None:
+        pack(folder)
+        return status
+    from measure_variants import Progress, report
+
+    progress = Progress(run.out / f"{run.family}-variants.jsonl")
+    progress.path.unlink(missing_ok=True)
+    for _ in range(STARTS):
+        before = len(progress.read())
+        files = ["--folder", str(folder), "--progress", str(progress.path)]
+        words = ["--family", run.family, *files, "--seconds", str(max(1, run.end - time.monotonic()))]
+        measured = run.command([sys.executable, str(ROOT / "scripts" / "measure_variants.py"), *words])
+        if measured == 0 or time.monotonic() >= run.end or len(progress.read()) == before:
+            break
+    run.found = report(listed, folder, progress)
+    return status or measured
+
+
+def build_variants(run: Run, listed: list[Variant], folder: Path) -> int:
+    from build_variants import build_command, gather, write_ninja
+
+    tree = TREE / "cmake"
+    objects = tree / "variants" / run.family
+    write_ninja(tree, "_C", listed, objects)
+    status = run.command(build_command(tree, objects))
+    for name in gather(tree, listed, objects, folder):
+        run.say(f"gpu: {name} was not built")
+    return status
+
+
+STAGES = {
+    "build": build,
+    "check": check,
+    "test": test,
+    "sanitize": sanitize,
+    "bench": bench,
+    "variants": variants,
+}
 
 
 def head() -> str | None:
@@ -255,7 +309,7 @@ def run_stage(stage: str, run: Run, commit: str | None) -> bool:
     facts = {"python": platform.python_version(), "torch": installed("torch"), "commit": commit}
     record = {"family": run.family, "stage": stage, "status": status, "seconds": seconds, "device": run.gpu}
     path = run.out / f"{run.family}-{stage}.json"
-    path.write_text(json.dumps({**record, **facts, "tail": run.tail}, indent=1) + "\n")
+    path.write_text(json.dumps({**record, **facts, **run.found, "tail": run.tail}, indent=1) + "\n")
     stamp(run, commit)
     verdict = {0: "done", OUT_OF_TIME: "was stopped"}.get(status, "failed")
     print(f"gpu: {stage} of {run.family} {verdict} in {seconds} s; record: {path}", flush=True)
@@ -283,8 +337,8 @@ def main() -> int:
     end = time.monotonic() + 60 * options.minutes
     gpu = device()
     if gpu is None:
-        stages = [stage for stage in stages if stage == "build"]
-        rest = "only the build runs, for sm_90a" if stages else "there is nothing to do"
+        stages = [stage for stage in stages if stage in BUILD_STAGES]
+        rest = f"only {' and '.join(stages)} run, to build for sm_90a" if stages else "there is nothing to do"
         print(f"gpu: this machine has no GPU; {rest}", flush=True)
     fine = True
     for stage in stages:

@@ -93,8 +93,10 @@ def cases(plan: Plan) -> list[Case]:
     found = [case(device, size, peers=True) for case in (_forward, _training) for size in (usual, small)]
     if plan.model:
         return found
-    long = _Size(1, 1536, 65536, states, plan.wide)
-    found += [_forward(device, long, peers=False), _training(device, long, peers=False)]
+    # Long sequences of few channels, which a GPU has to cut to be filled.
+    long = [(1536, 65536), *([(192, 2**20)] if plan.on_gpu else [])]
+    for size in (_Size(1, dim, length, states, plan.wide) for dim, length in long):
+        found += [_forward(device, size, peers=False), _training(device, size, peers=False)]
     return [*found, _call(device)]
 
 

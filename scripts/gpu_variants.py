@@ -1,0 +1,166 @@
+"""The variants of CUDA kernels that are worth trying on a GPU, by family, the most promising first.
+
+A variant is values for constants that kernels declare by TW_TUNED (csrc/core/tune.h). `make gpu
+STAGES=build,variants` builds them (build_variants.py) and times them (measure_variants.py); the nightly tests
+compile each for the emulator and by nvcc, and run tests of its op on it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    constants: dict[str, int]
+    predicted: float  # time, relative to the default's, in the first of the cases
+    why: str
+    cases: tuple[str, ...]  # of `tilewright bench`, those that judge it
+    tests: tuple[str, ...]  # arguments of pytest: what of the emulated tests represents the op
+    spilled: int = 0  # bytes, as ptxas reports them for sm_90a: of no kernel more
+
+
+# ---- The scans -----------------------------------------------------------------------------------
+
+# 8 x 4096 x 4096 with 16 states in bfloat16: 2.1e9 states and steps.
+SCAN = "selective-scan-8x4096x4096"
+SCAN_TRAINING = "selective-scan-training-8x4096x4096"
+SCAN_TESTS = (
+    "tests/scan/test_selective_scan.py",
+    "-k",
+    "(emulated and (usual or (states and (15 or 16)))) or (parts_of_every and usual)",
+)
+LINEAR_TESTS = ("tests/scan/test_linear_scan.py", "-k", "emulated")
+
+VARIANTS: dict[str, list[Variant]] = {
+    "scan": [
+        Variant(
+            "scan_split_four_blocks",
+            {"SELECTIVE_SCAN_SPLIT_BLOCKS": 4},
+            0.75,
+            "Cut sequences are 2 blocks a multiprocessor, 8 warps, where forward's registers and shared "
+            "memory allow 4: twice the warps to wait with. Backward holds 2 blocks at once, so it should "
+            "not change.",
+            (
+                *("selective-scan-1x192x1048576", "selective-scan-1x1536x65536"),
+                *("selective-scan-training-1x192x1048576", "selective-scan-training-1x1536x65536"),
+            ),
+            SCAN_TESTS,
+        ),
+        Variant(
+            "scan_backward_two_channels",
+            {"SELECTIVE_SCAN_BACKWARD_CHANNELS": 2, "SELECTIVE_SCAN_BACKWARD_BLOCKS": 3},
+            0.88,
+            "Half the states a thread: 168 registers instead of 255 and 54 KB of shared memory instead of "
+            "102, so 12 warps instead of 8 hide latencies. It costs a third more shuffles a state and twice "
+            "the rows of dB and dC, a byte of 15.",
+            (SCAN_TRAINING, "selective-scan-training-1x192x1048576"),
+            SCAN_TESTS,
+        ),
+        Variant(
+            "scan_forward_one_lane",
+            {
+                **{"SELECTIVE_SCAN_FORWARD_CHANNELS": 1, "SELECTIVE_SCAN_FORWARD_STATES": 16},
+                "SELECTIVE_SCAN_FORWARD_BLOCKS": 5,
+            },
+            0.9,
+            "91 registers instead of 122, so five blocks, 20 warps instead of 16, as shared memory allows; "
+            "97 instructions for 98.5 a step of 16 states, no shuffle, but 10 loads from shared memory for "
+            "6.",
+            (SCAN, "selective-scan-1x192x1048576"),
+            SCAN_TESTS,
+        ),
+        Variant(
+            "ssd_outputs_three_blocks",
+            {"SSD_CHUNK_SCAN_OUTPUTS_BLOCKS": 3},
+            0.92,
+            "80 registers instead of 119 without a spill: 24 warps instead of 16, of products whose "
+            "operands come from shared memory at every step.",
+            ("ssd-chunk-scan-forward-bfloat16",),
+            ("tests/scan/test_ssd.py", "-k", "emulated"),
+        ),
+        Variant(
+            "scan_forward_five_blocks",
+            {"SELECTIVE_SCAN_FORWARD_BLOCKS": 5},
+            0.94,
+            "94 registers instead of 122 without a spill, the same instructions in a step: 20 warps instead "
+            "of 16.",
+            (SCAN,),
+            SCAN_TESTS,
+        ),
+        Variant(
+            "linear_across_deep",
+            {"LINEAR_SCAN_ACROSS_GROUPS": 8, "LINEAR_SCAN_ACROSS_GROUPS_BACKWARD": 6},
+            0.94,
+            "(8, 1536, 4096) along dim 1 is 124 threads a multiprocessor: 32 steps ahead are 63 KB on their "
+            "way instead of 40. Latency alone asks for 26, but so few warps issue their loads unevenly.",
+            ("linear-scan-3d-dim1-fp32", "linear-scan-gradient-dim1-fp32", "linear-scan-3d-dim1-bf16"),
+            LINEAR_TESTS,
+        ),
+        Variant(
+            "linear_across_narrow",
+            {"LINEAR_SCAN_ACROSS_BYTES": 4},
+            0.95,
+            "4 bytes of neighbours a thread: twice the warps, the same 40 KB on their way, 96 registers "
+            "instead of 128 (float32); twice the loads, which are far below their rate.",
+            ("linear-scan-3d-dim1-fp32", "linear-scan-gradient-dim1-fp32", "linear-scan-3d-dim1-bf16"),
+            LINEAR_TESTS,
+        ),
+        Variant(
+            "linear_along_ahead_backward",
+            {"LINEAR_SCAN_ALONG_AHEAD_BACKWARD": 2},
+            0.95,
+            "Two tiles of a, g and h on their way instead of one: 48 KB instead of 24 at 16 warps, where 26 "
+            "hide the latency. 16-bit kernels spill a few registers for it.",
+            ("linear-scan-gradient-dim2-fp32", "linear-scan-gradient-dim2-bf16"),
+            LINEAR_TESTS,
+            spilled=28,
+        ),
+        Variant(
+            "scan_forward_items_of_16",
+            {"SELECTIVE_SCAN_FORWARD_ITEM": 16},
+            0.96,
+            "A thread prepares and finishes a channel's 16 steps at once: addresses, biases and tests once "
+            "instead of twice a stage, some 150 of its 3000 instructions; 128 registers, still four blocks.",
+            (SCAN,),
+            SCAN_TESTS,
+        ),
+        Variant(
+            "scan_backward_64_threads",
+            {"SELECTIVE_SCAN_BACKWARD_THREADS": 64, "SELECTIVE_SCAN_BACKWARD_BLOCKS": 4},
+            0.97,
+            "Four blocks of 64 channels instead of two of 128: as many warps, but a barrier holds up two of "
+            "them instead of four, and 192 channels leave no half tile. Twice the rows of dB and dC, a byte "
+            "of 15.",
+            (SCAN_TRAINING, "selective-scan-training-1x192x1048576"),
+            SCAN_TESTS,
+        ),
+        Variant(
+            "scan_forward_polynomial_eighth",
+            {"SELECTIVE_SCAN_FORWARD_POLYNOMIALS": 1},
+            1.04,
+            "Special functions are 9.5 cycles a state (8 of a warp for each of 19 a step of 16 states), "
+            "instructions some 11. A polynomial takes 11 instructions more and 8 of those cycles less: for "
+            "an eighth of the states 8.5 and 12.4. A gain would say that instructions are not the bound.",
+            (SCAN,),
+            SCAN_TESTS,
+        ),
+        Variant(
+            "scan_backward_polynomial_quarter",
+            {"SELECTIVE_SCAN_BACKWARD_POLYNOMIALS": 1},
+            1.05,
+            "28.5 cycles of special functions a state, of three exponentials: 22.5 with a quarter of them "
+            "by polynomials, for 8 instructions more of some 35. With 8 warps neither may be the bound.",
+            (SCAN_TRAINING,),
+            SCAN_TESTS,
+            spilled=24,
+        ),
+        Variant(
+            "scan_forward_polynomial_quarter",
+            {"SELECTIVE_SCAN_FORWARD_POLYNOMIALS": 2},
+            1.1,
+            "As for an eighth: 7.5 cycles of special functions, 13.8 of instructions.",
+            (SCAN,),
+            SCAN_TESTS,
+        ),
+    ],
+}

@@ -1,0 +1,191 @@
+"""Variants of CUDA kernels: the table, what their measuring does with wrong ones, by night each of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tilewright import _backend, _families
+from tilewright.bench.case import Case, Contender, Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+TREE = ROOT / "build" / str(sys.implementation.cache_tag)
+sys.path.insert(0, str(SCRIPTS))
+from gpu_variants import VARIANTS, Variant  # noqa: E402
+
+sys.path.remove(str(SCRIPTS))
+ALL = [pytest.param(variant, id=variant.name) for listed in VARIANTS.values() for variant in listed]
+DECLARED = {
+    name: int(usual)
+    for path in (ROOT / "csrc").rglob("*.*")
+    for name, usual in re.findall(r"\bTW_TUNED\((\w+),\s*(\d+)\)", path.read_text(encoding="utf-8"))
+}
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import build_variants
+    import measure_variants
+
+    yield SimpleNamespace(build=build_variants, measure=measure_variants)
+    for module in ("build_variants", "measure_variants", "ptxas_report"):
+        sys.modules.pop(module, None)
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_table(family: str) -> None:
+    listed = VARIANTS[family]
+    assert len({variant.name for variant in listed}) == len(listed)
+    assert [variant.predicted for variant in listed] == sorted(variant.predicted for variant in listed)
+    known = {case.name for case in _families.load("bench", family).cases(Plan(torch.device("cuda")))}
+    assert {case for variant in listed for case in variant.cases} <= known
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_a_variant_differs_from_the_default(variant: Variant) -> None:
+    assert variant.constants.items() - DECLARED.items()
+    assert variant.constants.keys() <= DECLARED.keys()
+    assert variant.why
+    assert variant.cases
+
+
+@pytest.mark.parametrize(("define", "fine"), [("", True), ("=32", True), ("=x", False), ("=-1", False)])
+def test_what_a_build_may_give_a_constant(define: str, fine: bool, tmp_path: Path) -> None:
+    source = tmp_path / "tuned.cpp"
+    expected = 32 if define else 16
+    source.write_text(
+        f'#include "core/tune.h"\nstatic_assert(TW_TUNED(SOMETHING, 16) == {expected});\n', encoding="utf-8"
+    )
+    flags = [f"-DTW_TUNE_SOMETHING{define}"] if define else []
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-fsyntax-only", f"-I{ROOT / 'csrc'}"]
+    done = subprocess.run([*compiler, *flags, str(source)], capture_output=True, text=True)
+    assert (done.returncode == 0) == fine, done.stderr
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+def variant_of(name: str, *cases: str) -> Variant:
+    return Variant(name, {}, 1.0, "a test", cases, ())
+
+
+def measured(scripts: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, factors: dict[str, Any]) -> Any:
+    """The report on variants that multiply by these factors where the default multiplies by 2."""
+    for name in factors:
+        (folder / f"{name}.so").touch()
+        (folder / f"{name}.json").write_text("{}", encoding="utf-8")
+    modules = {name: SimpleNamespace(factor=factor) for name, factor in factors.items()}
+    measure = scripts.measure
+    monkeypatch.setattr(measure, "load", lambda path: modules[path.name.partition(".")[0]])
+    monkeypatch.setattr(_backend, "C", SimpleNamespace(factor=2.0))
+    ones = torch.ones(4)
+    contender = Contender("tilewright", lambda: lambda: ones * vars(_backend)["C"].factor)
+    cases = [Case(name, name, [contender]) for name in ("first", "second")]
+    variants = [variant_of(name, "first", "second") for name in factors]
+    progress = measure.Progress(folder / "progress.jsonl")
+    measure.run(cases, variants, folder, progress, torch.device("cpu"), 0.2)
+    found = measure.report(variants, folder, progress)
+    assert found["defaults"].keys() <= {"first", "second"}
+    return {row["name"]: row for row in found["variants"]}
+
+
+def test_variants_are_timed_beside_the_default(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = measured(scripts, monkeypatch, tmp_path, {"same": 2.0, "nearly": 2.0001})
+    assert [row["outcome"] for row in rows.values()] == ["measured", "measured"]
+    for row in rows.values():
+        assert row["cases"].keys() == {"first", "second"}
+        assert all(times["ratio"] > 0 for times in row["cases"].values())
+
+
+@pytest.mark.parametrize("factor", [2.01, float("nan"), float("inf")])
+def test_a_wrong_variant_is_not_timed(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, factor: float
+) -> None:
+    rows = measured(scripts, monkeypatch, tmp_path, {"wrong": factor, "same": 2.0})
+    assert rows["wrong"]["outcome"].startswith("refused: first: result 0 is")
+    assert rows["wrong"]["cases"] == {}
+    assert rows["same"]["outcome"] == "measured"
+
+
+def test_what_took_the_process_with_it_is_passed_over(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    progress = tmp_path / "progress.jsonl"
+    progress.write_text('{"begins": "fatal", "case": "first"}\n{"timing": "second"}\n{"ti', encoding="utf-8")
+    rows = measured(scripts, monkeypatch, tmp_path, {"fatal": 2.0, "same": 2.0})
+    assert rows["fatal"]["outcome"] == "refused: the process ended in first"
+    assert rows["same"]["outcome"] == "not all of it measured"  # the second case was tried already
+    assert rows["same"]["cases"].keys() == {"first"}
+
+
+# ---- By night: each variant, compiled, and run on the emulator -----------------------------------
+
+
+def built(scripts: Any, module: str, folder: Path) -> Path:
+    """The tree with all variants of this module; ninja leaves what is up to date."""
+    out = folder / module
+    variants = [variant for listed in VARIANTS.values() for variant in listed]
+    scripts.build.write_ninja(TREE, module, variants, out)
+    done = subprocess.run(scripts.build.build_command(TREE, out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return TREE / "variants"
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ALL)
+def test_a_variant_passes_its_tests_on_the_emulator(scripts: Any, folder: Path, variant: Variant) -> None:
+    out = built(scripts, "_C_emulated", folder)
+    tree = out / variant.name
+    package = tree / "tilewright"
+    package.mkdir(exist_ok=True)
+    for source in (ROOT / "python" / "tilewright").iterdir():
+        link = package / source.name
+        if source.name != "__pycache__" and "_C_emulated" not in source.name and not link.exists():
+            link.symlink_to(source)
+    module = next(tree.glob("_C_emulated.*.so"))
+    link = package / module.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(module)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *variant.tests]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ALL)
+def test_a_variant_spills_no_more_than_it_says(scripts: Any, folder: Path, variant: Variant) -> None:
+    if not list((TREE / "CMakeFiles").rglob("*.cu.o.log")):
+        pytest.skip("built without nvcc")
+    from ptxas_report import ADVICE
+
+    out = built(scripts, "_C", folder)
+    texts = [log.read_text() for log in (out / variant.name).glob("*.cu.o.log")]
+    found = scripts.build.kernels((out / variant.name).glob("*.cu.o.log"))
+    hopper = {name: numbers for name, numbers in found.items() if name.endswith(" sm_90a")}
+    assert hopper
+    assert max(numbers["spilled"] for numbers in hopper.values()) == variant.spilled, hopper
+    assert not [line for text in texts for line in text.splitlines() if ADVICE.search(line)]
