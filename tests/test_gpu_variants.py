@@ -138,10 +138,12 @@ def test_what_took_the_process_with_it_is_passed_over(
 
 
 def built(scripts: Any, module: str, folder: Path) -> Path:
-    """The tree with all variants of this module; ninja leaves what is up to date."""
+    """The tree with all variants of this module, CUDA for Hopper alone; ninja leaves what is up to date."""
     out = folder / module
     variants = [variant for listed in VARIANTS.values() for variant in listed]
     scripts.build.write_ninja(TREE, module, variants, out)
+    ninja = out / "build.ninja"
+    ninja.write_text(re.sub(r' "--generate-code=arch=compute_80,[^"]*"', "", ninja.read_text()))
     done = subprocess.run(scripts.build.build_command(TREE, out), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     return out
