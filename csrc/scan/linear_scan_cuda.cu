@@ -22,8 +22,7 @@
 namespace tilewright::scan {
 namespace {
 
-constexpr int kAcrossThreads = TW_TUNED(LINEAR_SCAN_ACROSS_THREADS, 64),
-              kAlongThreads = kMaxWarps * device::kWarpSize, kCarryThreads = 64;
+constexpr int kAcrossThreads = 64, kAlongThreads = kMaxWarps * device::kWarpSize, kCarryThreads = 64;
 constexpr int kRowsOfOneWarp = 4;  // rows of a block where each has one warp
 constexpr int64_t kMaxGrid = int64_t{1} << 30;
 
@@ -184,10 +183,8 @@ __global__ void __launch_bounds__(kAcrossThreads) across_kernel(const __grid_con
 // ---- along: warps share a row ----
 
 // Tiles on their way; registers limit them.
-constexpr int kTilesAhead = TW_TUNED(LINEAR_SCAN_ALONG_AHEAD, 2);
-constexpr int kTilesAheadBackward = TW_TUNED(LINEAR_SCAN_ALONG_AHEAD_BACKWARD, 1);
-// What one tile's warps still read, the next one's do not write.
-constexpr int kTurns = kTilesAhead > 2 ? kTilesAhead : 2;
+constexpr int kTilesAhead = 2, kTilesAheadBackward = TW_TUNED(LINEAR_SCAN_ALONG_AHEAD_BACKWARD, 1);
+constexpr int kTurns = 2;  // what one tile's warps still read, the next one's do not write
 static_assert(kTurns % kTilesAhead == 0 && kTurns % kTilesAheadBackward == 0);
 
 template <class Scalar>

@@ -10,9 +10,9 @@ namespace tilewright::scan {
 // the more channels a thread sums by itself.
 struct BackwardTuning {
   static constexpr int kChannels = TW_TUNED(SELECTIVE_SCAN_BACKWARD_CHANNELS, 4);
-  static constexpr int kStates = TW_TUNED(SELECTIVE_SCAN_BACKWARD_STATES, 4);
-  static constexpr int kStage = TW_TUNED(SELECTIVE_SCAN_BACKWARD_STAGE, 8);
-  static constexpr int kItem = TW_TUNED(SELECTIVE_SCAN_BACKWARD_ITEM, 8);
+  static constexpr int kStates = 4;
+  static constexpr int kStage = 8;
+  static constexpr int kItem = 8;
   static constexpr int kThreads = TW_TUNED(SELECTIVE_SCAN_BACKWARD_THREADS, 128);
   static constexpr int kBlocks = TW_TUNED(SELECTIVE_SCAN_BACKWARD_BLOCKS, 2);
   static constexpr int kPolynomials = TW_TUNED(SELECTIVE_SCAN_BACKWARD_POLYNOMIALS, 0);

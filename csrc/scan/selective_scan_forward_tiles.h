@@ -10,9 +10,9 @@ namespace tilewright::scan {
 struct ForwardTuning {
   static constexpr int kChannels = TW_TUNED(SELECTIVE_SCAN_FORWARD_CHANNELS, 2);
   static constexpr int kStates = TW_TUNED(SELECTIVE_SCAN_FORWARD_STATES, 8);
-  static constexpr int kStage = TW_TUNED(SELECTIVE_SCAN_FORWARD_STAGE, 16);
+  static constexpr int kStage = 16;
   static constexpr int kItem = TW_TUNED(SELECTIVE_SCAN_FORWARD_ITEM, 8);
-  static constexpr int kThreads = TW_TUNED(SELECTIVE_SCAN_FORWARD_THREADS, 128);
+  static constexpr int kThreads = 128;
   static constexpr int kBlocks = TW_TUNED(SELECTIVE_SCAN_FORWARD_BLOCKS, 4);
   static constexpr int kPolynomials = TW_TUNED(SELECTIVE_SCAN_FORWARD_POLYNOMIALS, 0);
 };

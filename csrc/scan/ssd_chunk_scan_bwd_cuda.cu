@@ -12,7 +12,6 @@
 //
 // Roofline: a step of a head costs 2 * (5 P N + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 90 kFLOP, against
 // 6 P bytes of x, dout and dx in 16 bits and 20 P N / Q of states: it is bound by the FMA units.
-#include "core/tune.h"
 #include "scan/ssd_chunk_cuda.h"
 
 namespace tilewright::scan {
@@ -28,9 +27,6 @@ struct BackwardParams {
 };
 
 constexpr float kDropped = -1.0f;
-
-// Blocks of the main kernel that a multiprocessor should hold at once, which limits registers.
-constexpr int kGradientBlocks = TW_TUNED(SSD_CHUNK_SCAN_GRADIENT_BLOCKS, 1);
 
 struct Smem {
   Matrix left, right;
@@ -403,7 +399,7 @@ __device__ __forceinline__ void finish_group(const BackwardParams& params, Smem&
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kGradientBlocks)
+__global__ void __launch_bounds__(kThreads)
     differentiate_kernel(const __grid_constant__ BackwardParams params) {
   const SsdChunkScanParams& p = params.p;
   Smem& smem = device::shared_memory<Smem>();
