@@ -296,8 +296,7 @@ class Mamba2(nn.Module):
     def _projected(self, y: Tensor, z: Tensor, mlp: Tensor) -> Tensor:
         """Norm, the MLP's part beside it, and the last projection."""
         if self.rmsnorm:
-            norm = self._gated_norm()
-            y = self.norm(y, z) if norm is None else scan.gated_rms_norm(y, norm.weight, z, *norm[1:])
+            y = (self._gated_norm() or self.norm)(y, z)
         return self._with_mlp(y, mlp)
 
     def _with_mlp(self, y: Tensor, mlp: Tensor | None) -> Tensor:

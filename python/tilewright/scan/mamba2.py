@@ -13,7 +13,7 @@ from .._checks import FLOATS, check_count, check_device, check_dtype, check_numb
 from .._library import differentiates
 from .conv import check_activation, check_weight, one_dtype
 from .dense import linear
-from .norm import prepared
+from .norm import gated_rms_norm, prepared
 from .ops.mamba2 import Mamba2Inner
 from .ssd import (
     check_options,
@@ -123,7 +123,6 @@ def mamba_split_conv1d_scan_combined(
         check_device("rmsnorm_weight", rmsnorm_weight, zxbcdt.device, "zxbcdt")
         check_shape("rmsnorm_weight", rmsnorm_weight, (dim,), "(dim,)")
         rmsnorm_eps = check_number("rmsnorm_eps", rmsnorm_eps, "[0, inf)")
-    check_dtype("zxbcdt", zxbcdt, FLOATS)
     check_count("chunk_size", chunk_size)
     check_state_dtype(state_dtype)
     if extra > 0:
@@ -158,12 +157,16 @@ def mamba_split_conv1d_scan_combined(
 
 
 class GatedNorm(NamedTuple):
-    """The norm behind the scan, as `gated_rms_norm` takes it."""
+    """The norm behind the scan: what `gated_rms_norm` takes, and callable like the module it stands for."""
 
     weight: Tensor
     eps: float
     group_size: int | None
     norm_before_gate: bool
+
+    def __call__(self, y: Tensor, z: Tensor) -> Tensor:
+        """The norm of y, gated by z."""
+        return gated_rms_norm(y, self.weight, z, *self[1:])
 
 
 def mamba2_inner(

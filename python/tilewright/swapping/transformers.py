@@ -222,8 +222,9 @@ def _mamba2_forward(
         zxbcdt = projected(self.in_proj, hidden_states * self.ssm_in_multiplier) * self.mup_vector
     else:
         zxbcdt = projected(self.in_proj, hidden_states)
-    norm = _gated_norm(self.norm) if _has_norm(self) else None
-    if cache_params is None and mask is None and (norm is not None or not _has_norm(self)):
+    has_norm = _has_norm(self)
+    norm = _gated_norm(self.norm) if has_norm else None
+    if cache_params is None and mask is None and (norm is not None or not has_norm):
         y, _ = mamba2_inner(
             zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, -torch.exp(wide(self.A_log)), self.D,
             self.dt_bias, self.num_heads, self.n_groups, norm,
@@ -239,7 +240,7 @@ def _mamba2_forward(
         x, B, C = _split_mamba2(self, xbc)
         scanned = scan.ssd_chunk_scan(
             x, dt, -torch.exp(wide(self.A_log)), B, C, self.chunk_size, D=self.D,
-            z=None if _has_norm(self) else z.unflatten(-1, (self.num_heads, self.head_dim)),
+            z=None if has_norm else z.unflatten(-1, (self.num_heads, self.head_dim)),
             dt_bias=self.dt_bias, initial_states=state, seq_idx=None if packing is None else packing.seq_idx,
             dt_softplus=True, dt_limit=self.time_step_limit, return_final_states=cache_params is not None,
         )  # fmt: skip
@@ -249,7 +250,9 @@ def _mamba2_forward(
             y, state = scanned
             cache_params.update_recurrent_state(state, self.layer_idx)
         y = y.flatten(2)
-    return projected(self.out_proj, _normed(self.norm, y, z).to(zxbcdt.dtype) if _has_norm(self) else y)
+    if has_norm:
+        y = (norm or self.norm)(y, z).to(zxbcdt.dtype)
+    return projected(self.out_proj, y)
 
 
 def _mamba2_step(
@@ -283,12 +286,6 @@ def _split_mamba2(self: Any, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _has_norm(self: Any) -> bool:
     return bool(getattr(self, "mamba_rms_norm", True))  # FalconH1 can do without
-
-
-def _normed(module: Any, y: Tensor, z: Tensor) -> Tensor:
-    """The gated norm in one pass, if its class is known to do no more."""
-    norm = _gated_norm(module)
-    return module(y, z) if norm is None else scan.gated_rms_norm(y, norm.weight, z, *norm[1:])
 
 
 def _gated_norm(module: Any) -> GatedNorm | None:

@@ -113,12 +113,12 @@ def _backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) -> li
     *inputs, xBC, chunk_states, y, rstd, needed = arguments
     block = _Block(*inputs)
     # First what is freed again: from the heap's end it would go back to the system, and come page by page.
-    dxBC, dy = xBC.new_empty(xBC.shape), torch.empty_like(y)
+    dxBC, dy = xBC.new_empty(xBC.shape), None if block.norm_weight is None else torch.empty_like(y)
     gradients = _empty_gradients(block, [value is not None for value in inputs[:_DIFFERENTIABLE]])
     d: Any = _Block(*gradients, *inputs[_DIFFERENTIABLE:])  # type: ignore[arg-type]
     z, convolved, dt = block.columns(block.zxbcdt)
     dz, dconvolved, ddt = block.columns(d.zxbcdt)
-    if block.norm_weight is not None:
+    if block.norm_weight is not None and dy is not None:
         given = (dout, y, block.norm_weight, z, rstd, block.norm_group, block.norm_before_gate)
         norm.backward_into((dy, d.norm_weight, dz), *given)
         dout, y = dy, None
@@ -197,9 +197,7 @@ class Mamba2Inner(torch.autograd.Function):
         *inputs, xBC, chunk_states, y, rstd = ctx.saved_tensors
         dout, dfinal_states = grads
         if dout is None:
-            dout = y.new_zeros(()).expand(
-                *xBC.shape[:2], inputs[0].shape[2] - xBC.shape[2] - inputs[3].shape[0]
-            )
+            dout = y.new_zeros(()).expand(y.flatten(2).shape)
         if dfinal_states is not None:
             dfinal_states = dfinal_states.contiguous()
         needed = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
