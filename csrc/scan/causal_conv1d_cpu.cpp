@@ -92,29 +92,66 @@ void store_final(const CausalConv1dParams& p, const Unit& u) {
 }
 
 template <class T, bool kColumns>
+void forward_piece(const CausalConv1dParams& p, const Unit& u, int64_t begin, int64_t end, int64_t c,
+                   Taps& taps) {
+  alignas(64) float x_buffer[kLineFloats], out_buffer[kLineFloats];
+  const int64_t lanes = kColumns ? smaller(kLanes, u.c_end - c) : 1, steps = end - begin;
+  const Line x = line_of<T, kColumns>(p, p.x, p.initial, u.b, c, lanes, begin, end, p.width - 1, 0, x_buffer);
+  const Target out = target_of<T, kColumns>(p, p.out, u.b, c, lanes, begin, steps, out_buffer);
+  taps.first = begin - u.begin;
+  taps.around_caches = out.around_caches;
+  with_width(p, [&]<int kWidth, bool kSeq>() {
+    forward_line<kWidth, kSeq, kColumns>(taps, x, out.data, out.vector, steps);
+  });
+  if (!out.direct) unstage<T, kColumns>(p.out, u.b, c, lanes, begin, steps, out_buffer);
+}
+
+template <class T>
+void forward_columns(const CausalConv1dParams& p, const Unit& u, const Masks& masks) {
+  Taps tile[kColumnTile / kLanes];
+  for (int64_t c = u.c_begin; c < u.c_end; c += kLanes) {
+    Taps& taps = tile[(c - u.c_begin) / kLanes];
+    load_taps<true>(p, c, smaller(kLanes, u.c_end - c), taps);
+    taps.masks = &masks;
+  }
+  for (int64_t begin = u.begin; begin < u.end; begin += kColumnBlock) {
+    const int64_t end = smaller(u.end, begin + kColumnBlock);
+    for (int64_t c = u.c_begin; c < u.c_end; c += kLanes)
+      forward_piece<T, true>(p, u, begin, end, c, tile[(c - u.c_begin) / kLanes]);
+  }
+}
+
+// Where a piece of a row ends: the first vector has no steps before it where its own are, and the last may be
+// a part of one. Both stand alone, so that all others are read and written in place.
+template <class T>
+int64_t piece_end(const Unit& u, int64_t begin) {
+  if (sizeof(T) != sizeof(float)) return u.end;  // all of it passes through the buffers
+  const int64_t end = begin == 0 ? smaller(u.end, kLanes) : u.end;
+  return end - begin < kLanes ? end : end - (end - begin) % kLanes;
+}
+
+template <class T>
+void forward_rows(const CausalConv1dParams& p, const Unit& u, const Masks& masks) {
+  Taps taps;
+  taps.masks = &masks;
+  for (int64_t c = u.c_begin; c < u.c_end; ++c) {
+    load_taps<false>(p, c, 1, taps);
+    for (int64_t begin = u.begin; begin < u.end;) {
+      const int64_t end = piece_end<T>(u, begin);
+      forward_piece<T, false>(p, u, begin, end, c, taps);
+      begin = end;
+    }
+  }
+}
+
+template <class T, bool kColumns>
 void forward_unit(const CausalConv1dParams& p, const Unit& u) {
   Masks masks;
   if (p.seq_idx != nullptr) masks.fill(p, u.b, u.begin, u.end);
-  alignas(64) float x_buffer[kLineFloats], out_buffer[kLineFloats];
-  Taps tile[kColumns ? kColumnTile / kLanes : 1];
-  const int64_t group = kColumns ? kLanes : 1, block = kColumns ? kColumnBlock : kConvRowChunk;
-  for (int64_t begin = u.begin; begin < u.end; begin += block) {
-    const int64_t end = smaller(u.end, begin + block), steps = end - begin;
-    for (int64_t c = u.c_begin; c < u.c_end; c += group) {
-      Taps& taps = tile[kColumns ? (c - u.c_begin) / kLanes : 0];
-      const int64_t lanes = smaller(group, u.c_end - c);
-      if (begin == u.begin) load_taps<kColumns>(p, c, lanes, taps);
-      taps.masks = &masks;
-      taps.first = begin - u.begin;
-      const Line x =
-          line_of<T, kColumns>(p, p.x, p.initial, u.b, c, lanes, begin, end, p.width - 1, 0, x_buffer);
-      const Target out = target_of<T, kColumns>(p, p.out, u.b, c, lanes, begin, steps, out_buffer);
-      taps.around_caches = out.around_caches;
-      with_width(p, [&]<int kWidth, bool kSeq>() {
-        forward_line<kWidth, kSeq, kColumns>(taps, x, out.data, out.vector, steps);
-      });
-      if (!out.direct) unstage<T, kColumns>(p.out, u.b, c, lanes, begin, steps, out_buffer);
-    }
+  if (kColumns) {
+    forward_columns<T>(p, u, masks);
+  } else {
+    forward_rows<T>(p, u, masks);
   }
   if (p.final.data != nullptr && u.end == p.length) store_final<T>(p, u);
 }
