@@ -17,8 +17,7 @@ namespace {
 
 using namespace conv;
 
-constexpr int64_t kColumnBlock = 32;  // steps of a line of columns
-constexpr int64_t kColumnTile = 64;   // channels of a unit of columns
+constexpr int64_t kColumnTile = 64;  // channels of a unit of columns
 constexpr int64_t kRowTileElements = 32768;
 constexpr int64_t kSerialElements = 8192;  // below this, waking a second thread costs more than it saves
 constexpr int64_t kStreamBytes = 8 << 20;  // results larger than the caches are written around them

@@ -86,6 +86,14 @@ static inline int64_t final_slot(const CausalConv1dParams& p, int64_t t) {
 template <bool kColumns>
 constexpr int64_t kStep = kColumns ? kLanes : 1;
 
+// Columns of one step are far from those of the next, where no prefetcher of the hardware looks for them.
+constexpr int64_t kColumnBlock = 32;  // steps of a line of columns
+
+template <bool kColumns, bool kWrite = false, class T>
+static inline void fetch_next_line(const T* at, int64_t step) {
+  if constexpr (kColumns) __builtin_prefetch(at + kColumnBlock * step, kWrite);
+}
+
 // Float32 copies of the steps [begin, end), which may begin before the sequence, where `before` is, and end
 // behind it, where zeros are. A line of columns has `lanes` channels, and zeros in the others.
 template <class T, bool kColumns>
@@ -103,7 +111,10 @@ static inline void stage(const CausalConv1dParams& p, const ConvTensor& x, const
   const int64_t last = smaller(end, p.length);
   const T* from = address<const T>(x, b, c, t);
   if (kColumns && lanes == kLanes && x.channel == 1) {
-    for (; t < last; ++t, to += step, from += x.step) store(to, load(from));
+    for (; t < last; ++t, to += step, from += x.step) {
+      fetch_next_line<kColumns>(from, x.step);
+      store(to, load(from));
+    }
   } else if (!kColumns && x.step == 1) {
     for (; t + kLanes <= last; t += kLanes, to += kLanes, from += kLanes) store(to, load(from));
     for (; t < last; ++t) *to++ = widen(*from++);
@@ -126,7 +137,10 @@ static inline void unstage(const ConvTensor& x, int64_t b, int64_t c, int64_t la
   T* to = address<T>(x, b, c, begin);
   int64_t i = 0;
   if (kColumns && lanes == kLanes && x.channel == 1) {
-    for (; i < count; ++i) store(to + i * x.step, load(from + i * step));
+    for (; i < count; ++i) {
+      fetch_next_line<kColumns, true>(to + i * x.step, x.step);
+      store(to + i * x.step, load(from + i * step));
+    }
   } else if (!kColumns && x.step == 1) {
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
   }
@@ -251,10 +265,12 @@ static inline Float pre_activation(const Taps& taps, const float* x, int64_t bac
   return sum;
 }
 
-static inline void put(float* to, Float x, bool around_caches) {
+template <bool kColumns>
+static inline void put(float* to, int64_t step, Float x, bool around_caches) {
   if (around_caches) {
     stream(to, x);
   } else {
+    fetch_next_line<kColumns, true>(to, step);
     store(to, x);
   }
 }
@@ -264,9 +280,10 @@ static inline void forward_line(const Taps& given, Line x, float* out, int64_t o
   const Taps taps = given;
   const int64_t vector = kColumns ? x.step : kLanes, per_vector = kColumns ? 1 : kLanes;
   for (int64_t step = 0; step < steps; step += per_vector) {
+    fetch_next_line<kColumns>(x.data, x.step);
     Float y = pre_activation<kWidth, kSeq, kColumns>(taps, x.data, x.step, step);
     if (taps.silu) y = y / (splat(1.0f) + exp(-y));
-    put(out, through<kSeq, kColumns>(y, taps, 0, step), taps.around_caches);
+    put<kColumns>(out, out_vector, through<kSeq, kColumns>(y, taps, 0, step), taps.around_caches);
     x.data += vector;
     out += out_vector;
   }
@@ -278,6 +295,8 @@ static inline void gradient_line(const Taps& given, Line x, Line dout, float* g,
   const Taps taps = given;
   const int64_t per_vector = kColumns ? 1 : kLanes;
   for (int64_t step = 0; step < steps; step += per_vector) {
+    fetch_next_line<kColumns>(x.data, x.step);
+    fetch_next_line<kColumns>(dout.data, dout.step);
     Float gradient = load(dout.data);
     if (taps.silu) {
       const Float pre = pre_activation<kWidth, kSeq, kColumns>(taps, x.data, x.step, step);
@@ -311,7 +330,7 @@ static inline void backward_line(const Taps& given, Line x, const float* g, floa
       by_lag[lag] = fma(own, value, by_lag[lag]);
     }
     plain = plain + own;
-    put(dx, gradient, taps.around_caches);
+    put<kColumns>(dx, dx_vector, gradient, taps.around_caches);
     x.data += kColumns ? x.step : kLanes;
     g += kLanes;
     dx += dx_vector;
