@@ -58,6 +58,7 @@ inspect: $(VENV)/.test $(VENV)/.inspect
 
 nightly: $(VENV)/.test $(VENV)/.bench lint inspect wheel docs
 	HYPOTHESIS_PROFILE=nightly $(bin)/python -m pytest -m "nightly or not nightly"
+	$(bin)/python -m pytest --poisoned
 	$(MAKE) sanitize
 	$(bin)/python -m pytest bench
 	set -e; for demo in story optim scan attention prune; do $(bin)/tilewright demo $$demo --quick; done

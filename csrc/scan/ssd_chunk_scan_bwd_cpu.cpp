@@ -275,7 +275,8 @@ void finish_steps(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace
   for (int t = 0; t < count; ++t) {
     const Real d_rate = Real(double(s.d_rate[t]) + before);
     before += double(s.from_B[t]);
-    const Real direct = dot(s.U + t * s.size.dims, s.x + t * s.size.dims, s.size.dims);
+    const int64_t row = t * s.size.dims;
+    const Real direct = dot(s.U + row, s.x + row, padded_columns<Real>(p.head_dim));
     const Real gradient = (direct + rate * d_rate) * s.slope[t];
     ddt[t * p.ddt.step] = gradient;
     dA += double(d_rate) * double(s.steps.dt[t]);

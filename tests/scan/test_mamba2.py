@@ -254,7 +254,7 @@ def test_nothing_is_copied_together(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the rest that holds for every op ----
 
 
-def test_gradcheck() -> None:
+def test_gradcheck(poisoned: None) -> None:
     for without in ((), ("rmsnorm_weight",)):
         arguments = make(torch.float64, batch=1, length=5, sizes=(2, 2, 1, 2), without=without)
         names = [name for name in GIVEN if arguments[name] is not None]

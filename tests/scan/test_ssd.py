@@ -416,7 +416,7 @@ def test_autocast_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("variant", ["whole", "packed", "resets"])
-def test_gradcheck(variant: str) -> None:
+def test_gradcheck(variant: str, poisoned: None) -> None:
     options: dict[str, Any] = {"dt_softplus": variant != "whole"}
     inputs = make(1 if variant == "packed" else 2, 5, 2, 2, 1, 2, wide=variant == "resets",
                   sequences=2 if variant == "packed" else None)  # fmt: skip
