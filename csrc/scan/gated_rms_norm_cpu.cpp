@@ -87,10 +87,26 @@ void each_vector(int64_t begin, int64_t end, const Body& body) {
 
 inline Float silu(Float z) { return z / (splat(1.0f) + exp(-z)); }
 
+// A part of a row. The next row is asked for on the way: the prefetchers of the hardware begin anew in every
+// page, and rows that are parts of longer ones leave them little of each.
+template <class T>
+struct Row {
+  T* data = nullptr;
+  int64_t next = 0;
+
+  void fetch_next(int64_t c) const { __builtin_prefetch(data + c + next, !std::is_const_v<T>); }
+};
+
+template <class T>
+Row<T> part_of(const NormRows& rows, int64_t row, int64_t c) {
+  if (rows.data == nullptr) return {};
+  return {row_of<T>(rows, row) + c, rows.stride};
+}
+
 // A group of a row, from its first channel on.
 template <class T, class W>
 struct Group {
-  const T *x, *z;
+  Row<const T> x, z;
   const W* weight;
   int64_t size;
 };
@@ -98,22 +114,24 @@ struct Group {
 template <class T, class W>
 Group<T, W> group_of(const GatedRmsNormParams& p, int64_t row, int64_t group) {
   const int64_t c = group * p.group;
-  const T* z = p.gate == NormGate::kNone ? nullptr : row_of<const T>(p.z, row) + c;
-  return {row_of<const T>(p.x, row) + c, z, static_cast<const W*>(p.weight) + c, p.group};
+  return {part_of<const T>(p.x, row, c), part_of<const T>(p.z, row, c), static_cast<const W*>(p.weight) + c,
+          p.group};
 }
 
 // Writes out and returns r.
 template <NormGate kGate, class T, class W>
-float forward_group(const Group<T, W>& in, double eps, T* out) {
+float forward_group(const Group<T, W>& in, double eps, Row<T> out) {
   alignas(64) float kept[kKept];
   const auto normed = [&](int64_t c, auto part) {
-    const Float x = part.load(in.x + c);
-    return kGate == NormGate::kBefore ? x * silu(part.load(in.z + c)) : x;
+    const Float x = part.load(in.x.data + c);
+    return kGate == NormGate::kBefore ? x * silu(part.load(in.z.data + c)) : x;
   };
   double squares = 0;
   for (int64_t begin = 0; begin < in.size; begin += kKept) {
     Float total = splat(0.0f);
     each_vector(begin, smaller(in.size, begin + kKept), [&](int64_t c, auto part) {
+      in.x.fetch_next(c);
+      if (kGate != NormGate::kNone) in.z.fetch_next(c);
       const Float v = normed(c, part);
       if (begin == 0) store(kept + c, v);
       total = fma(v, v, total);
@@ -122,10 +140,11 @@ float forward_group(const Group<T, W>& in, double eps, T* out) {
   }
   const float r = float(1.0 / std::sqrt(squares / double(in.size) + eps));
   each_vector(0, in.size, [&](int64_t c, auto part) {
+    out.fetch_next(c);
     const Float v = c < kKept ? load(kept + c) : normed(c, part);
     Float y = v * splat(r) * part.load(in.weight + c);
-    if (kGate == NormGate::kAfter) y = y * silu(part.load(in.z + c));
-    part.store(out + c, y);
+    if (kGate == NormGate::kAfter) y = y * silu(part.load(in.z.data + c));
+    part.store(out.data + c, y);
   });
   return r;
 }
@@ -141,22 +160,25 @@ inline Gate gate_of(Float z) {
 
 // Writes dx and dz, and adds to dweight unless this is its `first` row.
 template <NormGate kGate, class T, class W>
-void backward_group(const Group<T, W>& in, const T* dout, float r, bool first, T* dx, T* dz, float* dweight) {
+void backward_group(const Group<T, W>& in, Row<const T> dout, float r, bool first, Row<T> dx, Row<T> dz,
+                    float* dweight) {
   alignas(64) float values[kKept], slopes[kKept];
   const auto gate_at = [&](int64_t c, auto part) {
     if (kGate == NormGate::kNone) return Gate{};
-    return gate_of(part.load(in.z + c));
+    return gate_of(part.load(in.z.data + c));
   };
   double products = 0;
   for (int64_t begin = 0; begin < in.size; begin += kKept) {
     Float total = splat(0.0f);
     each_vector(begin, smaller(in.size, begin + kKept), [&](int64_t c, auto part) {
+      for (const Row<const T>& row : {in.x, dout}) row.fetch_next(c);
+      if (kGate != NormGate::kNone) in.z.fetch_next(c);
       const Gate gate = gate_at(c, part);
       if (kGate != NormGate::kNone && begin == 0) {
         store(values + c, gate.value);
         store(slopes + c, gate.slope);
       }
-      Float n = part.load(in.x + c) * splat(r), g = part.load(dout + c);
+      Float n = part.load(in.x.data + c) * splat(r), g = part.load(dout.data + c);
       if (kGate == NormGate::kBefore) n = n * gate.value;
       if (kGate == NormGate::kAfter) g = g * gate.value;
       const Float product = g * n;
@@ -170,14 +192,16 @@ void backward_group(const Group<T, W>& in, const T* dout, float r, bool first, T
     Gate gate{};
     if (kGate != NormGate::kNone)
       gate = c < kKept ? Gate{load(values + c), load(slopes + c)} : gate_at(c, part);
-    const Float x = part.load(in.x + c), scaled = part.load(dout + c) * part.load(in.weight + c);
+    dx.fetch_next(c);
+    if (kGate != NormGate::kNone) dz.fetch_next(c);
+    const Float x = part.load(in.x.data + c), scaled = part.load(dout.data + c) * part.load(in.weight + c);
     Float n = x * splat(r), g = scaled;
     if (kGate == NormGate::kBefore) n = n * gate.value;
     if (kGate == NormGate::kAfter) g = g * gate.value;
     const Float dv = splat(r) * (g - n * mean);
-    part.store(dx + c, kGate == NormGate::kBefore ? dv * gate.value : dv);
-    if (kGate == NormGate::kBefore) part.store(dz + c, dv * x * gate.slope);
-    if (kGate == NormGate::kAfter) part.store(dz + c, scaled * n * gate.slope);
+    part.store(dx.data + c, kGate == NormGate::kBefore ? dv * gate.value : dv);
+    if (kGate == NormGate::kBefore) part.store(dz.data + c, dv * x * gate.slope);
+    if (kGate == NormGate::kAfter) part.store(dz.data + c, scaled * n * gate.slope);
   });
 }
 
@@ -185,9 +209,8 @@ template <NormGate kGate, class T, class W>
 void forward_unit(const GatedRmsNormParams& p, const Grid& grid, const Unit& u) {
   for (int64_t row = u.row_begin; row < u.row_end; ++row) {
     for (int64_t group = u.group_begin; group < u.group_end; ++group) {
-      T* out = row_of<T>(p.out, row) + group * p.group;
       static_cast<float*>(p.rstd)[row * grid.groups + group] =
-          forward_group<kGate>(group_of<T, W>(p, row, group), p.eps, out);
+          forward_group<kGate>(group_of<T, W>(p, row, group), p.eps, part_of<T>(p.out, row, group * p.group));
     }
   }
 }
@@ -198,10 +221,9 @@ void backward_unit(const GatedRmsNormParams& p, const Grid& grid, const Unit& u)
   for (int64_t row = u.row_begin; row < u.row_end; ++row) {
     for (int64_t group = u.group_begin; group < u.group_end; ++group) {
       const int64_t c = group * p.group;
-      T* dz = kGate == NormGate::kNone ? nullptr : row_of<T>(p.dz, row) + c;
-      backward_group<kGate>(group_of<T, W>(p, row, group), row_of<const T>(p.dout, row) + c,
+      backward_group<kGate>(group_of<T, W>(p, row, group), part_of<const T>(p.dout, row, c),
                             static_cast<const float*>(p.rstd)[row * grid.groups + group], row == u.row_begin,
-                            row_of<T>(p.dx, row) + c, dz, dweight + c);
+                            part_of<T>(p.dx, row, c), part_of<T>(p.dz, row, c), dweight + c);
     }
   }
 }
