@@ -174,10 +174,11 @@ void decay_products(Scratch<Real>& s) {
 }
 
 template <class Real>
-void multiply_g_x(const SsdChunkScanParams& p, Scratch<Real>& s, int count) {
+void multiply_g_x(const SsdChunkScanParams& p, Scratch<Real>& s, int count, Fetch next) {
   const auto& size = s.size;
   for_tiles<Real>(count, padded_columns<Real>(count),
                   [&](auto tile, int i, int64_t j) __attribute__((always_inline)) {
+                    next.next();
                     if (j > i + tile.kRows - 1) return;
                     tile.clear();
                     tile.multiply(plain(s.g, size.dims), i, s.x_columns + j, size.steps, 0, p.head_dim);
@@ -323,7 +324,9 @@ void differentiate_head(const SsdChunkScanParams& p, Scratch<Real>& s, const Wor
     read_gradient(p, s, s.g + i * size.dims, chunk, chunk.start + piece.first + i, head, true);
   }
   transpose_exactly(s.x_columns, size.steps, s.x, size.dims, count, p.head_dim);
-  multiply_g_x(p, s, count);
+  multiply_g_x(p, s, count,
+               fetch_rows(p.dx, p, chunk.batch, chunk.start + piece.first, count, head,
+                          tiles_of<Real>(count, count), true));
   decay_products(s);
   const Real *S = nullptr, *G = nullptr;
   if (piece.continues) S = operand_state(kept_state<Real>(p.chunk_states, p, number, head), s.S, p, size);

@@ -125,9 +125,12 @@ void scan_head(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& ch
                           : nullptr;
   Fetch next = fetch_rows(p.x, p, chunk.batch, chunk.start + piece.first, piece.count, head + 1,
                           tiles_of<Real>(piece.count, p.head_dim));
+  Fetch results = fetch_rows(p.out, p, chunk.batch, chunk.start + piece.first, piece.count, head,
+                             tiles_of<Real>(piece.count, p.head_dim), true);
   for_tiles<Real>(piece.count, padded_columns<Real>(p.head_dim),
                   [&](auto tile, int i, int64_t d) __attribute__((always_inline)) {
                     next.next();
+                    results.next();
                     tile.clear();
                     if (state != nullptr) {
                       tile.multiply(plain(s.C_rows, size.states), i, state + d, size.dims, 0, p.states);

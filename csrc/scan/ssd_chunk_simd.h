@@ -154,13 +154,14 @@ inline Piece last_piece(const SsdChunkScanParams& p, const SsdChunk& chunk) {
 
 // ---- what is read soon ----
 
-// Brings rows to the second-level cache, a share of them with every call of next(): from memory they come too
-// late if they are asked for only when they are needed.
+// Brings rows to the second-level cache, to be read or to be written, a share of them with every call of
+// next(): from memory they come too late if they are asked for only when they are needed.
 class Fetch {
  public:
   Fetch() = default;
-  Fetch(const void* data, int64_t rows, int64_t row_bytes, int64_t stride, int64_t calls)
-      : at_(static_cast<const char*>(data)),
+  Fetch(const void* data, int64_t rows, int64_t row_bytes, int64_t stride, int64_t calls, bool write = false)
+      : write_(write),
+        at_(static_cast<const char*>(data)),
         rows_(data == nullptr ? 0 : rows),
         row_bytes_(row_bytes),
         stride_(stride),
@@ -168,11 +169,18 @@ class Fetch {
 
   __attribute__((always_inline)) void next() {
     for (int64_t i = 0; i < share_ && rows_ > 0; ++i, --rows_, at_ += stride_) {
-      for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(at_ + byte, 0, 2);
+      for (int64_t byte = 0; byte < row_bytes_; byte += 64) {
+        if (write_) {
+          __builtin_prefetch(at_ + byte, 1, 2);
+        } else {
+          __builtin_prefetch(at_ + byte, 0, 2);
+        }
+      }
     }
   }
 
  private:
+  bool write_ = false;
   const char* at_ = nullptr;
   int64_t rows_ = 0, row_bytes_ = 0, stride_ = 0, share_ = 0;
 };
@@ -190,12 +198,12 @@ Fetch fetch_state(const Real* kept, const SsdChunkScanParams& p, int64_t calls) 
 
 // A head's rows of `count` steps from `step` on; none where their elements do not lie side by side.
 inline Fetch fetch_rows(const SsdTensor& t, const SsdChunkScanParams& p, int64_t batch, int64_t step,
-                        int64_t count, int64_t head, int64_t calls) {
+                        int64_t count, int64_t head, int64_t calls, bool write = false) {
   if (t.inner != 1 || head >= p.heads || step < 0) return {};
   const int64_t element = itemsize(p.dtype);
   const char* const data =
       static_cast<const char*>(t.data) + (batch * t.batch + step * t.step + head * t.head) * element;
-  return {data, count, p.head_dim * element, t.step * element, calls};
+  return {data, count, p.head_dim * element, t.step * element, calls, write};
 }
 
 // ---- the steps of one head in one piece ----
