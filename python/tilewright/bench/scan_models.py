@@ -15,6 +15,7 @@ import torch
 from .case import OURS, Call, Case, Contender, Plan, peer
 
 _LAYERS, _VOCABULARY = 2, 256
+_LONG = 2048  # tokens, as Mamba-2 was trained with
 
 
 def cases(plan: Plan) -> list[Case]:
@@ -31,7 +32,11 @@ def cases(plan: Plan) -> list[Case]:
     found = [
         case for kind in kinds for case in (_training(kind, length), _forward(kind, length), _decode(kind))
     ]
-    return [found[1], found[-1]] if plan.quick else found
+    if plan.quick:
+        return [found[1], found[-1]]
+    if not plan.model:  # of Mamba-2 alone: a step of the other stock model takes minutes at this length
+        found.append(_training(kinds[-1], _LONG, f"training_{_LONG}"))
+    return found
 
 
 class _Model:
@@ -108,7 +113,7 @@ def _case(model: _Model, work: str, title: str, run: Callable[[Any], Call], toke
     )
 
 
-def _training(model: _Model, length: int) -> Case:
+def _training(model: _Model, length: int, work: str = "training") -> Case:
     def run(network: Any) -> Call:
         network.train()
         tokens = model.tokens(length)
@@ -119,7 +124,7 @@ def _training(model: _Model, length: int) -> Case:
 
         return step
 
-    return _case(model, "training", f"forward and backward of {length} tokens", run, length, 3)
+    return _case(model, work, f"forward and backward of {length} tokens", run, length, 3)
 
 
 def _forward(model: _Model, length: int) -> Case:
