@@ -143,6 +143,27 @@ def check_device(name: str, value: Tensor, expected: torch.device, owner: str) -
         raise ValueError(f"{name} is on {value.device}, but {owner} is on {expected}: move one of them")
 
 
+def check_apart(name: str, value: Tensor, **others: Tensor | None) -> None:
+    """Refuses a tensor to be written to that lies between the ends of one that is read."""
+    if torch.compiler.is_compiling():
+        return
+    first, last = _span(value)
+    for other, given in others.items():
+        if given is None or first == last or given.device != value.device:
+            continue
+        begin, end = _span(given)
+        if begin < last and first < end:
+            raise ValueError(f"{name} must not share memory with {other}")
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor lies; of one without memory of its own, as in fake mode, none."""
+    if t.numel() == 0 or t.is_meta or type(t) not in (Tensor, torch.nn.Parameter):
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+
+
 def check_cu_seqlens(value: Any, expected: torch.device, owner: str) -> None:
     """Refuses what cannot say where packed sequences lie; its values are for `check_boundaries`."""
     check_tensor("cu_seqlens", value)

@@ -321,6 +321,7 @@ def test_any_floats_at_all(values: list[float]) -> None:
 X = torch.zeros(300)
 CODES = torch.zeros(300, dtype=torch.uint8)
 STATE = QuantState(torch.zeros(2), X.shape)
+ROOM = torch.zeros(307, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -347,6 +348,9 @@ STATE = QuantState(torch.zeros(2), X.shape)
         ({"out": X}, ValueError, "out must be torch.uint8, got torch.float32"),
         ({"out": CODES[:299]}, ValueError, r"out has shape \(299,\), A has \(300,\)"),
         ({"out": CODES.to("meta")}, ValueError, "out must be on a CPU or CUDA device"),
+        ({"out": X.view(torch.uint8)[900:]}, ValueError, "out must not share memory with A"),
+        ({"absmax": X[298:]}, ValueError, "absmax must not share memory with A"),
+        ({"absmax": ROOM[:8].view(torch.float32), "out": ROOM[7:]}, ValueError, "memory with absmax"),
     ],
 )
 def test_quantize_refuses(arguments: dict, error: type, message: str) -> None:
@@ -368,6 +372,7 @@ def test_quantize_refuses(arguments: dict, error: type, message: str) -> None:
         ({"quant_state": None, "absmax": [0.0, 1.0]}, TypeError, "absmax must be a tensor"),
         ({"out": X.double()}, ValueError, "out must be torch.float32 or torch.float16 or torch.bfloat16"),
         ({"out": X[:10]}, ValueError, "out has shape"),
+        ({"A": X.view(torch.uint8)[900:], "out": X}, ValueError, "out must not share memory with A"),
     ],
 )
 def test_dequantize_refuses(arguments: dict, error: type, message: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_tensor, check_type
+from .._checks import check_apart, check_device, check_tensor, check_type
 from . import ops
 from .maps import check_map, shared_map
 
@@ -94,7 +94,8 @@ def quantize_blockwise(
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: a dtype, shape, device or blocksize that is not one of the above.
+        ValueError: a dtype, shape, device or blocksize that is not one of the above, or an `out` or `absmax`
+            that shares memory with an input.
 
     Not differentiable: gradients do not flow through it. vmap and torch.func.grad are not supported.
 
@@ -118,6 +119,8 @@ def quantize_blockwise(
         _check_out("out", out, A, torch.uint8)
         _check_absmax(absmax, A, blocksize)
         _check_writable("absmax", absmax)
+        check_apart("out", out, A=A, absmax=absmax, code=code)
+        check_apart("absmax", absmax, A=A, code=code)
         _quantize_out(A, code, True, blocksize, out, absmax)
     return out, QuantState(absmax, A.shape, code, blocksize, A.dtype)
 
@@ -147,7 +150,7 @@ def dequantize_blockwise(
     Raises:
         TypeError: an argument is not of its type.
         ValueError: a dtype, shape, device or blocksize that is not one of the above, both or neither of
-            `quant_state` and `absmax`.
+            `quant_state` and `absmax`, or an `out` that shares memory with an input.
 
     Not differentiable: gradients do not flow through it. vmap and torch.func.grad are not supported.
     """
@@ -174,6 +177,7 @@ def dequantize_blockwise(
         decoded: Tensor = _dequantize(A, absmax, code, True, blocksize, dtype)
         return decoded
     _check_out("out", out, A, *_FLOATS)
+    check_apart("out", out, A=A, absmax=absmax, code=code)
     _dequantize_out(A, absmax, code, True, blocksize, out)
     return out
 

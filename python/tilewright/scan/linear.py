@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_cu_seqlens, check_device, check_dtype, check_flag, check_shape, check_tensor
+from .._checks import (
+    check_apart,
+    check_cu_seqlens,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_shape,
+    check_tensor,
+)
 from .._library import differentiates
 from .ops.linear import LinearScan
 from .ops.linear import forward as _forward
@@ -152,16 +160,4 @@ def _check_out(out: Tensor, needs_grad: bool, a: Tensor, b: Tensor, h0: Tensor |
         return  # what follows cannot be asked of a tensor there
     if out.is_conj():
         raise ValueError("out must not be a conjugated view")
-    first, last = _span(out)
-    for name, value in (("a", a), ("b", b), ("h0", h0)):
-        if value is None or value.device != out.device:
-            continue
-        begin, end = _span(value)
-        if begin < last and first < end:
-            raise ValueError(f"out must not share memory with {name}")
-
-
-def _span(t: Tensor) -> tuple[int, int]:
-    """The addresses between which a tensor lies."""
-    reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size() * (t.numel() > 0)
+    check_apart("out", out, a=a, b=b, h0=h0)
