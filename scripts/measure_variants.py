@@ -2,7 +2,7 @@
 
 Each variant is an extension of its own (build_variants.py), loaded beside the product's. In each case that
 judges it, it must first give the default's results; then all that did are timed in turn, as `tilewright
-bench` does it.
+bench` does it. Where calls change their inputs, as steps of an optimizer do, each variant has its own.
 
 What is found is a line in --progress at once. A variant that takes the process with it is passed over when
 the process is started again with the same file.
@@ -24,11 +24,13 @@ from torch import Tensor
 
 from gpu_variants import VARIANTS, Variant
 from tilewright import _backend, _families
-from tilewright.bench.case import Case, Plan
+from tilewright.attention import BlockMask
+from tilewright.bench.case import Case, Changing, Plan
 from tilewright.bench.timing import measure, summary
 
 DEFAULT = "default"
 MOST_SECONDS = 2.0  # for a contender of a case
+STEPS = 2  # of a call that changes its inputs, before they are compared: the first one begins with zeros
 # Of the largest number: two roundings of 16 bits; else what sums in another order, or another power of two,
 # make of a long sequence. The tests hold variants to the rule of error; this is for what only a GPU shows.
 ALLOWED = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -77,8 +79,8 @@ class Progress:
 
 
 def load(path: Path) -> ModuleType:
-    """This extension, beside those that are loaded."""
-    spec = importlib.util.spec_from_file_location("tilewright._C", path)
+    """This extension, beside those that are loaded: under the same name it would be the one that is."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}._C", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -96,17 +98,43 @@ def on(module: ModuleType, call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def outcome(module: ModuleType, call: Callable[[], object]) -> list[Tensor]:
+    """What the call gives, or what it changes, as it is now: the next call may write to the same memory."""
+    if not isinstance(call, Changing):
+        return tensors(on(module, call)())
+    for _ in range(STEPS):
+        on(module, call)()
+    return tensors(call.changed())
+
+
 def tensors(result: object) -> list[Tensor]:
-    """What a call returned, as it is now: the next call may write to the same memory."""
-    found = result if isinstance(result, (tuple, list)) else [result]
-    return [value.detach().clone() for value in found if isinstance(value, Tensor)]
+    if isinstance(result, BlockMask):
+        result = [mask_lists(result, way) for way in ("q2k", "k2q")] + [result.tables]
+    if isinstance(result, (tuple, list)):
+        return [tensor for value in result for tensor in tensors(value)]
+    return [result.detach().clone()] if isinstance(result, Tensor) else []
+
+
+def mask_lists(mask: BlockMask, way: str) -> list[Tensor]:
+    """What lies behind the end of a list is undefined."""
+    counts = getattr(mask, f"{way}_counts")
+    listed = [getattr(mask, f"{way}_{part}") for part in ("indices", "bits")]
+    places = torch.arange(listed[0].shape[-1], device=counts.device)
+    inside = places < counts[..., None]
+    return [counts, *(entries.where(inside, -1) for entries in listed if entries is not None)]
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> str:
     """What is wrong with these results; nothing: ''."""
+    if not expected:
+        return "there is nothing to compare"
     for number, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             return f"result {number} has another shape or dtype"
+        if not (ours.is_floating_point() or ours.is_complex()):
+            if wrong := int((ours != theirs).sum()):
+                return f"result {number} differs in {wrong} of {ours.numel()} places"
+            continue
         if not torch.equal(ours.isfinite(), theirs.isfinite()):
             return f"result {number} is finite elsewhere"
         if ours.numel() == 0:
@@ -127,15 +155,17 @@ def run_case(
     progress: Progress,
 ) -> None:
     """Check the variants in a case, and time those that are right."""
-    call = case.contenders[0].setup()
     default = modules[DEFAULT]
-    expected = tensors(on(default, call)())
-    right = {DEFAULT: on(default, call)}
+    shared = case.contenders[0].setup()
+    expected = outcome(default, shared)
+    right = {DEFAULT: on(default, shared)}
     for name, module in modules.items():
         if name == DEFAULT:
             continue
         progress.note(begins=name, case=case.name)
-        why = difference(tensors(on(module, call)()), expected)
+        # Set up under this extension, since an optimizer stays with the one that it began with.
+        call = on(module, case.contenders[0].setup)() if isinstance(shared, Changing) else shared
+        why = difference(outcome(module, call), expected)
         progress.note(ends=name, case=case.name)
         if why:
             progress.note(refused=name, case=case.name, why=f"{case.name}: {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright import _backend, _families
-from tilewright.bench.case import Case, Contender, Plan
+from tilewright import _C, _backend, _families
+from tilewright.attention import BlockMask
+from tilewright.bench.case import Case, Changing, Contender, Plan
+from tilewright.optim import quantize_blockwise
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -83,7 +86,9 @@ def variant_of(name: str, *cases: str) -> Variant:
     return Variant(name, {}, 1.0, "a test", cases, ())
 
 
-def measured(scripts: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, factors: dict[str, Any]) -> Any:
+def measured(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, factors: dict[str, Any], setup: Any = None
+) -> Any:
     """The report on variants that multiply by these factors where the default multiplies by 2."""
     for name in factors:
         (folder / f"{name}.so").touch()
@@ -93,7 +98,7 @@ def measured(scripts: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, factor
     monkeypatch.setattr(measure, "load", lambda path: modules[path.name.partition(".")[0]])
     monkeypatch.setattr(_backend, "C", SimpleNamespace(factor=2.0))
     ones = torch.ones(4)
-    contender = Contender("tilewright", lambda: lambda: ones * vars(_backend)["C"].factor)
+    contender = Contender("tilewright", setup or (lambda: lambda: ones * vars(_backend)["C"].factor))
     cases = [Case(name, name, [contender]) for name in ("first", "second")]
     variants = [variant_of(name, "first", "second") for name in factors]
     progress = measure.Progress(folder / "progress.jsonl")
@@ -101,6 +106,55 @@ def measured(scripts: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, factor
     found = measure.report(variants, folder, progress)
     assert found["defaults"].keys() <= {"first", "second"}
     return {row["name"]: row for row in found["variants"]}
+
+
+def test_an_extension_beside_the_one_in_use(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_backend, "C", _C)
+    copies = [Path(shutil.copy(_C.__file__, tmp_path / f"{name}.so")) for name in ("one", "other")]
+    modules = [_C, *map(scripts.measure.load, copies)]
+    assert len({id(module) for module in modules}) == 3
+    assert [module.__file__ for module in modules[1:]] == list(map(str, copies))
+    values, expected = torch.randn(4096), None
+    for module in modules:
+        found = scripts.measure.on(module, lambda: quantize_blockwise(values)[0])()
+        assert vars(_backend)["C"] is module
+        assert expected is None or torch.equal(found, expected)
+        expected = found
+
+
+def changing() -> Changing:
+    weights = torch.full((4,), 1.0)
+    mine = vars(_backend)["C"]  # as a step of an optimizer, which stays with the extension it began with
+    return Changing(lambda: weights.mul_(mine.factor), lambda: [weights])
+
+
+def test_calls_that_change_their_inputs(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = measured(scripts, monkeypatch, tmp_path, {"wrong": 3.0, "same": 2.0}, changing)
+    assert rows["same"]["outcome"] == "measured"
+    assert rows["wrong"]["outcome"].startswith("refused: first: result 0 is off by 5.000e+00")
+
+
+def test_calls_that_give_nothing(scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = measured(scripts, monkeypatch, tmp_path, {"some": 2.0}, lambda: lambda: None)
+    assert rows["some"]["outcome"] == "refused: first: there is nothing to compare"
+
+
+def test_numbers_of_blocks_have_to_be_the_same(scripts: Any) -> None:
+    blocks = torch.rand(1, 1, 9, 40, generator=torch.Generator().manual_seed(0)) < 0.3
+    first, other = (BlockMask.from_dense(blocks, 16) for _ in range(2))
+    for mask in (first, other):  # what is beyond the end of a list
+        beyond = torch.arange(mask.q2k_indices.shape[3]) >= mask.q2k_counts[..., None]
+        mask.q2k_indices[beyond] = torch.randint(99, (int(beyond.sum()),), dtype=torch.int32)
+    expected = scripts.measure.tensors(first)
+    assert len(expected) == 5
+    assert scripts.measure.difference(scripts.measure.tensors(other), expected) == ""
+    other.k2q_indices[0, 0, 39, 0] += 1
+    found = scripts.measure.difference(scripts.measure.tensors(other), expected)
+    assert found == f"result 3 differs in 1 of {other.k2q_indices.numel()} places"
 
 
 def test_variants_are_timed_beside_the_default(

@@ -23,7 +23,7 @@ emulator_seed: int | None = None  # as `testing.emulated` set it, if it did
 
 def is_emulated() -> bool:
     """Whether CUDA kernels are being run on the CPU, CPU tensors standing for device memory."""
-    return C is not _C
+    return C is not _C and hasattr(C, "emulator_set_seed")
 
 
 def optimizer_plan(kind: str) -> Any:

@@ -9,12 +9,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .presets import Model
 
 OURS = "tilewright"
 
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Changing:
+    """A call whose result is what it changes: `changed` gives those tensors."""
+
+    call: Call
+    changed: Callable[[], list[Tensor]]
+
+    def __call__(self) -> object:
+        """The call, to be timed."""
+        return self.call()
 
 
 class Unavailable(Exception):

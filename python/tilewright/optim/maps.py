@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from .. import _backend
 from .._checks import check_tensor
 
-_shared: dict[tuple[torch.device, bool, bool], Tensor] = {}
+_shared: dict[tuple[torch.device, bool, ModuleType], Tensor] = {}  # of each extension
 
 
 def create_dynamic_map(signed: bool = True) -> Tensor:
@@ -31,7 +33,7 @@ def shared_map(device: torch.device, signed: bool) -> Tensor:
     The extension knows the tensor by its address, so that a kernel whose map lies on a GPU can tell the
     built-in map (computed) from a foreign one (looked up) without reading it back.
     """
-    key = (device, signed, _backend.is_emulated())
+    key = (device, signed, _backend.C)
     found = _shared.get(key)
     if found is None:
         found = create_dynamic_map(signed).to(device)
@@ -42,7 +44,7 @@ def shared_map(device: torch.device, signed: bool) -> Tensor:
 
 def is_shared_map(code: Tensor, signed: bool) -> bool:
     """Whether `code` is (a view of) the tensor that `shared_map` gives out for its device."""
-    found = _shared.get((code.device, signed, _backend.is_emulated()))
+    found = _shared.get((code.device, signed, _backend.C))
     return found is not None and (code is found or code.data_ptr() == found.data_ptr())
 
 
