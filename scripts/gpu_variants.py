@@ -31,137 +31,209 @@ SCAN_TESTS = (
 )
 LINEAR_TESTS = ("tests/scan/test_linear_scan.py", "-k", "emulated")
 
-VARIANTS: dict[str, list[Variant]] = {
-    "scan": [
-        Variant(
-            "scan_split_four_blocks",
-            {"SELECTIVE_SCAN_SPLIT_BLOCKS": 4},
-            0.75,
-            "Cut sequences are 2 blocks a multiprocessor, 8 warps, where forward's registers and shared "
-            "memory allow 4: twice the warps to wait with. Backward holds 2 blocks at once, so it should "
-            "not change.",
-            (
-                *("selective-scan-1x192x1048576", "selective-scan-1x1536x65536"),
-                *("selective-scan-training-1x192x1048576", "selective-scan-training-1x1536x65536"),
-            ),
-            SCAN_TESTS,
+SCANS = [
+    Variant(
+        "scan_split_four_blocks",
+        {"SELECTIVE_SCAN_SPLIT_BLOCKS": 4},
+        0.75,
+        "Cut sequences are 2 blocks a multiprocessor, 8 warps, where forward's registers and shared "
+        "memory allow 4: twice the warps to wait with. Backward holds 2 blocks at once, so it should "
+        "not change.",
+        (
+            *("selective-scan-1x192x1048576", "selective-scan-1x1536x65536"),
+            *("selective-scan-training-1x192x1048576", "selective-scan-training-1x1536x65536"),
         ),
-        Variant(
-            "scan_backward_two_channels",
-            {"SELECTIVE_SCAN_BACKWARD_CHANNELS": 2, "SELECTIVE_SCAN_BACKWARD_BLOCKS": 3},
-            0.88,
-            "Half the states a thread: 168 registers instead of 255 and 54 KB of shared memory instead of "
-            "102, so 12 warps instead of 8 hide latencies. It costs a third more shuffles a state and twice "
-            "the rows of dB and dC, a byte of 15.",
-            (SCAN_TRAINING, "selective-scan-training-1x192x1048576"),
-            SCAN_TESTS,
-        ),
-        Variant(
-            "scan_forward_one_lane",
-            {
-                **{"SELECTIVE_SCAN_FORWARD_CHANNELS": 1, "SELECTIVE_SCAN_FORWARD_STATES": 16},
-                "SELECTIVE_SCAN_FORWARD_BLOCKS": 5,
-            },
-            0.9,
-            "91 registers instead of 122, so five blocks, 20 warps instead of 16, as shared memory allows; "
-            "97 instructions for 98.5 a step of 16 states, no shuffle, but 10 loads from shared memory for "
-            "6.",
-            (SCAN, "selective-scan-1x192x1048576"),
-            SCAN_TESTS,
-        ),
-        Variant(
-            "ssd_outputs_three_blocks",
-            {"SSD_CHUNK_SCAN_OUTPUTS_BLOCKS": 3},
-            0.92,
-            "80 registers instead of 119, without a spill in 16 bits: 24 warps instead of 16, of products "
-            "whose operands come from shared memory at every step.",
-            ("ssd-chunk-scan-forward-bfloat16",),
-            ("tests/scan/test_ssd.py", "-k", "emulated"),
-            spilled=8,
-        ),
-        Variant(
-            "scan_forward_five_blocks",
-            {"SELECTIVE_SCAN_FORWARD_BLOCKS": 5},
-            0.94,
-            "94 registers instead of 122 without a spill, the same instructions in a step: 20 warps instead "
-            "of 16.",
-            (SCAN,),
-            SCAN_TESTS,
-        ),
-        Variant(
-            "linear_across_deep",
-            {"LINEAR_SCAN_ACROSS_GROUPS": 8, "LINEAR_SCAN_ACROSS_GROUPS_BACKWARD": 6},
-            0.94,
-            "(8, 1536, 4096) along dim 1 is 124 threads a multiprocessor: 32 steps ahead are 63 KB on their "
-            "way instead of 40. Latency alone asks for 26, but so few warps issue their loads unevenly.",
-            ("linear-scan-3d-dim1-fp32", "linear-scan-gradient-dim1-fp32", "linear-scan-3d-dim1-bf16"),
-            LINEAR_TESTS,
-        ),
-        Variant(
-            "linear_across_narrow",
-            {"LINEAR_SCAN_ACROSS_BYTES": 4},
-            0.95,
-            "4 bytes of neighbours a thread: twice the warps, the same 40 KB on their way, 96 registers "
-            "instead of 128 (float32); twice the loads, which are far below their rate.",
-            ("linear-scan-3d-dim1-fp32", "linear-scan-gradient-dim1-fp32", "linear-scan-3d-dim1-bf16"),
-            LINEAR_TESTS,
-        ),
-        Variant(
-            "linear_along_ahead_backward",
-            {"LINEAR_SCAN_ALONG_AHEAD_BACKWARD": 2},
-            0.95,
-            "Two tiles of a, g and h on their way instead of one: 48 KB instead of 24 at 16 warps, where 26 "
-            "hide the latency. 28 bytes are spilled in 16 bits, 208 of complex numbers.",
-            ("linear-scan-gradient-dim2-fp32", "linear-scan-gradient-dim2-bf16"),
-            LINEAR_TESTS,
-            spilled=208,
-        ),
-        Variant(
-            "scan_forward_items_of_16",
-            {"SELECTIVE_SCAN_FORWARD_ITEM": 16},
-            0.96,
-            "A thread prepares and finishes a channel's 16 steps at once: addresses, biases and tests once "
-            "instead of twice a stage, some 150 of its 3000 instructions; 128 registers, still four blocks.",
-            (SCAN,),
-            SCAN_TESTS,
-        ),
-        Variant(
-            "scan_backward_64_threads",
-            {"SELECTIVE_SCAN_BACKWARD_THREADS": 64, "SELECTIVE_SCAN_BACKWARD_BLOCKS": 4},
-            0.97,
-            "Four blocks of 64 channels instead of two of 128: as many warps, but a barrier holds up two of "
-            "them instead of four, and 192 channels leave no half tile. Twice the rows of dB and dC, a byte "
-            "of 15.",
-            (SCAN_TRAINING, "selective-scan-training-1x192x1048576"),
-            SCAN_TESTS,
-        ),
-        Variant(
-            "scan_forward_polynomial_eighth",
-            {"SELECTIVE_SCAN_FORWARD_POLYNOMIALS": 1},
-            1.04,
-            "Special functions are 9.5 cycles a state (8 of a warp for each of 19 a step of 16 states), "
-            "instructions some 11. A polynomial takes 11 instructions more and 8 of those cycles less: for "
-            "an eighth of the states 8.5 and 12.4. A gain would say that instructions are not the bound.",
-            (SCAN,),
-            SCAN_TESTS,
-        ),
-        Variant(
-            "scan_backward_polynomial_quarter",
-            {"SELECTIVE_SCAN_BACKWARD_POLYNOMIALS": 1},
-            1.05,
-            "28.5 cycles of special functions a state, of three exponentials: 22.5 with a quarter of them "
-            "by polynomials, for 8 instructions more of some 35. With 8 warps neither may be the bound.",
-            (SCAN_TRAINING,),
-            SCAN_TESTS,
-            spilled=24,
-        ),
-        Variant(
-            "scan_forward_polynomial_quarter",
-            {"SELECTIVE_SCAN_FORWARD_POLYNOMIALS": 2},
-            1.1,
-            "As for an eighth: 7.5 cycles of special functions, 13.8 of instructions.",
-            (SCAN,),
-            SCAN_TESTS,
-        ),
-    ],
-}
+        SCAN_TESTS,
+    ),
+    Variant(
+        "scan_backward_two_channels",
+        {"SELECTIVE_SCAN_BACKWARD_CHANNELS": 2, "SELECTIVE_SCAN_BACKWARD_BLOCKS": 3},
+        0.88,
+        "Half the states a thread: 168 registers instead of 255 and 54 KB of shared memory instead of "
+        "102, so 12 warps instead of 8 hide latencies. It costs a third more shuffles a state and twice "
+        "the rows of dB and dC, a byte of 15.",
+        (SCAN_TRAINING, "selective-scan-training-1x192x1048576"),
+        SCAN_TESTS,
+    ),
+    Variant(
+        "scan_forward_one_lane",
+        {
+            **{"SELECTIVE_SCAN_FORWARD_CHANNELS": 1, "SELECTIVE_SCAN_FORWARD_STATES": 16},
+            "SELECTIVE_SCAN_FORWARD_BLOCKS": 5,
+        },
+        0.9,
+        "91 registers instead of 122, so five blocks, 20 warps instead of 16, as shared memory allows; "
+        "97 instructions for 98.5 a step of 16 states, no shuffle, but 10 loads from shared memory for "
+        "6.",
+        (SCAN, "selective-scan-1x192x1048576"),
+        SCAN_TESTS,
+    ),
+    Variant(
+        "ssd_outputs_three_blocks",
+        {"SSD_CHUNK_SCAN_OUTPUTS_BLOCKS": 3},
+        0.92,
+        "80 registers instead of 119, without a spill in 16 bits: 24 warps instead of 16, of products "
+        "whose operands come from shared memory at every step.",
+        ("ssd-chunk-scan-forward-bfloat16",),
+        ("tests/scan/test_ssd.py", "-k", "emulated"),
+        spilled=8,
+    ),
+    Variant(
+        "scan_forward_five_blocks",
+        {"SELECTIVE_SCAN_FORWARD_BLOCKS": 5},
+        0.94,
+        "94 registers instead of 122 without a spill, the same instructions in a step: 20 warps instead "
+        "of 16.",
+        (SCAN,),
+        SCAN_TESTS,
+    ),
+    Variant(
+        "linear_across_deep",
+        {"LINEAR_SCAN_ACROSS_GROUPS": 8, "LINEAR_SCAN_ACROSS_GROUPS_BACKWARD": 6},
+        0.94,
+        "(8, 1536, 4096) along dim 1 is 124 threads a multiprocessor: 32 steps ahead are 63 KB on their "
+        "way instead of 40. Latency alone asks for 26, but so few warps issue their loads unevenly.",
+        ("linear-scan-3d-dim1-fp32", "linear-scan-gradient-dim1-fp32", "linear-scan-3d-dim1-bf16"),
+        LINEAR_TESTS,
+    ),
+    Variant(
+        "linear_across_narrow",
+        {"LINEAR_SCAN_ACROSS_BYTES": 4},
+        0.95,
+        "4 bytes of neighbours a thread: twice the warps, the same 40 KB on their way, 96 registers "
+        "instead of 128 (float32); twice the loads, which are far below their rate.",
+        ("linear-scan-3d-dim1-fp32", "linear-scan-gradient-dim1-fp32", "linear-scan-3d-dim1-bf16"),
+        LINEAR_TESTS,
+    ),
+    Variant(
+        "linear_along_ahead_backward",
+        {"LINEAR_SCAN_ALONG_AHEAD_BACKWARD": 2},
+        0.95,
+        "Two tiles of a, g and h on their way instead of one: 48 KB instead of 24 at 16 warps, where 26 "
+        "hide the latency. 28 bytes are spilled in 16 bits, 208 of complex numbers.",
+        ("linear-scan-gradient-dim2-fp32", "linear-scan-gradient-dim2-bf16"),
+        LINEAR_TESTS,
+        spilled=208,
+    ),
+    Variant(
+        "scan_forward_items_of_16",
+        {"SELECTIVE_SCAN_FORWARD_ITEM": 16},
+        0.96,
+        "A thread prepares and finishes a channel's 16 steps at once: addresses, biases and tests once "
+        "instead of twice a stage, some 150 of its 3000 instructions; 128 registers, still four blocks.",
+        (SCAN,),
+        SCAN_TESTS,
+    ),
+    Variant(
+        "scan_backward_64_threads",
+        {"SELECTIVE_SCAN_BACKWARD_THREADS": 64, "SELECTIVE_SCAN_BACKWARD_BLOCKS": 4},
+        0.97,
+        "Four blocks of 64 channels instead of two of 128: as many warps, but a barrier holds up two of "
+        "them instead of four, and 192 channels leave no half tile. Twice the rows of dB and dC, a byte "
+        "of 15.",
+        (SCAN_TRAINING, "selective-scan-training-1x192x1048576"),
+        SCAN_TESTS,
+    ),
+    Variant(
+        "scan_forward_polynomial_eighth",
+        {"SELECTIVE_SCAN_FORWARD_POLYNOMIALS": 1},
+        1.04,
+        "Special functions are 9.5 cycles a state (8 of a warp for each of 19 a step of 16 states), "
+        "instructions some 11. A polynomial takes 11 instructions more and 8 of those cycles less: for "
+        "an eighth of the states 8.5 and 12.4. A gain would say that instructions are not the bound.",
+        (SCAN,),
+        SCAN_TESTS,
+    ),
+    Variant(
+        "scan_backward_polynomial_quarter",
+        {"SELECTIVE_SCAN_BACKWARD_POLYNOMIALS": 1},
+        1.05,
+        "28.5 cycles of special functions a state, of three exponentials: 22.5 with a quarter of them "
+        "by polynomials, for 8 instructions more of some 35. With 8 warps neither may be the bound.",
+        (SCAN_TRAINING,),
+        SCAN_TESTS,
+        spilled=24,
+    ),
+    Variant(
+        "scan_forward_polynomial_quarter",
+        {"SELECTIVE_SCAN_FORWARD_POLYNOMIALS": 2},
+        1.1,
+        "As for an eighth: 7.5 cycles of special functions, 13.8 of instructions.",
+        (SCAN,),
+        SCAN_TESTS,
+    ),
+]
+
+# ---- Attention -----------------------------------------------------------------------------------
+
+# All cases have 32 heads of 32768 tokens at head dim 128, in bfloat16.
+HOPPER_ATTENTION_TESTS = ("tests/attention/test_block_sparse_sm90.py", "-k", "not cuda")
+ATTENTION_TESTS = (
+    *("tests/attention/test_block_sparse_cuda.py", "tests/attention/test_block_sparse.py"),
+    *("-k", "emulated"),
+)
+
+ATTENTION = [
+    Variant(
+        "block_lists_in_flight",
+        {"BLOCK_LISTS_LOADS": 16, "BLOCK_LISTS_ACROSS_WARPS": 16},
+        0.6,
+        "2048 codes of a list are 4 turns that wait for memory instead of 16. Across memory 64 thread blocks "
+        "have 2 warps a scheduler, whose some 2000 instructions a turn follow one another; with 4 half of "
+        "the turns are left.",
+        ("mask-from-dense",),
+        ("tests/attention/test_block_lists.py", "-k", "emulated"),
+    ),
+    Variant(
+        "attention_query_grads_whole_tiles",
+        {"BLOCK_SPARSE_QUERY_GRADS_PART": 32},
+        0.9,
+        "The scores of all 32 keys of a tile at once: a warp reads its rows once instead of twice, 80 "
+        "ldmatrix instead of 112. 1280 clocks of shared memory for 128 x 32 pairs instead of 1790, where "
+        "tensor cores take 1240, beside 2560 for keys. 255 registers instead of 242, without a spill: two "
+        "thread blocks as before.",
+        ("full-bf16-backward", "density-25-block-128-backward", "density-25-block-64-backward"),
+        ATTENTION_TESTS,
+    ),
+    Variant(
+        "attention_key_grads_64_rows",
+        {"BLOCK_SPARSE_KEY_GRADS_ROWS": 64},
+        0.94,
+        "Two thread blocks of 4 warps instead of one of 8, in the same registers: while one is at its "
+        "barrier the other multiplies. Twice the bytes from L2, 7 a clock where 25 are there.",
+        ("full-bf16-backward", "density-25-block-128-backward"),
+        ATTENTION_TESTS,
+    ),
+    Variant(
+        "attention_query_grads_one_slab",
+        {"BLOCK_SPARSE_QUERY_GRADS_SLABS": 1, "BLOCK_SPARSE_QUERY_GRADS_PART": 32},
+        0.95,
+        "16 rows a warp in 165 registers. Blocks of 64 queries, of which shared memory holds 3, are 12 warps "
+        "instead of 6; they read 128 KB of fragments for 64 x 32 pairs instead of 112. Blocks of 128 are 8 "
+        "warps either way.",
+        ("density-25-block-64-backward", "full-bf16-backward"),
+        ATTENTION_TESTS,
+    ),
+    Variant(
+        "attention_three_slots",
+        {"BLOCK_SPARSE_SM90_TILE_SLOTS": 3, "BLOCK_SPARSE_SM90_ITEM_SLOTS": 1},
+        0.95,
+        "With two slots a tile of keys or values has some 1500 clocks to come, but 1000 are latency, and 32 "
+        "KB at 24 bytes a clock another 1365. A third of each takes the place of the next queries, in 225 "
+        "KB: those then wait for the last products, which short lists feel.",
+        ("density-25-block-64", "full-bf16", "density-25-block-128", "window-bf16"),
+        HOPPER_ATTENTION_TESTS,
+    ),
+    Variant(
+        "attention_no_turns",
+        {"BLOCK_SPARSE_SM90_TURNS": 0},
+        1.05,
+        "Without the turns at products both warpgroups may come to their softmax at once, 1024 clocks of "
+        "special functions beside idle tensor cores. A gain would say that they part by themselves, and the "
+        "two barriers a tile are for nothing.",
+        ("full-bf16", "density-25-block-128"),
+        HOPPER_ATTENTION_TESTS,
+    ),
+]
+
+VARIANTS = {"attention": ATTENTION, "scan": SCANS}

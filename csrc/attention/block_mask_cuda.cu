@@ -7,6 +7,7 @@
 // Roofline: a byte (or four) a code for each direction, four (or eight) bytes an entry. At 256 x 256 blocks a
 // head both passes read 128 KB a head; what they take is the latency of a few dependent loads.
 #include "attention/block_mask.h"
+#include "core/tune.h"
 #include "device/launch.h"
 #include "device/math.h"
 #include "device/smem.h"
@@ -17,7 +18,9 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * device::kWarpSize;
-constexpr int kLoads = 4;  // votes whose codes are loaded together
+constexpr int kLoads = TW_TUNED(BLOCK_LISTS_LOADS, 4);  // votes whose codes are loaded together
+constexpr int kAcrossWarps = TW_TUNED(BLOCK_LISTS_ACROSS_WARPS, 8);
+constexpr int kAcrossThreads = kAcrossWarps * device::kWarpSize;
 
 // The lists of all heads, seen as lists of entries.
 struct ListsKernelParams {
@@ -28,7 +31,7 @@ struct ListsKernelParams {
 };
 
 struct Smem {
-  int32_t counts[kWarps][device::kWarpSize];
+  int32_t counts[kAcrossWarps][device::kWarpSize];
 };
 
 template <class Code>
@@ -76,7 +79,8 @@ __global__ void __launch_bounds__(kThreads) lists_along_kernel(const __grid_cons
 }
 
 template <class Code>
-__global__ void __launch_bounds__(kThreads) lists_across_kernel(const __grid_constant__ ListsKernelParams p) {
+__global__ void __launch_bounds__(kAcrossThreads)
+    lists_across_kernel(const __grid_constant__ ListsKernelParams p) {
   Smem& smem = device::shared_memory<Smem>();
   const int64_t groups = (p.lists + device::kWarpSize - 1) / device::kWarpSize;
   const int64_t head = int64_t{blockIdx.x} / groups;
@@ -86,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) lists_across_kernel(const __grid_con
   const bool exists = list < p.lists;
   const Code* codes = head_codes<Code>(p, head) + list * p.list_stride;
   int64_t count = 0;
-  for (int64_t base = 0; base < p.entries; base += kThreads) {
+  for (int64_t base = 0; base < p.entries; base += kAcrossThreads) {
     const int64_t first = base + warp * device::kWarpSize;
     uint32_t present = 0;
 #pragma unroll
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) lists_across_kernel(const __grid_con
     smem.counts[warp][lane] = device::count_bits(present);
     device::sync_block();
     int64_t place = count;
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kAcrossWarps; ++w) {
       if (w < warp) place += smem.counts[w][lane];
       count += smem.counts[w][lane];
     }
@@ -118,8 +122,8 @@ void write_lists(const ListsKernelParams& p, Stream stream) {
   if (lists == 0) return;
   if (p.list_stride == 1 && p.entry_stride != 1) {
     const int64_t groups = p.all_heads * ((p.lists + device::kWarpSize - 1) / device::kWarpSize);
-    device::launch(lists_across_kernel<Code>, dim3(unsigned(groups)), dim3(kThreads), sizeof(Smem), stream,
-                   p);
+    device::launch(lists_across_kernel<Code>, dim3(unsigned(groups)), dim3(kAcrossThreads), sizeof(Smem),
+                   stream, p);
   } else {
     device::launch(lists_along_kernel<Code>, dim3(unsigned((lists + kWarps - 1) / kWarps)), dim3(kThreads), 0,
                    stream, p);

@@ -15,6 +15,7 @@
 // of sm_80's tensor cores; 320 KB and 224 KB of fragments out of shared memory in 2. and 3., 4300 clocks, so
 // that is what binds. 1. reads 4 D bytes a query, bound by memory.
 #include "attention/block_sparse_cuda.h"
+#include "core/tune.h"
 
 namespace tilewright::attention {
 namespace {
@@ -27,13 +28,15 @@ constexpr int kGroups = kStream / kGroup;
 template <int kDim>
 struct KeyShape {
   static constexpr int kSlabs = kDim <= 64 ? 2 : 1;
-  static constexpr int kMostRows = kDim <= 128 ? 128 : 64;
+  static constexpr int kMostRows = kDim <= 128 ? TW_TUNED(BLOCK_SPARSE_KEY_GRADS_ROWS, 128) : 64;
   static constexpr int kMostThreads = kMostRows / (kSlabs * kSlab) * device::kWarpSize;
 };
 
 template <int kDim>
 struct QueryShape {
-  static constexpr int kSlabs = kDim <= 128 ? 2 : 1;
+  static constexpr int kSlabs = kDim <= 64    ? 2
+                                : kDim <= 128 ? TW_TUNED(BLOCK_SPARSE_QUERY_GRADS_SLABS, 2)
+                                              : 1;
   static constexpr int kMostRows = kDim <= 128 ? 128 : 64;
   static constexpr int kMostThreads = kMostRows / (kSlabs * kSlab) * device::kWarpSize;
 };
@@ -256,7 +259,8 @@ struct RowStatistics {
 template <class T, int kDim>
 struct QueryGrads {
   static constexpr int kSlabs = QueryShape<kDim>::kSlabs;
-  static constexpr int kPart = kDim == 128 ? 16 : kStream;  // keys whose scores are in registers at once
+  // Keys whose scores are in registers at once.
+  static constexpr int kPart = kDim == 128 ? TW_TUNED(BLOCK_SPARSE_QUERY_GRADS_PART, 16) : kStream;
   using Scores = float[kSlabs][kPart / 8][4];
   RowStatistics<kSlabs> rows;
   float dq[kSlabs][kDim / 8][4];

@@ -19,6 +19,7 @@
 #include "attention/block_sparse_rings_sm90.h"
 #include "attention/block_sparse_softmax_sm90.h"
 #include "attention/block_sparse_tiles_sm90.h"
+#include "core/tune.h"
 #include "device/atomics.h"
 #include "device/half.h"
 #include "device/launch.h"
@@ -39,10 +40,11 @@ using device::Major;
 using device::Mbarrier;
 
 constexpr int kThreads = (1 + kGroups) * device::kWarpgroup;
-constexpr int kPanel = 64;     // elements of a row of a tile in shared memory
-constexpr int kTileSlots = 2;  // of keys, and of values
-constexpr int kItemSlots = 2;
+constexpr int kPanel = 64;  // elements of a row of a tile in shared memory
+constexpr int kTileSlots = TW_TUNED(BLOCK_SPARSE_SM90_TILE_SLOTS, 2);  // of keys, and of values
+constexpr int kItemSlots = TW_TUNED(BLOCK_SPARSE_SM90_ITEM_SLOTS, 2);
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 168 each at first
+constexpr bool kInTurns = TW_TUNED(BLOCK_SPARSE_SM90_TURNS, 1) != 0;
 
 struct FwdParams {
   device::TensorMap q, k, v;
@@ -165,7 +167,7 @@ __device__ __forceinline__ void produce(const FwdParams& p, Smem<T, kDim>& smem)
     Item item = item_at(p.attention, p.q_tiles, p.order == nullptr ? int32_t(place) : p.order[place]);
     KeyWalk walk(p.attention, item, smem.open);
     item.has_keys = !walk.is_done();
-    item.in_turns = walk.is_shared();
+    item.in_turns = kInTurns && walk.is_shared();
     load_queries(p, smem, items, item);
     load_keys_and_values(p, smem, walk, k, v, item);
   }
