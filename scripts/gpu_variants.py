@@ -236,4 +236,57 @@ ATTENTION = [
     ),
 ]
 
-VARIANTS = {"attention": ATTENTION, "scan": SCANS}
+
+# ---- The optimizers ------------------------------------------------------------------------------
+
+# Resident blocks change nothing on the emulator, so few of the tests will do.
+STEP_TESTS = (
+    "tests/optim/test_updates.py",
+    *("-k", "emulated and (8bit_states or shapes_without)"),
+)
+CODEC_TESTS = ("tests/optim/test_blockwise.py", "-k", "emulated and (nearest or round_trips)")
+
+OPTIMIZERS = [
+    Variant(
+        "dequantize_six_blocks",
+        {"DEQUANTIZE_BLOCKS": 6},
+        0.75,
+        "A warp has 256 bytes of codes on their way. In 72 registers there are 24 warps, 6 KB of the 8.5 "
+        "that a third of the memory's speed takes; in 40, without a spill, 48 warps.",
+        ("dequantize-bf16",),
+        CODEC_TESTS,
+    ),
+    Variant(
+        "quantize_six_blocks",
+        {"QUANTIZE_BLOCKS": 6},
+        0.87,
+        "24 KB of values on their way instead of 16, where two thirds of the memory's speed take 17: 40 "
+        "registers instead of 60 without a spill. Encoding takes about as long as memory, and 48 warps "
+        "overlap the two better than 32.",
+        ("quantize-bf16",),
+        CODEC_TESTS,
+    ),
+    Variant(
+        "optimizer_one_state_four_blocks",
+        {"OPTIMIZER_ONE_STATE_BLOCKS": 4},
+        0.94,
+        "64 registers instead of 80 for at most 7 instructions a tile more, of some 400: 32 warps instead of "
+        "24, 41 KB on their way instead of 31.",
+        ("lion8bit-bf16", "sgd8bit-bf16"),
+        STEP_TESTS,
+        spilled=16,
+    ),
+    Variant(
+        "optimizer_two_states_four_blocks",
+        {"OPTIMIZER_TWO_STATES_BLOCKS": 4},
+        0.98,
+        "32 warps instead of 24, but 34 instructions a tile more, of some 400, half of them loads of what "
+        "was spilled. Instructions take 0.7 of the memory's time now: a gain says that latency is what is "
+        "left.",
+        ("adamw8bit-bf16", "adamw8bit-bf16-clip"),
+        STEP_TESTS,
+        spilled=900,
+    ),
+]
+
+VARIANTS = {"attention": ATTENTION, "optim": OPTIMIZERS, "scan": SCANS}

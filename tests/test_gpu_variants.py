@@ -143,6 +143,15 @@ def test_calls_that_give_nothing(scripts: Any, monkeypatch: pytest.MonkeyPatch, 
     assert rows["some"]["outcome"] == "refused: first: there is nothing to compare"
 
 
+def test_steps_say_what_they_change(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "C", _C)
+    listed = _families.load("bench", "optim").cases(Plan(torch.device("cpu"), quick=True))
+    call = next(case for case in listed if case.group == "steps").contenders[0].setup()
+    first, second = (scripts.measure.outcome(_C, call) for _ in range(2))
+    changed = {a.dtype for a, b in zip(first, second, strict=True) if not torch.equal(a, b)}
+    assert changed == {torch.float32, torch.uint8, torch.int64}  # parameters and scales, codes, steps
+
+
 def test_numbers_of_blocks_have_to_be_the_same(scripts: Any) -> None:
     blocks = torch.rand(1, 1, 9, 40, generator=torch.Generator().manual_seed(0)) < 0.3
     first, other = (BlockMask.from_dense(blocks, 16) for _ in range(2))

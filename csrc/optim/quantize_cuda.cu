@@ -1,6 +1,7 @@
 // Blockwise quantization on the GPU: a warp takes a quantization block, 256 elements at a time.
 //
 // Roofline: 5.016 bytes per fp32 element at block size 256 either way, 3.016 per 16-bit element.
+#include "core/tune.h"
 #include "device/launch.h"
 #include "device/smem.h"
 #include "optim/codec_cuda.h"
@@ -8,6 +9,9 @@
 
 namespace tilewright::optim {
 namespace {
+
+constexpr int kEncodeBlocks = TW_TUNED(QUANTIZE_BLOCKS, 4);  // a multiprocessor
+constexpr int kDecodeBlocks = TW_TUNED(DEQUANTIZE_BLOCKS, 1);
 
 struct Smem {
   CodecTables tables;
@@ -99,7 +103,7 @@ __device__ void dequantize_chunks(const QuantizeParams& p, const CodecTables& ta
 }
 
 template <bool kEncode>
-__global__ void __launch_bounds__(kThreads, kEncode ? 4 : 1)
+__global__ void __launch_bounds__(kThreads, kEncode ? kEncodeBlocks : kDecodeBlocks)
     codec_kernel(const __grid_constant__ QuantizeParams p) {
   Smem& smem = device::shared_memory<Smem>();
   load_tables(smem.tables, p.is_signed ? kDeviceSigned : kDeviceUnsigned);

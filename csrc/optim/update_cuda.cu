@@ -8,6 +8,7 @@
 // Roofline, AdamW: 10.06 bytes per 16-bit parameter, 16.06 per fp32 one.
 #define TW_HOST_DEVICE __host__ __device__
 #define TW_FEW_REGISTERS _Pragma("unroll 2")
+#include "core/tune.h"
 #include "device/atomics.h"
 #include "device/launch.h"
 #include "device/smem.h"
@@ -16,6 +17,11 @@
 
 namespace tilewright::optim {
 namespace {
+
+// A multiprocessor's, of the usual kind.
+template <Algorithm kAlgorithm>
+constexpr int kUpdateBlocks = kAlgorithm == Algorithm::kAdam ? TW_TUNED(OPTIMIZER_TWO_STATES_BLOCKS, 3)
+                                                             : TW_TUNED(OPTIMIZER_ONE_STATE_BLOCKS, 3);
 
 struct Smem {
   CodecTables signed_tables;
@@ -359,7 +365,7 @@ __device__ __forceinline__ void update_row(const Smem& smem, const Slice& slice,
 }
 
 template <Algorithm kAlgorithm, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kGeneral ? 2 : kUpdateBlocks<kAlgorithm>)
     update_kernel(const __grid_constant__ Slice slice) {
   Smem& smem = device::shared_memory<Smem>();
   if (slice.coded) {

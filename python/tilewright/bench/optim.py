@@ -10,13 +10,13 @@ Bytes per parameter and step, read plus written, of a block of 256 with its floa
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .case import OURS, Call, Case, Contender, Plan, grouped, peer, short
+from .case import OURS, Call, Case, Changing, Contender, Plan, grouped, peer, short
 
 PEERS = ("torch", "bitsandbytes", "torchao")
 GPU_PEERS = ()
@@ -109,7 +109,8 @@ def _adamw(device: torch.device, dtype: torch.dtype, shapes: Shapes, max_grad_no
     def ours() -> Call:
         from tilewright.optim import AdamW8bit
 
-        return AdamW8bit(model.parameters(), **_ADAMW, max_grad_norm=max_grad_norm).step
+        optimizer = AdamW8bit(model.parameters(), **_ADAMW, max_grad_norm=max_grad_norm)
+        return _stepping(optimizer, optimizer.step)
 
     def contender(name: str, make: Make, state_bytes: float) -> Contender:
         # Clipping by torch reads the gradients for the norm, then reads and writes them to scale them.
@@ -138,15 +139,25 @@ def _wide_torch(model: _Model, max_grad_norm: Norm) -> Call:
 
 def _clipped(make: Make, parameters: list[Tensor], max_grad_norm: Norm) -> Call:
     optimizer = make(parameters)
-    plain: Call = optimizer.step
     if max_grad_norm is None:
-        return plain
+        return _stepping(optimizer, optimizer.step)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
 
-    return step
+    return _stepping(optimizer, step)
+
+
+def _stepping(optimizer: Any, step: Call) -> Changing:
+    """A step, which changes parameters and states."""
+
+    def changed() -> list[Tensor]:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        values = [value for state in optimizer.state.values() for value in state.values()]
+        return parameters + [value for value in values if isinstance(value, Tensor)]
+
+    return Changing(step, changed)
 
 
 def _small_tensors(device: torch.device, fresh_gradients: bool) -> Case:
@@ -169,9 +180,8 @@ def _small_tensors(device: torch.device, fresh_gradients: bool) -> Case:
 def _step(make: Make, model: _Model, fresh_gradients: bool) -> Call:
     parameters = model.parameters()
     optimizer = make(parameters)
-    plain: Call = optimizer.step
     if not fresh_gradients:
-        return plain
+        return _stepping(optimizer, optimizer.step)
     sets = [model.gradients, [gradient.clone() for gradient in model.gradients]]
 
     def step() -> None:
@@ -180,7 +190,7 @@ def _step(make: Make, model: _Model, fresh_gradients: bool) -> Call:
             parameter.grad = gradient
         optimizer.step()
 
-    return step
+    return _stepping(optimizer, step)
 
 
 def _lion(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> Case:
@@ -236,7 +246,8 @@ def _quantize(device: torch.device, dtype: torch.dtype, quick: bool) -> Case:
         values = _values(device, dtype, quick)
         codes = torch.empty(values.shape, dtype=torch.uint8, device=device)
         absmax = torch.empty(values.numel() // _BLOCK, device=device)
-        return lambda: quantize(values, absmax=absmax, out=codes, blocksize=_BLOCK)
+        call = partial(quantize, values, absmax=absmax, out=codes, blocksize=_BLOCK)
+        return Changing(call, lambda: [codes, absmax])
 
     contenders = {
         OURS: lambda: setup(_ours("quantize_blockwise")),
