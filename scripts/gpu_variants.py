@@ -289,4 +289,72 @@ OPTIMIZERS = [
     ),
 ]
 
-VARIANTS = {"attention": ATTENTION, "optim": OPTIMIZERS, "scan": SCANS}
+
+# ---- Sparse layers -------------------------------------------------------------------------------
+
+SEMI_TESTS = ("tests/prune/test_semi_structured.py", "-k", "emulated")
+ACTIVATION_TESTS = ("tests/prune/test_activation_sparse.py", "-k", "emulated")
+HOPPER_LINEAR_TESTS = ("tests/prune/test_block_sparse_linear_cuda.py", "-k", "hopper or idles")
+
+PRUNING = [
+    Variant(
+        "semi_structured_small_tiles",
+        {"SEMI_STRUCTURED_SMALL_TILES": 128},
+        0.55,
+        "64 tokens are 64 thread blocks of 13 KB a stage instead of 32 of 25 KB, where there are 132 "
+        "multiprocessors and each has to bring its stages in. Beyond 128 tokens nothing changes.",
+        ("prune-2to4-64-bfloat16",),
+        SEMI_TESTS,
+    ),
+    Variant(
+        "block_sparse_linear_one_slab",
+        {"BLOCK_SPARSE_LINEAR_SM90_SLABS": 1},
+        0.7,
+        "Tiles of 128 tokens: 512 tokens and blocks of 128 are 128 results instead of 64, too few for 132 "
+        "multiprocessors, which sends them to mma.sync: 98 MB from L2 there, 65 MB here. 4096 tokens have "
+        "65 FLOP a byte instead of 85 and should take longer.",
+        ("bsr-b128-75-512-bf16", "bsr-b64-75-512-bf16", "bsr-b128-75-4096-bf16"),
+        HOPPER_LINEAR_TESTS,
+    ),
+    Variant(
+        "semi_structured_four_chunks",
+        {"SEMI_STRUCTURED_FEW_CHUNKS": 4},
+        0.75,
+        "A row of 11008 is 22 turns of a warp, each of which waits for memory: 31 warps have 20 KB on their "
+        "way, of the 25 to 30 that its speed takes. With four chunks loaded before they are used it is 80 "
+        "KB, in 40 registers instead of 31.",
+        ("prune-2to4-1-bfloat16", "prune-2to4-1-float32"),
+        SEMI_TESTS,
+    ),
+    Variant(
+        "activation_sparse_four_blocks",
+        {"ACTIVATION_SPARSE_BLOCKS": 4},
+        0.9,
+        "Twice the shares of the listed rows: 32 warps instead of 16, 2 turns each instead of 4, of two "
+        "loads that wait for one another. The sums of 34 shares instead of 17 are half a megabyte.",
+        ("activation-sparse-4096x4096-50-1-bf16", "activation-sparse-4096x11008-75-1-bf16"),
+        ACTIVATION_TESTS,
+    ),
+    Variant(
+        "activation_sparse_eight_rows",
+        {"ACTIVATION_SPARSE_ROWS": 8},
+        0.92,
+        "The same turns by eight rows of a warp at once: 103 registers instead of 64, and no more shares. "
+        "With 8 tokens 266 bytes are spilled.",
+        ("activation-sparse-4096x4096-50-1-bf16", "activation-sparse-4096x11008-75-1-bf16"),
+        ACTIVATION_TESTS,
+        spilled=266,
+    ),
+    Variant(
+        "block_sparse_linear_weight_128_columns",
+        {"BLOCK_SPARSE_LINEAR_SM90_COLUMNS": 128},
+        0.92,
+        "dW of a block at a time: 256 items of 32 KB a stage instead of some 144 of up to 48 KB for 132 "
+        "multiprocessors, so the longest has 9 + 9 thousand clocks instead of 14 + 9. With 4096 tokens the "
+        "same, less what begins and ends an item. Of the time dW is two fifths.",
+        ("bsr-grad-b128-75-512-bf16", "bsr-grad-b128-75-4096-bf16"),
+        HOPPER_LINEAR_TESTS,
+    ),
+]
+
+VARIANTS = {"attention": ATTENTION, "optim": OPTIMIZERS, "prune": PRUNING, "scan": SCANS}

@@ -9,6 +9,7 @@
 // it can be captured in a graph. Sums are added in a fixed order.
 //
 // Roofline of the product: rows listed * out * itemsize bytes; a lane has four loads of 16 bytes in flight.
+#include "core/tune.h"
 #include "device/atomics.h"
 #include "device/half.h"
 #include "device/launch.h"
@@ -159,8 +160,10 @@ __global__ void __launch_bounds__(kListThreads) keep_kernel(const __grid_constan
 
 // ---- the product ----
 
-constexpr int kWarps = 8, kThreads = kWarps * device::kWarpSize, kRows = 4;  // rows in flight of a warp
-constexpr int kMaxTile = 256;                                                // outputs of a block
+constexpr int kWarps = 8, kThreads = kWarps * device::kWarpSize;
+constexpr int kRows = TW_TUNED(ACTIVATION_SPARSE_ROWS, 4);      // in flight of a warp
+constexpr int kBlocks = TW_TUNED(ACTIVATION_SPARSE_BLOCKS, 2);  // a multiprocessor, of the product
+constexpr int kMaxTile = 256;                                   // outputs of a block
 
 struct KernelParams {
   ActivationSparseLinearParams p;
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ K
 
 int64_t splits_of(int64_t in, int64_t out, int device) {
   const int64_t wanted =
-      divide_up(2 * int64_t{device::multiprocessor_count(device)}, divide_up(larger(out, 1), kMaxTile));
+      divide_up(kBlocks * int64_t{device::multiprocessor_count(device)}, divide_up(larger(out, 1), kMaxTile));
   return larger(1, smaller(wanted, divide_up(in, kWarps * kRows)));
 }
 

@@ -11,6 +11,7 @@
 // Roofline, of a stage with blocks of 128: 4.2 MFLOP, 1024 clocks of the tensor cores; 48 KB from L2, 48
 // bytes a clock, of which an H200 has about 25 to 32 for each multiprocessor: at most 55 to 65 percent of the
 // tensor cores. With blocks of 64 it is 40 KB for half the work: 33 to 39 percent.
+#include "core/tune.h"
 #include "prune/block_sparse_linear_sm90.h"
 
 namespace tilewright::prune::blocks {
@@ -18,7 +19,7 @@ namespace {
 
 using device::Major;
 
-constexpr int kSlabs = 2;  // of 64 tokens, in a warpgroup
+constexpr int kSlabs = TW_TUNED(BLOCK_SPARSE_LINEAR_SM90_SLABS, 2);  // of 64 tokens, in a warpgroup
 constexpr int kTokens = kGroups * kSlabs * device::kWgmmaRows;
 
 struct Params {

@@ -8,6 +8,7 @@
 //
 // Roofline, of a stage with blocks of 128: 4.2 MFLOP, 1024 clocks of the tensor cores; 48 KB from L2. With
 // blocks of 64: half of it, and 40 KB.
+#include "core/tune.h"
 #include "prune/block_sparse_linear_sm90.h"
 
 namespace tilewright::prune::blocks {
@@ -15,7 +16,7 @@ namespace {
 
 using device::Major;
 
-constexpr int kColumns = 256;  // of x, in a tile
+constexpr int kColumns = TW_TUNED(BLOCK_SPARSE_LINEAR_SM90_COLUMNS, 256);  // of x, in a tile
 constexpr int kPanels = kColumns / kPanel;
 constexpr int kHalf = 128;  // columns of a product
 constexpr int kSteps = kDepth / device::kWgmmaDepth;

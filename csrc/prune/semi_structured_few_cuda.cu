@@ -7,6 +7,7 @@
 //
 // Roofline: memory; 18 bytes of 8 16-bit values and their positions (17 of 4 float32 values), about 11
 // instructions a group for one token and 5 for each other.
+#include "core/tune.h"
 #include "prune/semi_structured_cuda.h"
 
 namespace tilewright::prune::semi {
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int kFewTokens = 8;
 constexpr int kWarps = 4, kThreads = kWarps * device::kWarpSize;
+constexpr int kChunks = TW_TUNED(SEMI_STRUCTURED_FEW_CHUNKS, 1);  // of a lane, on their way together
 
 // With several tokens a lane has enough loads under way, and x wants the registers.
 template <class T, int kTokens>
@@ -60,6 +62,27 @@ __device__ __forceinline__ Vector<float, 2> pick(const Vector<T, 4>& four, uint3
 }
 
 template <class T, int kTokens>
+__device__ __forceinline__ void add_chunk(float (&sums)[kTokens], const SemiStructuredLinearParams& p,
+                                          const Chunk<T, kTokens>& loaded, int64_t chunk) {
+  using C = Chunk<T, kTokens>;
+#pragma unroll
+  for (int g = 0; g < C::kGroups; ++g) {
+    const uint32_t nibble = loaded.positions >> 4 * g & 15u;
+    const Vector<float, 2> weights =
+        device::to_float2(Vector<T, 2>{loaded.values[2 * g], loaded.values[2 * g + 1]});
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (t >= p.tokens) break;
+      const T* x = static_cast<const T*>(p.x.data) + t * p.x.row;
+      const Vector<float, 2> picked =
+          pick(device::load(reinterpret_cast<const Vector<T, 4>*>(x) + chunk * C::kGroups + g), nibble);
+      sums[t] = device::fma_rn(weights[0], picked[0], sums[t]);
+      sums[t] = device::fma_rn(weights[1], picked[1], sums[t]);
+    }
+  }
+}
+
+template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ SemiStructuredLinearParams p) {
   using C = Chunk<T, kTokens>;
   const SemiStructuredWeight& w = p.weight;
@@ -70,22 +93,18 @@ __global__ void __launch_bounds__(kThreads) few_kernel(const __grid_constant__ S
   float sums[kTokens] = {};
   const int64_t chunks = divide_up(w.in, C::kColumns);
 #pragma unroll 1
-  for (int64_t chunk = device::lane_id(); chunk < chunks; chunk += device::kWarpSize) {
-    const C loaded = load_chunk<T, kTokens>(values, positions, chunk);
+  for (int64_t first = device::lane_id(); first < chunks; first += kChunks * device::kWarpSize) {
+    C loaded[kChunks];
 #pragma unroll
-    for (int g = 0; g < C::kGroups; ++g) {
-      const uint32_t nibble = loaded.positions >> 4 * g & 15u;
-      const Vector<float, 2> weights =
-          device::to_float2(Vector<T, 2>{loaded.values[2 * g], loaded.values[2 * g + 1]});
+    for (int i = 0; i < kChunks; ++i) {
+      const int64_t chunk = i == 0 ? first : smaller(first + i * device::kWarpSize, chunks - 1);
+      loaded[i] = load_chunk<T, kTokens>(values, positions, chunk);
+    }
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        if (t >= p.tokens) break;
-        const T* x = static_cast<const T*>(p.x.data) + t * p.x.row;
-        const Vector<float, 2> picked =
-            pick(device::load(reinterpret_cast<const Vector<T, 4>*>(x) + chunk * C::kGroups + g), nibble);
-        sums[t] = device::fma_rn(weights[0], picked[0], sums[t]);
-        sums[t] = device::fma_rn(weights[1], picked[1], sums[t]);
-      }
+    for (int i = 0; i < kChunks; ++i) {
+      const int64_t chunk = first + i * device::kWarpSize;
+      if (i > 0 && chunk >= chunks) break;
+      add_chunk<T, kTokens>(sums, p, loaded[i], chunk);
     }
   }
 #pragma unroll

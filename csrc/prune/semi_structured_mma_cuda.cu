@@ -9,6 +9,7 @@
 //
 // Roofline, of a stage of 128 rows and 128 tokens: 2.1 MFLOP counted dense, 512 clocks of sm_80's sparse
 // tensor cores; 48 KB of fragments out of shared memory and 25 KB into it, 570 clocks; 25 KB from L2.
+#include "core/tune.h"
 #include "device/async_copy.h"
 #include "device/mma_sparse.h"
 #include "prune/semi_structured_cuda.h"
@@ -20,6 +21,7 @@ constexpr int kThreads = 128;
 constexpr int kRows = 128, kDepth = 64, kKept = kDepth / 2;  // of a stage
 constexpr int kStages = 3;
 constexpr int kWarpRows = 64, kSlabs = kWarpRows / 16;
+constexpr int kMostOfSmallTiles = TW_TUNED(SEMI_STRUCTURED_SMALL_TILES, 32);  // tokens, in tiles of 32
 constexpr uint8_t kFirstTwo = 0x44;  // positions that are valid, where there is nothing
 
 struct MmaParams {
@@ -271,7 +273,7 @@ void launch_sparse(const SemiStructuredLinearParams& p, Stream stream) {
 
 template <class T>
 void choose_tile(const SemiStructuredLinearParams& p, Stream stream) {
-  p.tokens <= 32 ? launch_sparse<T, 32>(p, stream) : launch_sparse<T, 128>(p, stream);
+  p.tokens <= kMostOfSmallTiles ? launch_sparse<T, 32>(p, stream) : launch_sparse<T, 128>(p, stream);
 }
 
 }  // namespace
