@@ -204,9 +204,9 @@ def mamba2_inner(
     check_dtype("zxbcdt", zxbcdt, FLOATS if zxbcdt.is_cpu else FLOATS[:3])
     convolved = conv1d_weight.shape[0]
     dim = zxbcdt.shape[2] - convolved - heads
-    z, xBC, dt = torch.split(zxbcdt.detach(), [dim, convolved, heads], dim=-1)
+    z, xBC, dt = zxbcdt.detach().split_with_sizes([dim, convolved, heads], -1)
     check_weight(conv1d_weight, conv1d_bias, xBC.mT, "conv1d_")
-    x, B, C = torch.split(xBC, [dim, (convolved - dim) // 2, (convolved - dim) // 2], dim=-1)
+    x, B, C = xBC.split_with_sizes([dim, (convolved - dim) // 2, (convolved - dim) // 2], -1)
     by_head, B, C = (torch.unflatten(t, -1, (n, -1)) for t, n in ((x, heads), (B, groups), (C, groups)))
     check_sizes(by_head, dt, A, B, C)
     check_options(by_head, D, None, dt_bias)
@@ -217,7 +217,7 @@ def mamba2_inner(
     if norm_weight is not None:
         norm_weight, eps, group = prepared(x, norm_weight, z, eps, group, norm_before_gate)
     wide = torch.promote_types(zxbcdt.dtype, torch.float32)
-    arguments = (
+    tensors = (
         zxbcdt,
         *one_dtype(conv1d_weight, conv1d_bias),
         weight(A, wide),
@@ -226,19 +226,12 @@ def mamba2_inner(
         norm_weight,
         weight(initial_states, wide),
         seq_idx,
-        groups,
-        silu,
-        lowest,
-        highest,
-        group,
-        norm_before_gate,
-        eps,
-        return_final_states,
     )
-    if differentiates(*arguments[:8]):
-        out, states = Mamba2Inner.apply(*arguments)  # type: ignore[no-untyped-call]
+    options = (groups, silu, lowest, highest, group, norm_before_gate, eps, return_final_states)
+    if differentiates(*tensors):
+        out, states = Mamba2Inner.apply(*tensors, options)  # type: ignore[no-untyped-call]
     else:
-        out, states, *_ = _fwd(*arguments, False)
+        out, states, *_ = _fwd(*tensors, *options, False)
     return out, states
 
 

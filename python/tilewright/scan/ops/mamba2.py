@@ -49,14 +49,14 @@ class _Block(NamedTuple):
     def columns(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z, (x, B, C) and dt, or their gradients: (batch, length, ...) each."""
         heads, convolved = self.A.shape[0], self.conv_weight.shape[0]
-        z, xBC, dt = torch.split(zxbcdt, [zxbcdt.shape[2] - convolved - heads, convolved, heads], dim=-1)
+        z, xBC, dt = zxbcdt.split_with_sizes([zxbcdt.shape[2] - convolved - heads, convolved, heads], -1)
         return z, xBC, dt
 
     def heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x by heads, B and C by groups."""
         dim = self.zxbcdt.shape[2] - self.conv_weight.shape[0] - self.A.shape[0]
         both = (self.conv_weight.shape[0] - dim) // 2
-        x, B, C = torch.split(xBC, [dim, both, both], dim=-1)
+        x, B, C = xBC.split_with_sizes([dim, both, both], -1)
         return (
             self.by_head(x),
             torch.unflatten(B, -1, (self.groups, -1)),
@@ -174,16 +174,17 @@ _bwd = torch.ops.tilewright.mamba2_inner_bwd.default
 
 
 class Mamba2Inner(torch.autograd.Function):
-    """(out, final_states) of the arguments in the order of the op's schema, up to return_final_states."""
+    """(out, final_states) of the op's tensors, in their order, and its options, up to return_final_states."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Runs the op and keeps its inputs and what lies between its kernels."""
-        out, final_states, *kept = _fwd(*arguments, True)
-        ctx.save_for_backward(*arguments[: _DIFFERENTIABLE + 1], *kept)
-        ctx.options = arguments[_DIFFERENTIABLE + 1 : -2]
+        *tensors, options = arguments
+        out, final_states, *kept = _fwd(*tensors, *options, True)
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.options = options[:-2]
         ctx.set_materialize_grads(False)
-        if not arguments[-1]:
+        if not options[-1]:
             ctx.mark_non_differentiable(final_states)
         return out, final_states
 
