@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tilewright as tw
 from tilewright import _checks
@@ -124,3 +125,30 @@ def test_what_is_no_number(value: object) -> None:
 def test_counts(value: Any, highest: int | None, lowest: int, error: type[Exception], allowed: str) -> None:
     with pytest.raises(error, match=f"n must be {allowed}, got {value!r}"):
         _checks.check_count("n", value, highest, lowest=lowest)
+
+
+class Subclass(torch.Tensor):
+    """A tensor that is refused as any other."""
+
+
+def test_memory_is_shared_or_not() -> None:
+    room = torch.zeros(10)
+    for value, given in (
+        (room[:6], room[5:]),
+        (room[::2], room[1::2]),
+        (room, room[3].as_subclass(Subclass)),
+    ):
+        with pytest.raises(ValueError, match="out must not share memory with b"):
+            _checks.check_apart("out", value, a=None, b=given)
+        with pytest.raises(ValueError, match="out must not share memory with b"):
+            _checks.check_apart("out", given, b=value)
+    with FakeTensorMode() as mode:
+        fakes = mode.from_tensor(room), mode.from_tensor(room)
+    for value, given in (
+        (room[:5], room[5:]),
+        (room[5:5], room),
+        (room.to("meta"), room.to("meta")),
+        (room, room.to("meta")),
+        fakes,
+    ):
+        _checks.check_apart("out", value, b=given)

@@ -143,11 +143,11 @@ void forward_rows(const CausalConv1dParams& p, const Unit& u, const Masks& masks
   }
 }
 
-template <class T, bool kColumns>
-void forward_unit(const CausalConv1dParams& p, const Unit& u) {
+template <class T>
+void forward_unit(const CausalConv1dParams& p, const Unit& u, bool columns) {
   Masks masks;
   if (p.seq_idx != nullptr) masks.fill(p, u.b, u.begin, u.end);
-  if (kColumns) {
+  if (columns) {
     forward_columns<T>(p, u, masks);
   } else {
     forward_rows<T>(p, u, masks);
@@ -258,14 +258,8 @@ void reduce_tile(const CausalConv1dParams& p, int64_t parts, int64_t begin, int6
 template <class T>
 void forward(const CausalConv1dParams& p, int threads) {
   const Grid grid(p);
-  parallel_chunks(grid.units(p), useful_threads(p, threads), [&](int64_t index) {
-    const Unit unit = grid.unit(p, index);
-    if (grid.columns) {
-      forward_unit<T, true>(p, unit);
-    } else {
-      forward_unit<T, false>(p, unit);
-    }
-  });
+  parallel_chunks(grid.units(p), useful_threads(p, threads),
+                  [&](int64_t index) { forward_unit<T>(p, grid.unit(p, index), grid.columns); });
 }
 
 template <class T>

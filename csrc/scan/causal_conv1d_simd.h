@@ -86,9 +86,9 @@ static inline int64_t final_slot(const CausalConv1dParams& p, int64_t t) {
 template <bool kColumns>
 constexpr int64_t kStep = kColumns ? kLanes : 1;
 
-// Columns of one step are far from those of the next, where no prefetcher of the hardware looks for them.
 constexpr int64_t kColumnBlock = 32;  // steps of a line of columns
 
+// Columns of one step are far from those of the next, where no prefetcher of the hardware looks for them.
 template <bool kColumns, bool kWrite = false, class T>
 static inline void fetch_next_line(const T* at, int64_t step) {
   if constexpr (kColumns) __builtin_prefetch(at + kColumnBlock * step, kWrite);

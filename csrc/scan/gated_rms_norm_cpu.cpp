@@ -171,7 +171,8 @@ void backward_group(const Group<T, W>& in, Row<const T> dout, float r, bool firs
   for (int64_t begin = 0; begin < in.size; begin += kKept) {
     Float total = splat(0.0f);
     each_vector(begin, smaller(in.size, begin + kKept), [&](int64_t c, auto part) {
-      for (const Row<const T>& row : {in.x, dout}) row.fetch_next(c);
+      in.x.fetch_next(c);
+      dout.fetch_next(c);
       if (kGate != NormGate::kNone) in.z.fetch_next(c);
       const Gate gate = gate_at(c, part);
       if (kGate != NormGate::kNone && begin == 0) {

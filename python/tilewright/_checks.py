@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -146,10 +147,10 @@ def check_device(name: str, value: Tensor, expected: torch.device, owner: str) -
 def check_apart(name: str, value: Tensor, **others: Tensor | None) -> None:
     """Refuses a tensor to be written to that lies between the ends of one that is read."""
     if torch.compiler.is_compiling():
-        return
+        return  # it has no address there
     first, last = _span(value)
     for other, given in others.items():
-        if given is None or first == last or given.device != value.device:
+        if given is None or given.device != value.device:
             continue
         begin, end = _span(given)
         if begin < last and first < end:
@@ -158,10 +159,11 @@ def check_apart(name: str, value: Tensor, **others: Tensor | None) -> None:
 
 def _span(t: Tensor) -> tuple[int, int]:
     """The addresses between which a tensor lies; of one without memory of its own, as in fake mode, none."""
-    if t.numel() == 0 or t.is_meta or type(t) not in (Tensor, torch.nn.Parameter):
+    if t.numel() == 0 or t.is_meta or isinstance(t, FakeTensor):
         return 0, 0
+    begin = t.data_ptr()
     reach = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+    return begin, begin + (reach + 1) * t.element_size()
 
 
 def check_cu_seqlens(value: Any, expected: torch.device, owner: str) -> None:
