@@ -27,6 +27,7 @@ void bind_causal_conv1d(pybind11::module_& m);
 void bind_gated_rms_norm(pybind11::module_& m);
 void bind_linear_scan(pybind11::module_& m);
 void bind_mamba_step(pybind11::module_& m);
+void bind_mamba2_inner(pybind11::module_& m);
 void bind_matmul(pybind11::module_& m);
 void bind_selective_scan(pybind11::module_& m);
 void bind_selective_state_update(pybind11::module_& m);

@@ -2,10 +2,7 @@
 #include "bindings/arguments.h"
 #include "bindings/families.h"
 #include "core/check.h"
-#include "scan/mamba_step.h"
 #include "scan/matmul.h"
-
-#include <memory>
 
 namespace tilewright {
 
@@ -13,19 +10,6 @@ namespace tilewright {
 void bind_matmul(py::module_&) {}  // no CUDA kernel: nothing to emulate
 #else
 namespace {
-
-// Rows so few that reading the weight is the work: it is read once, as it lies.
-constexpr int64_t kTokens = 4;
-
-scan::TokenLinearParams token_linear(const scan::MatmulParams& p) {
-  scan::TokenLinearParams linear{};
-  linear.x = p.a, linear.weight = p.b, linear.bias = p.bias, linear.out = p.c;
-  linear.x_row = p.a_row, linear.weight_row = p.b_column, linear.weight_column = 1;
-  linear.bias_row = 1, linear.out_row = p.c_row;
-  linear.tokens = p.m, linear.rows = p.n, linear.columns = p.k;
-  linear.dtype = DType::kFloat32;
-  return linear;
-}
 
 TensorView matrix(Arguments& arguments, py::handle object, const char* name, Access access = Access::kRead) {
   const TensorView v = arguments.tensor(object, name, access);
@@ -53,20 +37,8 @@ void matmul(py::handle a, py::handle b, py::handle bias, py::handle out, int thr
   p.a_row = left.stride(0), p.a_k = left.stride(1);
   p.b_k = right.stride(0), p.b_column = right.stride(1);
   p.c_row = result.stride(0);
-  if (p.m == 0 || p.n == 0) return;
   py::gil_scoped_release released;
-  if (p.m <= kTokens && p.a_k == 1 && p.b_k == 1) {
-    TW_CALL_CPU(token_linear_cpu, token_linear(p), threads);
-    return;
-  }
-  constexpr std::align_val_t kAlignment{64};
-  const int64_t bytes = TW_CALL_CPU(matmul_workspace_cpu, p, threads);
-  struct Release {
-    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
-  };
-  const std::unique_ptr<void, Release> workspace(::operator new(size_t(bytes), kAlignment));
-  p.workspace = workspace.get();
-  TW_CALL_CPU(matmul_cpu, p, threads);
+  scan::matmul(p, threads);
 }
 
 }  // namespace

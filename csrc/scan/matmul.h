@@ -19,6 +19,9 @@ struct MatmulParams {
   void* workspace;  // matmul_workspace_cpu bytes
 };
 
+// The product by whichever kernel is for its size, with a workspace of its own.
+void matmul(const MatmulParams&, int threads);
+
 }  // namespace tilewright::scan
 
 namespace tilewright {

@@ -40,6 +40,8 @@ __all__: list[str] = [
     "keep_inputs",
     "linear_scan",
     "linear_scan_workspace",
+    "mamba2_inner_bwd",
+    "mamba2_inner_fwd",
     "mamba_step",
     "matmul",
     "position_tables",
@@ -398,6 +400,37 @@ def linear_scan_workspace(
     backward: bool,
     descending: bool,
 ) -> int: ...
+def mamba2_inner_bwd(
+    arg0: dict,
+    arg1: collections.abc.Callable,
+    arg2: typing.SupportsInt | typing.SupportsIndex,
+    arg3: typing.SupportsInt | typing.SupportsIndex,
+    arg4: bool,
+    arg5: typing.SupportsFloat | typing.SupportsIndex,
+    arg6: typing.SupportsFloat | typing.SupportsIndex,
+    arg7: typing.SupportsInt | typing.SupportsIndex,
+    arg8: bool,
+) -> None:
+    """
+    Writes the gradients that are not None.
+    """
+
+def mamba2_inner_fwd(
+    arg0: dict,
+    arg1: collections.abc.Callable,
+    arg2: typing.SupportsInt | typing.SupportsIndex,
+    arg3: typing.SupportsFloat | typing.SupportsIndex,
+    arg4: typing.SupportsInt | typing.SupportsIndex,
+    arg5: bool,
+    arg6: typing.SupportsFloat | typing.SupportsIndex,
+    arg7: typing.SupportsFloat | typing.SupportsIndex,
+    arg8: typing.SupportsInt | typing.SupportsIndex,
+    arg9: bool,
+) -> None:
+    """
+    Writes the results among the tensors; allocate(bytes) gives scratch.
+    """
+
 def mamba_step(
     arg0: typing.Any,
     arg1: typing.Any,

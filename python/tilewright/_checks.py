@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 
@@ -123,6 +124,17 @@ def check_tensor(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be on a CPU or CUDA device, got {value.device}")
     if value.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def fits(value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[int], device: torch.device) -> bool:
+    """Whether there is nothing that the four checks below would refuse; they say what it is."""
+    return (
+        type(value) in _PLAIN
+        and value.layout is torch.strided
+        and value.dtype in dtypes
+        and value.shape == shape
+        and value.device == device
+    )
 
 
 def check_dtype(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:

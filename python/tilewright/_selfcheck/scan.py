@@ -27,6 +27,9 @@ _BATCH, _DIM, _LENGTH, _STATES, _HEADS = 2, 24, 70, 5, 3
 _selective_scan: Callable[..., Any] = partial(scan.selective_scan, delta_softplus=True)
 _ssd_chunk_scan: Callable[..., Any] = partial(scan.ssd_chunk_scan, chunk_size=64)
 _causal_conv1d: Callable[..., Any] = partial(scan.causal_conv1d, activation="silu")
+_mamba2_block: Callable[..., Any] = partial(
+    scan.mamba_split_conv1d_scan_combined, chunk_size=64, headdim=_DIM // _HEADS, norm_before_gate=False
+)
 _gated_rms_norm: Callable[..., Any] = partial(scan.gated_rms_norm, norm_before_gate=False)
 
 
@@ -105,6 +108,18 @@ def _plain_gated_norm(x: Tensor, weight: Tensor, z: Tensor) -> Tensor:
     return F.rms_norm(x * F.silu(z), weight.shape, weight, 1e-6)
 
 
+def _plain_block(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    rmsnorm_weight: Tensor, outproj_weight: Tensor,
+) -> Tensor:  # fmt: skip
+    z, xBC, dt = torch.split(zxbcdt, [_DIM, _DIM + 2 * _STATES, _HEADS], -1)
+    xBC = _plain_conv(xBC.mT, conv1d_weight, conv1d_bias).mT
+    x, B, C = torch.split(xBC, [_DIM, _STATES, _STATES], -1)
+    x = torch.unflatten(x, -1, (_HEADS, -1))
+    y = _plain_ssd(x, F.softplus(dt + dt_bias), A, B[:, :, None], C[:, :, None]) + D[:, None] * x
+    return F.linear(_plain_gated_norm(y.flatten(2), rmsnorm_weight, z), outproj_weight)
+
+
 def _check_decoding(device: torch.device) -> tuple[float, float]:
     """Token by token, the two updates give what the convolution and the scan give for all tokens at once."""
     x, z, dt = (_normal(_BATCH, _DIM, 9, seed=seed).to(device, torch.float32) for seed in range(3))
@@ -176,6 +191,16 @@ _SSD = {
     "B": _normal(_BATCH, _LENGTH, 1, 16, seed=4),
     "C": _normal(_BATCH, _LENGTH, 1, 16, seed=5),
 }
+_BLOCK = {
+    "zxbcdt": _normal(_BATCH, _LENGTH, 2 * _DIM + 2 * _STATES + _HEADS, seed=1),
+    "conv1d_weight": _normal(_DIM + 2 * _STATES, 4, seed=2),
+    "conv1d_bias": _normal(_DIM + 2 * _STATES, seed=3),
+    "dt_bias": _normal(_HEADS, seed=4),
+    "A": -_normal(_HEADS, seed=5).abs(),
+    "D": _normal(_HEADS, seed=6),
+    "rmsnorm_weight": _normal(_DIM, seed=7),
+    "outproj_weight": _normal(50, _DIM, seed=8),
+}
 _LINEAR = {"a": _normal(_BATCH, _LENGTH, _DIM, seed=1).sigmoid(), "b": _normal(_BATCH, _LENGTH, _DIM, seed=2)}
 _NORM = {
     "x": _normal(_BATCH, _LENGTH, _DIM, seed=1),
@@ -195,6 +220,7 @@ PROBES: dict[str, Probe] = {
     "selective_scan, packed": _check_packed,
     "ssd_chunk_scan": _compared(_ssd_chunk_scan, _plain_ssd, _SSD),
     "ssd_chunk_scan, bfloat16": _compared(_ssd_chunk_scan, _plain_ssd, _SSD, torch.bfloat16),
+    "mamba_split_conv1d_scan_combined": _compared(_mamba2_block, _plain_block, _BLOCK),
     "causal_conv1d": _compared(_causal_conv1d, _plain_conv, _CONV),
     "gated_rms_norm": _compared(_gated_rms_norm, _plain_gated_norm, _NORM),
     "dense product": _on_cpu(_compared(dense.multiply, F.linear, _DENSE)),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _backend, scan
 from .._checks import check_count, check_tensor, suggests_keywords
-from .._models import original_class
+from .._models import is_plain_linear, original_class
 from ..scan import dense
 from ..scan.conv import MAX_WIDTH
 from .inference import conv_step, keep_last, states_of
@@ -230,6 +230,19 @@ def projected(linear: Any, x: Tensor) -> Tensor:
     if type(linear) is nn.Linear and is_plain(linear):
         return dense.linear(x, linear.weight, linear.bias)
     return linear(x)  # type: ignore[no-any-return]
+
+
+def parts_of_op(x: Tensor, *linears: Any) -> list[nn.Linear | None]:
+    """Those layers whose products may be part of a larger op on what is like x; None: it has to be called."""
+    may_be = dense.may_be_part(x)
+    return [linear if may_be and _is_weight_alone(linear, x.dtype) else None for linear in linears]
+
+
+def _is_weight_alone(linear: Any, dtype: torch.dtype) -> bool:
+    if not (is_plain_linear(linear) and runs_its_forward_alone(linear)):
+        return False
+    weight, bias = linear.weight, linear.bias
+    return type(weight) is nn.Parameter and weight.dtype == dtype and (bias is None or bias.dtype == dtype)
 
 
 def can_step(layer: Any, hidden_states: Tensor, conv_state: Tensor) -> bool:

@@ -14,7 +14,15 @@ from ..scan.conv import MAX_WIDTH
 from ..scan.mamba2 import GatedNorm, mamba2_inner
 from ..scan.ssd import limits
 from .inference import conv_step, keep_last, states_of
-from .mamba import check_tokens, initial_dt_bias, projected, runs_its_forward_alone, wide, width_of
+from .mamba import (
+    check_tokens,
+    initial_dt_bias,
+    parts_of_op,
+    projected,
+    runs_its_forward_alone,
+    wide,
+    width_of,
+)
 from .packing import packing_of
 
 
@@ -230,20 +238,22 @@ class Mamba2(nn.Module):
 
     def _whole(self, rows: Tensor, seq_idx: Tensor | None) -> Tensor:
         """An input without a cache."""
-        zxbcdt, norm = projected(self.in_proj, rows), self._gated_norm()
+        norm = self._gated_norm()
         if self.rmsnorm and norm is None:
-            mlp, z, xbc, dt = self._parts(zxbcdt)
+            mlp, z, xbc, dt = self._parts(projected(self.in_proj, rows))
             y = self._scan(self._convolved(xbc, seq_idx, None), dt, z, seq_idx=seq_idx)
             return self._projected(y.flatten(2), z, mlp)
-        mlp_part = None
-        if (extra := 2 * (self.d_inner - self.d_ssm)) > 0:
-            mlp_part, zxbcdt = torch.split(zxbcdt, [extra, zxbcdt.shape[-1] - extra], dim=-1)
+        mlp_part, extra = None, 2 * (self.d_inner - self.d_ssm)
+        in_proj, out_proj = (None, None) if extra else parts_of_op(rows, self.in_proj, self.out_proj)
+        x = rows if in_proj is not None else projected(self.in_proj, rows)
+        if extra:
+            mlp_part, x = torch.split(x, [extra, x.shape[-1] - extra], dim=-1)
         y, _ = mamba2_inner(
-            zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, -torch.exp(wide(self.A_log)),
-            self._skip(), self.dt_bias, self.nheads, self.ngroups, norm, seq_idx=seq_idx,
+            x, self.conv1d.weight, self.conv1d.bias, self.A_log, self._skip(), self.dt_bias, self.nheads,
+            self.ngroups, norm, in_proj=in_proj, out_proj=out_proj, A_is_log=True, seq_idx=seq_idx,
             dt_limit=self.dt_limit,
         )  # fmt: skip
-        return self._with_mlp(y, mlp_part)
+        return y if out_proj is not None else self._with_mlp(y, mlp_part)
 
     def _cached(self, rows: Tensor, inference_params: Any) -> Tensor:
         """An input that starts or goes on with the states kept."""

@@ -121,28 +121,21 @@ def _check_inputs(x: Any, weight: Any, bias: Any) -> None:
     check_dtype("x", x, FLOATS if x.is_cpu else FLOATS[:3])
     if x.ndim != 3:
         raise ValueError(f"x must have shape (batch, dim, length), got {tuple(x.shape)}")
-    check_weight(weight, bias, x)
-
-
-def check_weight(weight: Any, bias: Any, x: Tensor, prefix: str = "") -> None:
-    """Refuses weights that do not fit x, whose channels are its second axis; `prefix` is of their names."""
     allowed = (torch.float64,) if x.dtype == torch.float64 else FLOATS[:3]
-    name = f"{prefix}weight"
-    check_tensor(name, weight)
-    check_dtype(name, weight, allowed)
-    check_device(name, weight, x.device, "x")
+    check_tensor("weight", weight)
+    check_dtype("weight", weight, allowed)
+    check_device("weight", weight, x.device, "x")
     if weight.ndim != 2 or weight.shape[0] != x.shape[1]:
         raise ValueError(
-            f"{name} must have shape (dim, width) with dim = {x.shape[1]}, got {tuple(weight.shape)}"
+            f"weight must have shape (dim, width) with dim = {x.shape[1]}, got {tuple(weight.shape)}"
         )
     if not 1 <= weight.shape[1] <= MAX_WIDTH:
-        raise ValueError(f"{name} must have 1 to {MAX_WIDTH} taps (width), got {weight.shape[1]}")
+        raise ValueError(f"weight must have 1 to {MAX_WIDTH} taps (width), got {weight.shape[1]}")
     if bias is not None:
-        name = f"{prefix}bias"
-        check_tensor(name, bias)
-        check_dtype(name, bias, allowed)
-        check_device(name, bias, x.device, "x")
-        check_shape(name, bias, (x.shape[1],), "(dim,)")
+        check_tensor("bias", bias)
+        check_dtype("bias", bias, allowed)
+        check_device("bias", bias, x.device, "x")
+        check_shape("bias", bias, (x.shape[1],), "(dim,)")
 
 
 def _check_final_states_out(

@@ -6,7 +6,7 @@ others it takes more than twice the time. Beside a scan the projections of a Mam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from .. import _C
 from .._info import cpuinfo
 from .._library import differentiates, is_transformed
-from .ops import matmul  # noqa: F401  (it registers the op used below)
+from .ops import matmul
 
 _WORTH_IT = 1 << 18  # multiplications, below which torch's product is the faster one to call
 _ROWS = 4  # of x, where the weight's rows do not lie side by side
+
+_PLAIN = (Tensor, nn.Parameter)
 
 _left: list[bool] = []
 _matmul = torch.ops.tilewright.matmul.default
@@ -29,7 +31,7 @@ _matmul = torch.ops.tilewright.matmul.default
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch.nn.functional.linear; under torch.compile, torch.func and autocast it is that."""
-    if not _takes(x, weight) or torch.is_autocast_enabled("cpu"):
+    if not takes(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return multiply(x, weight, bias)
 
@@ -41,9 +43,19 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _multiply(x, weight, bias)
 
 
-def product(rows: Tensor, columns: Tensor) -> Tensor:
-    """(..., k) times (n, k) transposed, without a gradient -> (..., n)."""
-    return _multiply(rows, columns, None) if _takes(rows, columns) else F.linear(rows, columns)
+def product(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., k) times (n, k) transposed, and a bias (n,), without a gradient -> (..., n)."""
+    if not takes(rows, columns):
+        return F.linear(rows, columns, bias)
+    out = matmul.multiply(rows.flatten(0, -2), columns.t(), bias)
+    return out if rows.dim() == 2 else out.view(*rows.shape[:-1], columns.shape[0])
+
+
+def may_be_part(x: Tensor) -> bool:
+    """Whether products with what is like x may be part of a larger op: nobody looks for torch's own."""
+    return not (
+        torch.compiler.is_compiling() or _left or is_transformed() or torch.is_autocast_enabled(x.device.type)
+    )
 
 
 @contextmanager
@@ -71,17 +83,29 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether our product is the faster one for these two."""
+    return is_free() and suits(x, weight)
+
+
+def is_free() -> bool:
+    """Whether our product may be taken at all, and is the faster one for what it suits."""
     if torch.compiler.is_compiling() or _left or is_transformed():
         return False
+    return is_better() and _C.cpu_level().startswith("avx512")
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether our product is for these two: float32 on a CPU, and large."""
     return (
-        all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.is_cpu for t in (x, weight))
+        type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and weight.is_cpu
         and x.dim() > 1
         and (weight.stride(1) == 1 or x.numel() >= _ROWS * x.shape[-1])
         and x.numel() * weight.shape[0] >= _WORTH_IT
-        and is_better()
-        and _C.cpu_level().startswith("avx512")
     )
 
 
@@ -94,12 +118,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        # torch's own is for a second derivative; what holds for one of the two products holds for the other.
-        times = _matmul if not torch.is_grad_enabled() and _takes(rows, weight.t()) else torch.mm
-        return (
-            times(rows, weight).view(x.shape) if wants_x else None,
-            times(rows.t(), x.flatten(0, -2)) if wants_weight else None,
-            rows.sum(0) if wants_bias else None,
-        )
+        return linear_gradients(grad, x, weight, ctx.needs_input_grad)
+
+
+def linear_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Of a linear layer's input, weight and bias, those that are needed."""
+    rows = grad.flatten(0, -2)
+    times = F.linear if torch.is_grad_enabled() else product  # torch's own is for a second derivative
+    wants_x, wants_weight, wants_bias = needed
+    return (
+        times(rows, weight.t()).view(x.shape) if wants_x else None,
+        times(rows.t(), x.flatten(0, -2).t()) if wants_weight else None,
+        rows.sum(0) if wants_bias else None,
+    )

@@ -1,29 +1,31 @@
-"""A Mamba-2 block between its projections, as one differentiable step."""
+"""A Mamba-2 block as one differentiable step, with its projections or without."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._checks import FLOATS, check_count, check_device, check_dtype, check_number, check_shape, check_tensor
-from .._library import differentiates
-from .conv import check_activation, check_weight, one_dtype
-from .dense import linear
-from .norm import gated_rms_norm, prepared
-from .ops.mamba2 import Mamba2Inner
-from .ssd import (
-    check_options,
-    check_sizes,
-    check_state_dtype,
-    checked_seq_idx,
-    initial_states_of,
-    limits,
-    weight,
+from .._checks import (
+    FLOATS,
+    INTEGERS,
+    check_count,
+    check_device,
+    check_dtype,
+    check_number,
+    check_shape,
+    check_tensor,
+    fits,
 )
+from .._library import differentiates
+from .conv import MAX_WIDTH, check_activation, one_dtype
+from .dense import linear, may_be_part
+from .norm import checked_options, gated_rms_norm, weight_beside
+from .ops.mamba2 import Mamba2Inner
+from .ssd import check_state_dtype, limits, weight
 
 _fwd = torch.ops.tilewright.mamba2_inner_fwd.default
 
@@ -127,6 +129,8 @@ def mamba_split_conv1d_scan_combined(
     check_state_dtype(state_dtype)
     if extra > 0:
         mlp, zxbcdt = torch.split(zxbcdt, [2 * extra, zxbcdt.shape[2] - 2 * extra], dim=-1)
+    out_proj = None if outproj_weight is None else Linear(outproj_weight, outproj_bias)
+    is_last = extra == 0 and out_proj is not None and may_be_part(zxbcdt)
     norm = None
     if rmsnorm_weight is not None:
         norm = GatedNorm(rmsnorm_weight, rmsnorm_eps, dim // ngroups, norm_before_gate)
@@ -140,6 +144,7 @@ def mamba_split_conv1d_scan_combined(
         heads,
         ngroups,
         norm,
+        out_proj=out_proj if is_last else None,
         activation=activation,
         initial_states=initial_states,
         seq_idx=seq_idx,
@@ -149,8 +154,8 @@ def mamba_split_conv1d_scan_combined(
     if extra > 0:
         first, second = mlp.chunk(2, dim=-1)
         out = torch.cat([F.silu(first) * second, out], dim=-1)
-    if outproj_weight is not None:
-        out = linear(out, outproj_weight, outproj_bias)
+    if out_proj is not None and not is_last:
+        out = linear(out, *out_proj)
     if not return_final_states:
         return out
     return out, final_states if state_dtype is None else final_states.to(state_dtype)
@@ -169,8 +174,15 @@ class GatedNorm(NamedTuple):
         return gated_rms_norm(y, self.weight, z, *self[1:])
 
 
+class Linear(NamedTuple):
+    """A projection's weight, (outputs, inputs), and bias; a torch.nn.Linear will do in its place."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 def mamba2_inner(
-    zxbcdt: Tensor,
+    x: Tensor,
     conv1d_weight: Tensor,
     conv1d_bias: Tensor | None,
     A: Tensor,
@@ -180,59 +192,105 @@ def mamba2_inner(
     groups: int,
     norm: GatedNorm | None,
     *,
+    in_proj: Any = None,
+    out_proj: Any = None,
+    A_is_log: bool = False,
     activation: str | None = "silu",
     initial_states: Tensor | None = None,
     seq_idx: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution, scan and gated norm (without `norm`: the gate) of a first projection's output.
+    """Convolution, scan, gated norm (without `norm`: the gate), and the projections before and behind them.
 
-    The same kernels as `causal_conv1d`, `ssd_chunk_scan` and `gated_rms_norm`, hence the same bits. Each
-    gradient is written where it belongs in that of zxbcdt, which autograd would put together by copying.
+    The same kernels as `causal_conv1d`, `ssd_chunk_scan` and `gated_rms_norm`, hence the same bits (where
+    zxbcdt does not lie in rows, those of a copy that does). Each gradient is written where it belongs in that
+    of zxbcdt, which autograd would put together by copying.
 
     Args:
-        zxbcdt: ``(batch, length, dim + channels + heads)``: z; x, B and C; dt.
-        conv1d_weight: ``(channels, width)``.
+        x: ``(batch, length, features)``, with `in_proj`; without it zxbcdt, ``(batch, length, dim + channels
+            + heads)``: z; x, B and C; dt.
+        conv1d_weight: ``(channels, width)`` or ``(channels, 1, width)``.
         conv1d_bias: ``(channels,)``.
         A: as this and the others are in `mamba_split_conv1d_scan_combined`.
+        in_proj, out_proj: anything with a weight and a bias that `dense.may_be_part`.
+        A_is_log: whether `A` is the logarithm of its negative.
 
     Returns:
-        ``(batch, length, dim)``, and the final states (without elements unless asked for).
+        ``(batch, length, dim)``, or what `out_proj` makes of it, and the final states (without elements
+        unless asked for).
     """
     silu = check_activation(activation)
-    check_dtype("zxbcdt", zxbcdt, FLOATS if zxbcdt.is_cpu else FLOATS[:3])
-    convolved = conv1d_weight.shape[0]
-    dim = zxbcdt.shape[2] - convolved - heads
-    z, xBC, dt = zxbcdt.detach().split_with_sizes([dim, convolved, heads], -1)
-    check_weight(conv1d_weight, conv1d_bias, xBC.mT, "conv1d_")
-    x, B, C = xBC.split_with_sizes([dim, (convolved - dim) // 2, (convolved - dim) // 2], -1)
-    by_head, B, C = (torch.unflatten(t, -1, (n, -1)) for t, n in ((x, heads), (B, groups), (C, groups)))
-    check_sizes(by_head, dt, A, B, C)
-    check_options(by_head, D, None, dt_bias)
+    check_dtype("zxbcdt", x, FLOATS if x.is_cpu else FLOATS[:3])
+    columns = x.shape[2] if in_proj is None else in_proj.weight.shape[0]
+    dim = columns - conv1d_weight.shape[0] - heads
+    tensors: dict[str, Any] = {
+        "conv1d_weight": conv1d_weight, "conv1d_bias": conv1d_bias, "A": A, "D": D, "dt_bias": dt_bias,
+        "norm.weight": None if norm is None else norm.weight, "initial_states": initial_states,
+        "seq_idx": seq_idx,
+    }  # fmt: skip
+    _check_inner(x, dim, heads, groups, tensors)
     lowest, highest = limits(dt_limit)
-    seq_idx = checked_seq_idx(seq_idx, by_head)
-    initial_states = initial_states_of(initial_states, by_head, B, None)
     norm_weight, eps, group, norm_before_gate = norm or (None, 0.0, dim, False)
     if norm_weight is not None:
-        norm_weight, eps, group = prepared(x, norm_weight, z, eps, group, norm_before_gate)
-    wide = torch.promote_types(zxbcdt.dtype, torch.float32)
-    tensors = (
-        zxbcdt,
+        eps, group = checked_options(dim, eps, group, norm_before_gate)
+        norm_weight = weight_beside(x.dtype, norm_weight)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    arguments = (
+        x,
+        *((None, None) if in_proj is None else (in_proj.weight, in_proj.bias)),
+        *((None, None) if out_proj is None else (out_proj.weight, out_proj.bias)),
         *one_dtype(conv1d_weight, conv1d_bias),
         weight(A, wide),
         weight(D, wide),
         weight(dt_bias, wide),
         norm_weight,
         weight(initial_states, wide),
-        seq_idx,
+        None if seq_idx is None else seq_idx.to(torch.int64).contiguous(),
     )
-    options = (groups, silu, lowest, highest, group, norm_before_gate, eps, return_final_states)
-    if differentiates(*tensors):
-        out, states = Mamba2Inner.apply(*tensors, options)  # type: ignore[no-untyped-call]
+    options = (groups, A_is_log, silu, lowest, highest, group, norm_before_gate, eps, return_final_states)
+    if differentiates(*arguments):
+        out, final_states = Mamba2Inner.apply(*arguments, options)  # type: ignore[no-untyped-call]
     else:
-        out, states, *_ = _fwd(*tensors, *options, False)
-    return out, states
+        out, final_states, *_ = _fwd(*arguments, *options, False)
+    return out, final_states
+
+
+def _check_inner(x: Tensor, dim: int, heads: int, groups: int, tensors: dict[str, Any]) -> None:
+    """Refuses tensors that do not fit each other, by sizes alone: zxbcdt itself may not be there yet."""
+    taps = tensors["conv1d_weight"]
+    channels, width, shared = taps.shape[0], taps.shape[-1], taps.shape[0] - dim
+    if dim < 1 or dim % heads or heads % groups or shared < 1 or shared % (2 * groups):
+        raise ValueError(
+            f"zxbcdt of {dim + channels + heads} columns, conv1d_weight of {channels} rows, {heads} heads "
+            f"and {groups} groups do not fit together"
+        )
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"conv1d_weight must have 1 to {MAX_WIDTH} taps (width), got {width}")
+    head_dim, states = dim // heads, shared // (2 * groups)
+    has_axis, is_wide = taps.dim() == 3, isinstance(tensors["D"], Tensor) and tensors["D"].dim() == 2
+    fitting: dict[str, tuple[tuple[int, ...], str]] = {
+        "conv1d_weight": ((channels, 1, width) if has_axis else (channels, width), "(channels, width)"),
+        "conv1d_bias": ((channels,), "(channels,)"),
+        "A": ((heads,), "(heads,)"),
+        "D": ((heads, head_dim) if is_wide else (heads,), "(heads,) or (heads, headdim)"),
+        "dt_bias": ((heads,), "(heads,)"),
+        "norm.weight": ((dim,), "(dim,)"),
+        "initial_states": ((x.shape[0], heads, head_dim, states), "(batch, heads, headdim, state)"),
+        "seq_idx": (tuple(x.shape[:2]), "(batch, length)"),
+    }
+    convolving = FLOATS[3:] if x.dtype == torch.float64 else FLOATS[:3]
+    allowed = {"seq_idx": INTEGERS, "conv1d_weight": convolving, "conv1d_bias": convolving}
+    for name, value in tensors.items():
+        shape, meaning = fitting[name]
+        if (value is None and name not in ("A", "D")) or fits(
+            value, allowed.get(name, FLOATS), shape, x.device
+        ):
+            continue
+        check_tensor(name, value)
+        check_dtype(name, value, allowed.get(name, FLOATS))
+        check_device(name, value, x.device, "zxbcdt")
+        check_shape(name, value, shape, meaning)
 
 
 def _split_sizes(

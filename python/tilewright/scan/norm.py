@@ -62,30 +62,35 @@ def gated_rms_norm(
 
     Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060); as mamba_ssm's `rmsnorm_fn`, without bias.
     """
-    weight, eps, group_size = prepared(x, weight, z, eps, group_size, norm_before_gate)
+    _check_inputs(x, weight, z)
+    eps, group_size = checked_options(x.shape[-1], eps, group_size, norm_before_gate)
+    weight = weight_beside(x.dtype, weight)
     arguments = (x, weight, None if z is None else z.to(x.dtype), eps, group_size, norm_before_gate)
     if differentiates(x, weight, z):
         return GatedRmsNorm.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _fwd(*arguments)[0]  # type: ignore[no-any-return]
 
 
-def prepared(
-    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int | None, norm_before_gate: bool
-) -> tuple[Tensor, float, int]:
-    """Weight, eps and group_size as the kernels take them, after all arguments have been checked."""
-    _check_inputs(x, weight, z)
+def checked_options(
+    dim: int, eps: float, group_size: int | None, norm_before_gate: bool
+) -> tuple[float, int]:
+    """eps and group_size as the kernels take them."""
     if type(eps) is not float or not 0.0 <= eps < math.inf:  # in a decode step check_number would show
         eps = check_number("eps", eps, "[0, inf)")
     check_flag("norm_before_gate", norm_before_gate)
-    dim = x.shape[-1]
     if group_size is None:
         group_size = dim
     check_count("group_size", group_size)
     if dim % group_size != 0:
         raise ValueError(f"group_size must divide the {dim} channels of x, got {group_size}")
-    if x.dtype == torch.float64 or weight.dtype not in (x.dtype, torch.float32):
-        weight = weight.to(torch.promote_types(x.dtype, torch.float32))
-    return weight.contiguous(), eps, group_size
+    return eps, group_size
+
+
+def weight_beside(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """The weight as the kernels read it with inputs of this dtype."""
+    if dtype == torch.float64 or weight.dtype not in (dtype, torch.float32):
+        weight = weight.to(torch.promote_types(dtype, torch.float32))
+    return weight.contiguous()
 
 
 def _check_inputs(x: Any, weight: Any, z: Any) -> None:

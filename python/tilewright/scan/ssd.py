@@ -135,9 +135,9 @@ def ssd_chunk_scan(
 
     Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060).
     """
-    check_sizes(x, dt, A, B, C)
+    _check_sizes(x, dt, A, B, C)
     check_count("chunk_size", chunk_size)
-    check_options(x, D, z, dt_bias)
+    _check_options(x, D, z, dt_bias)
     lowest, highest = limits(dt_limit)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, x.device, "x")
@@ -145,7 +145,7 @@ def ssd_chunk_scan(
             raise ValueError(f"cu_seqlens needs batch 1, got x of shape {tuple(x.shape)}")
     elif return_varlen_states:
         raise ValueError("return_varlen_states needs cu_seqlens, got None")
-    seq_idx = checked_seq_idx(seq_idx, x)
+    seq_idx = _checked_seq_idx(seq_idx, x)
     check_state_dtype(state_dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     out, states = SsdChunkScan.apply(  # type: ignore[no-untyped-call]
@@ -157,7 +157,7 @@ def ssd_chunk_scan(
         weight(D, wide),
         None if z is None else z.to(x.dtype),
         weight(dt_bias, wide),
-        weight(initial_states_of(initial_states, x, B, cu_seqlens), wide),
+        weight(_initial_states_of(initial_states, x, B, cu_seqlens), wide),
         seq_idx,
         None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
         bool(dt_softplus),
@@ -173,7 +173,7 @@ def ssd_chunk_scan(
     return (out, *[states] * wanted)
 
 
-def check_sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+def _check_sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
     """Refuses inputs that do not fit each other."""
     for name, value in (("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C)):
         check_tensor(name, value)
@@ -199,7 +199,7 @@ def check_sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
     check_shape("C", C, B.shape, "that of B")
 
 
-def check_options(x: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> None:
+def _check_options(x: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None) -> None:
     """Refuses those that do not fit x, which has been checked."""
     for name, value in (("D", D), ("z", z), ("dt_bias", dt_bias)):
         if value is not None:
@@ -218,7 +218,7 @@ def check_options(x: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor
         check_shape("dt_bias", dt_bias, (heads,), "(heads,)")
 
 
-def checked_seq_idx(seq_idx: Tensor | None, x: Tensor) -> Tensor | None:
+def _checked_seq_idx(seq_idx: Tensor | None, x: Tensor) -> Tensor | None:
     """As the kernels read them."""
     if seq_idx is None:
         return None
@@ -246,7 +246,7 @@ def limits(dt_limit: tuple[float, float]) -> tuple[float, float]:
     return lowest, highest
 
 
-def initial_states_of(
+def _initial_states_of(
     states: Tensor | None, x: Tensor, B: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor | None:
     """The initial states of every sequence."""

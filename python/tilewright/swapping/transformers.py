@@ -23,7 +23,16 @@ from torch import Tensor
 from .. import _backend, scan
 from .._models import ORIGINAL
 from ..nn.inference import conv_step
-from ..nn.mamba import can_fuse, can_step, projected, runs_its_forward_alone, step_of, wide, without_bias
+from ..nn.mamba import (
+    can_fuse,
+    can_step,
+    parts_of_op,
+    projected,
+    runs_its_forward_alone,
+    step_of,
+    wide,
+    without_bias,
+)
 from ..nn.packing import Packing, packing_of
 from ..scan.conv import MAX_WIDTH
 from ..scan.mamba2 import GatedNorm, mamba2_inner
@@ -218,20 +227,12 @@ def _mamba2_forward(
     mask = _padding(attention_mask, length)
     packing = _packing(kwargs, hidden_states)
     hidden_states = _masked(hidden_states, mask)
-    if hasattr(self, "ssm_in_multiplier"):  # FalconH1
-        zxbcdt = projected(self.in_proj, hidden_states * self.ssm_in_multiplier) * self.mup_vector
-    else:
-        zxbcdt = projected(self.in_proj, hidden_states)
     has_norm = _has_norm(self)
     norm = _gated_norm(self.norm) if has_norm else None
     if cache_params is None and mask is None and (norm is not None or not has_norm):
-        y, _ = mamba2_inner(
-            zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, -torch.exp(wide(self.A_log)), self.D,
-            self.dt_bias, self.num_heads, self.n_groups, norm,
-            seq_idx=None if packing is None else packing.seq_idx, dt_limit=self.time_step_limit,
-        )  # fmt: skip
-        return projected(self.out_proj, y)
-    z, xbc, dt = zxbcdt.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        return _mamba2_block(self, hidden_states, norm, None if packing is None else packing.seq_idx)
+    zxbcdt = _mamba2_projected(self, hidden_states)
+    z, xbc, dt = torch.split(zxbcdt, [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
     conv_state, state = _cached(self, cache_params, length)
     if conv_state is not None and state is not None:
         y = _mamba2_step(self, conv_state, state, xbc[:, 0], dt[:, 0], z[:, 0], mask).unsqueeze(1)
@@ -240,7 +241,7 @@ def _mamba2_forward(
         x, B, C = _split_mamba2(self, xbc)
         scanned = scan.ssd_chunk_scan(
             x, dt, -torch.exp(wide(self.A_log)), B, C, self.chunk_size, D=self.D,
-            z=None if has_norm else z.unflatten(-1, (self.num_heads, self.head_dim)),
+            z=None if has_norm else torch.unflatten(z, -1, (self.num_heads, self.head_dim)),
             dt_bias=self.dt_bias, initial_states=state, seq_idx=None if packing is None else packing.seq_idx,
             dt_softplus=True, dt_limit=self.time_step_limit, return_final_states=cache_params is not None,
         )  # fmt: skip
@@ -253,6 +254,28 @@ def _mamba2_forward(
     if has_norm:
         y = (norm or self.norm)(y, z).to(zxbcdt.dtype)
     return projected(self.out_proj, y)
+
+
+def _mamba2_block(self: Any, hidden_states: Tensor, norm: GatedNorm | None, seq_idx: Tensor | None) -> Tensor:
+    """A whole input as one step, with the projections that may be part of it."""
+    in_proj, out_proj = parts_of_op(hidden_states, self.in_proj, self.out_proj)
+    if hasattr(self, "mup_vector"):
+        in_proj = None
+    x = hidden_states if in_proj is not None else _mamba2_projected(self, hidden_states)
+    y, _ = mamba2_inner(
+        x, self.conv1d.weight, self.conv1d.bias, self.A_log, self.D, self.dt_bias, self.num_heads,
+        self.n_groups, norm, in_proj=in_proj, out_proj=out_proj, A_is_log=True, seq_idx=seq_idx,
+        dt_limit=self.time_step_limit,
+    )  # fmt: skip
+    return y if out_proj is not None else projected(self.out_proj, y)
+
+
+def _mamba2_projected(self: Any, hidden_states: Tensor) -> Tensor:
+    """zxbcdt of every token."""
+    if hasattr(self, "mup_vector"):  # FalconH1
+        hidden_states = projected(self.in_proj, hidden_states * self.ssm_in_multiplier)
+        return cast(Tensor, hidden_states * self.mup_vector)
+    return projected(self.in_proj, hidden_states)
 
 
 def _mamba2_step(

@@ -1,37 +1,48 @@
-"""A Mamba-2 block between its projections as torch ops: convolution, SSD scan, and gated norm or gate.
+"""A Mamba-2 block as torch ops: convolution, SSD scan, gated norm or gate, and the projections around them.
 
     tilewright::mamba2_inner_fwd  the result, final states (empty unless wanted), what the backward op needs
     tilewright::mamba2_inner_bwd  the gradients asked for
 
-The kernels are those of `conv`, `ssd` and `norm`. As one step each writes its gradient where it belongs in
-that of zxbcdt; autograd would have each make its own, and then copy them all to lie side by side.
+Each is one call of the extension. The kernels are those of `conv`, `ssd` and `norm`; each writes its gradient
+where it belongs in that of zxbcdt, where autograd would have each make its own, and then copy them together.
+Projections take part where our product is the faster one; where it is not, they are torch's, around the call.
 
 Weights are of the dtypes that `mamba2.py` casts to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ... import _backend
 from ..._library import define
-from . import conv, norm, ssd
+from ..dense import is_free, linear_gradients, product, suits
+from .norm import in_rows
+from .sequences import chunk_count
 
 _INPUTS = (
-    "Tensor zxbcdt, Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor D, Tensor? dt_bias, "
-    "Tensor? norm_weight, Tensor? initial_states, Tensor? seq_idx, "
-    "int groups, bool silu, float dt_min, float dt_max, int norm_group, bool norm_before_gate"
+    "Tensor input, Tensor? in_weight, Tensor? in_bias, Tensor? out_weight, Tensor? out_bias, "
+    "Tensor conv_weight, Tensor? conv_bias, Tensor A, Tensor D, Tensor? dt_bias, Tensor? norm_weight, "
+    "Tensor? initial_states, Tensor? seq_idx, int groups, bool A_is_log, bool silu, float dt_min, "
+    "float dt_max, int norm_group, bool norm_before_gate"
 )
-_DIFFERENTIABLE = 8  # of the inputs, the first ones
+_DIFFERENTIABLE = 12  # of the inputs, the first ones
+_KEPT = ("zxbcdt", "inner", "xBC", "chunk_states", "y", "rstd", "rate")  # what backward needs beside them
 
 
 class _Block(NamedTuple):
     """The inputs in the order of the schema."""
 
-    zxbcdt: Tensor
-    conv_weight: Tensor
+    input: Tensor  # of in_proj, or zxbcdt
+    in_weight: Tensor | None
+    in_bias: Tensor | None
+    out_weight: Tensor | None
+    out_bias: Tensor | None
+    conv_weight: Tensor  # (channels, width), or with an axis of one between, as torch.nn.Conv1d has it
     conv_bias: Tensor | None
     A: Tensor
     D: Tensor
@@ -40,131 +51,207 @@ class _Block(NamedTuple):
     initial_states: Tensor | None
     seq_idx: Tensor | None
     groups: int
+    A_is_log: bool
     silu: bool
     dt_min: float
     dt_max: float
     norm_group: int
     norm_before_gate: bool
 
-    def columns(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z, (x, B, C) and dt, or their gradients: (batch, length, ...) each."""
-        heads, convolved = self.A.shape[0], self.conv_weight.shape[0]
-        z, xBC, dt = zxbcdt.split_with_sizes([zxbcdt.shape[2] - convolved - heads, convolved, heads], -1)
-        return z, xBC, dt
+    def columns(self) -> int:
+        """Of zxbcdt."""
+        return self.input.shape[2] if self.in_weight is None else self.in_weight.shape[0]
 
-    def heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x by heads, B and C by groups."""
-        dim = self.zxbcdt.shape[2] - self.conv_weight.shape[0] - self.A.shape[0]
-        both = (self.conv_weight.shape[0] - dim) // 2
-        x, B, C = xBC.split_with_sizes([dim, both, both], -1)
-        return (
-            self.by_head(x),
-            torch.unflatten(B, -1, (self.groups, -1)),
-            torch.unflatten(C, -1, (self.groups, -1)),
-        )
+    def options(self) -> tuple[Any, ...]:
+        """As the kernels take them."""
+        return (self.groups, *self[-5:])
 
-    def by_head(self, channels: Tensor) -> Tensor:
-        return torch.unflatten(channels, -1, (self.A.shape[0], -1))
-
-    def gate(self, z: Tensor) -> Tensor | None:
-        """What the scan's result is gated by; a norm has the gate to itself."""
-        return self.by_head(z) if self.norm_weight is None else None
-
-    def convolution(self, xBC: Tensor) -> tuple[Any, ...]:
-        """The convolution's arguments."""
-        return xBC.mT, self.conv_weight, self.conv_bias, self.seq_idx, None, self.silu
-
-    def scan(self, xBC: Tensor, z: Tensor, dt: Tensor) -> tuple[Any, ...]:
-        """The scan's arguments, of what the convolution made."""
-        x, B, C = self.heads(xBC)
-        return (
-            x, dt.to(self.A.dtype), self.A, B, C, self.D, self.gate(z), self.dt_bias, self.initial_states,
-            self.seq_idx, None, True, self.dt_min, self.dt_max,
-        )  # fmt: skip
+    def step_size(self, zxbcdt: Tensor) -> Tensor | None:
+        """dt as wide as A; None where it can be read in its place."""
+        if zxbcdt.dtype == self.A.dtype:
+            return None
+        return zxbcdt[..., -self.A.shape[0] :].to(self.A.dtype)
 
 
 _INPUT_COUNT = len(_Block._fields)
+_NAMES = _Block._fields[: _DIFFERENTIABLE + 1]
+
+
+def _multiplies() -> bool:
+    """Whether the extension's call may do products."""
+    return is_free() and not _backend.is_emulated()
+
+
+def _scratch_like(x: Tensor) -> Callable[[int], Tensor]:
+    return lambda count: x.new_empty(count, dtype=torch.uint8)
+
+
+def _empty(block: _Block, return_final_states: bool, keep_y: bool) -> tuple[Tensor, ...]:
+    """The result, the final states and what is kept, by the names in `_KEPT`: unwritten, but for the rate."""
+    x, (heads,) = block.input, block.A.shape
+    channels = block.conv_weight.shape[0]
+    dim = block.columns() - channels - heads
+    batch, length = x.shape[:2]
+    head_dim, states = dim // heads, (channels - dim) // (2 * block.groups)
+    normed, projected = block.norm_weight is not None, block.out_weight is not None
+    wide = block.A.dtype
+
+    def rows(width: int, wanted: bool = True) -> Tensor:
+        return x.new_empty((batch, length, width) if wanted else (0,))
+
+    return (
+        rows(dim if block.out_weight is None else block.out_weight.shape[0]),
+        x.new_empty((batch, heads, head_dim, states) if return_final_states else (0,), dtype=wide),
+        rows(block.columns(), block.in_weight is not None),
+        rows(dim, projected),
+        rows(channels),
+        x.new_empty(
+            (chunk_count(batch, length, None, _backend.C.SSD_CHUNK), heads, states, head_dim), dtype=wide
+        ),
+        rows(dim, normed or keep_y),
+        x.new_empty(batch * length * (dim // block.norm_group) if normed else 0, dtype=wide),
+        -torch.exp(block.A) if block.A_is_log else x.new_empty(0, dtype=wide),
+    )
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return _run(conv.forward, ssd.forward, norm.forward, *arguments)
+    block = _Block(*arguments[:_INPUT_COUNT])
+    eps, return_final_states, keep_y = arguments[_INPUT_COUNT:]
+    results = list(_empty(block, return_final_states, keep_y))
+    out, final_states, zxbcdt, inner, xBC, chunk_states, y, rstd, rate = results
+    x = in_rows(block.input)
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        final_states.zero_() if block.initial_states is None else final_states.copy_(block.initial_states)
+        return tuple(results)
+    by_call = _multiplies()
+    in_call = by_call and block.in_weight is not None and suits(x, block.in_weight)
+    out_call = by_call and block.out_weight is not None and suits(inner, block.out_weight)
+    if block.in_weight is None:
+        zxbcdt = x
+    elif not in_call:
+        zxbcdt = results[2] = product(x, block.in_weight, block.in_bias)
+    tensors: dict[str, Any] = dict(zip(_NAMES, block, strict=False))
+    tensors |= {
+        "input": x, "in_weight": block.in_weight if in_call else None, "zxbcdt": zxbcdt, "xBC": xBC,
+        "A": rate if block.A_is_log else block.A, "dt": block.step_size(zxbcdt),
+        "out_weight": block.out_weight if out_call else None, "out": out if out_call else None,
+        "inner": out if block.out_weight is None else inner, "chunk_states": chunk_states,
+        "y": y if y.numel() else None, "rstd": rstd,
+        "final_states": final_states if return_final_states else None,
+    }  # fmt: skip
+    _backend.C.mamba2_inner_fwd(tensors, _scratch_like(x), _backend.num_threads(), eps, *block.options())
+    if block.out_weight is not None and not out_call:
+        results[0] = product(inner, block.out_weight, block.out_bias)
+    return tuple(results)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return _run(conv.fake_forward, ssd.fake_forward, norm.fake_forward, *arguments)
-
-
-def _run(convolve: Any, scan: Any, normalize: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    """The result, the final states; what was convolved, the states before chunks, y and rstd."""
-    block = _Block(*arguments[:_INPUT_COUNT])
-    eps, return_final_states, keep_y = arguments[_INPUT_COUNT:]
-    z, xBC, dt = block.columns(block.zxbcdt)
-    xBC = convolve(*block.convolution(xBC), False)[0].mT
-    keep_y = keep_y and block.norm_weight is None  # else it is what the norm is of
-    out, states, chunk_states, y = scan(*block.scan(xBC, z, dt), return_final_states, keep_y)
-    if block.norm_weight is None:
-        return out.flatten(2), states, xBC, chunk_states, y, dt.new_empty(0)
-    y = out.flatten(2)
-    out, rstd = normalize(y, block.norm_weight, z, eps, block.norm_group, block.norm_before_gate)
-    return out, states, xBC, chunk_states, y, rstd
+    return _empty(_Block(*arguments[:_INPUT_COUNT]), *arguments[-2:])
 
 
 def _backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) -> list[Tensor]:
-    *inputs, xBC, chunk_states, y, rstd, needed = arguments
-    block = _Block(*inputs)
-    # First what is freed again: from the heap's end it would go back to the system, and come page by page.
-    dxBC, dy = xBC.new_empty(xBC.shape), None if block.norm_weight is None else torch.empty_like(y)
-    gradients = _empty_gradients(block, [value is not None for value in inputs[:_DIFFERENTIABLE]])
-    d: Any = _Block(*gradients, *inputs[_DIFFERENTIABLE:])  # type: ignore[arg-type]
-    z, convolved, dt = block.columns(block.zxbcdt)
-    dz, dconvolved, ddt = block.columns(d.zxbcdt)
-    if block.norm_weight is not None and dy is not None:
-        given = (dout, y, block.norm_weight, z, rstd, block.norm_group, block.norm_before_gate)
-        norm.backward_into((dy, d.norm_weight, dz), *given)
-        dout, y = dy, None
-    if any(needed[:6]) or needed[7]:
-        scanned = (block.by_head(dout), dfinal_states, *block.scan(xBC, z, dt), chunk_states, y)
-        _scan_backward(block, d, dxBC, ddt, dz, scanned)
-        if any(needed[:3]):
-            found = (dconvolved.mT, d.conv_weight, d.conv_bias, dxBC.new_empty(0))
-            conv.backward_into(found, dxBC.mT, None, *block.convolution(convolved))
-    return [value if wanted else xBC.new_empty(0) for value, wanted in zip(gradients, needed, strict=True)]
-
-
-def _scan_backward(
-    block: _Block, d: Any, dxBC: Tensor, ddt: Tensor, dz: Tensor, given: tuple[Any, ...]
-) -> None:
-    """Writes into d, which has every input's gradient in its place; the kernel's own ddt is as wide as A."""
-    dx, dB, dC = block.heads(dxBC)
-    wide = ddt if ddt.dtype == d.A.dtype else d.A.new_empty(ddt.shape)
-    gradients = (dx, wide, d.A, dB, dC, d.D, block.gate(dz), d.dt_bias, d.initial_states)
-    ssd.backward_into(gradients, *given)
-    if wide is not ddt:
-        ddt.copy_(wide)
-
-
-def _empty_gradients(block: _Block, needed: list[bool]) -> list[Tensor]:
-    """Those that are not needed have no elements."""
-    inputs: tuple[Any, ...] = block[:_DIFFERENTIABLE]
+    block, needed = _Block(*arguments[:_INPUT_COUNT]), arguments[-1]
+    kept = dict(zip(_KEPT, arguments[_INPUT_COUNT:-1], strict=True))
+    need = dict(zip(_NAMES, needed, strict=False))
+    if dout.shape[0] == 0 or dout.shape[1] == 0:
+        found = _without_tokens(block, dfinal_states)
+    else:
+        found = _with_tokens(block, kept, need, dout, dfinal_states)
+    nothing = dout.new_empty(0)
     return [
-        value.new_empty(value.shape) if wanted else block.zxbcdt.new_empty(0)
+        gradient if wanted and gradient is not None else nothing.new_empty(0)
+        for wanted, gradient in ((need[name], found.get(name)) for name in _NAMES[:_DIFFERENTIABLE])
+    ]
+
+
+def _without_tokens(block: _Block, dfinal_states: Tensor | None) -> dict[str, Tensor | None]:
+    inputs: tuple[Any, ...] = block[:_DIFFERENTIABLE]
+    found = {
+        name: None if value is None else torch.zeros_like(value)
+        for name, value in zip(_NAMES, inputs, strict=False)
+    }
+    if dfinal_states is not None and block.initial_states is not None:
+        found["initial_states"] = dfinal_states.clone()  # they are the initial ones
+    return found
+
+
+def _with_tokens(
+    block: _Block, kept: dict[str, Tensor], need: dict[str, bool], dout: Tensor, dfinal_states: Tensor | None
+) -> dict[str, Tensor | None]:
+    """The gradients by their inputs' names, those that are not needed among them."""
+    reaches_in = need["input"] or need["in_weight"] or need["in_bias"]
+    of_conv = reaches_in or need["conv_weight"] or need["conv_bias"]
+    of_scan = of_conv or any(need[name] for name in ("A", "D", "dt_bias", "initial_states"))
+    of_inner, by_call = of_scan or need["norm_weight"], _multiplies()
+    x, zxbcdt, dout = block.input, kept["zxbcdt"], in_rows(dout)
+    found: dict[str, Tensor | None] = {}
+    out_call = False
+    if block.out_weight is not None:
+        out_call = by_call and of_inner and suits(dout, block.out_weight.t())
+        wanted = (of_inner and not out_call, need["out_weight"] and not out_call, need["out_bias"])
+        inner, found["out_weight"], found["out_bias"] = linear_gradients(
+            dout, kept["inner"], block.out_weight, wanted
+        )
+        dout = dout if inner is None else inner
+    if not of_inner:
+        return found
+    in_call = False
+    if block.in_weight is None:
+        zxbcdt = in_rows(x)
+    elif reaches_in and not need["in_bias"]:
+        in_call = by_call and suits(zxbcdt, block.in_weight.t())
+    wanted_of_call = {
+        "input": in_call and need["input"], "in_weight": in_call and need["in_weight"],
+        "out_weight": out_call and need["out_weight"], "conv_weight": of_conv, "conv_bias": of_conv,
+        "A": of_scan, "D": of_scan, "dt_bias": of_scan, "norm_weight": True, "initial_states": of_scan,
+    }  # fmt: skip
+    inputs: dict[str, Any] = dict(zip(_NAMES, block, strict=False))
+    written: dict[str, Any] = {
+        name: inputs[name].new_empty(inputs[name].shape) if wanted and inputs[name] is not None else None
+        for name, wanted in wanted_of_call.items()
+    }
+    dzxbcdt = None if in_call else zxbcdt.new_empty(zxbcdt.shape)
+    dt = block.step_size(zxbcdt)
+    ddt = None if dt is None else torch.empty_like(dt)
+    tensors: dict[str, Any] = inputs | kept | {f"d{name}": t for name, t in written.items()}
+    tensors |= {
+        "input": in_rows(x), "in_weight": block.in_weight if in_call else None, "zxbcdt": zxbcdt,
+        "A": kept["rate"] if block.A_is_log else block.A, "dt": dt, "ddt": ddt, "dzxbcdt": dzxbcdt,
+        "out_weight": block.out_weight if out_call else None, "dout": dout, "dfinal_states": dfinal_states,
+    }  # fmt: skip
+    _backend.C.mamba2_inner_bwd(tensors, _scratch_like(x), _backend.num_threads(), *block.options())
+    found |= {name: gradient for name, gradient in written.items() if gradient is not None}
+    if block.A_is_log and of_scan:
+        found["A"] = written["A"] * kept["rate"]
+    if ddt is not None and dzxbcdt is not None:
+        dzxbcdt[..., -ddt.shape[2] :] = ddt
+    if block.in_weight is None:
+        found["input"] = dzxbcdt
+    elif dzxbcdt is not None:
+        wanted = (need["input"], need["in_weight"], need["in_bias"])
+        found["input"], found["in_weight"], found["in_bias"] = linear_gradients(
+            dzxbcdt, x, block.in_weight, wanted
+        )
+    return found
+
+
+def _fake_backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) -> list[Tensor]:
+    inputs, needed = arguments[:_DIFFERENTIABLE], arguments[-1]
+    return [
+        value.new_empty(value.shape) if wanted else dout.new_empty(0)
         for value, wanted in zip(inputs, needed, strict=True)
     ]
 
 
-def _fake_backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) -> list[Tensor]:
-    return _empty_gradients(_Block(*arguments[:_INPUT_COUNT]), arguments[-1])
-
-
 define(
     f"mamba2_inner_fwd({_INPUTS}, float eps, bool return_final_states, bool keep_y) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"-> ({', '.join(['Tensor'] * (2 + len(_KEPT)))})",
     _forward,
     _fake_forward,
 )
 define(
-    f"mamba2_inner_bwd(Tensor dout, Tensor? dfinal_states, {_INPUTS}, Tensor xBC, Tensor chunk_states, "
-    "Tensor y, Tensor rstd, bool[] needed) -> Tensor[]",
+    f"mamba2_inner_bwd(Tensor dout, Tensor? dfinal_states, {_INPUTS}, "
+    f"{', '.join(f'Tensor {name}' for name in _KEPT)}, bool[] needed) -> Tensor[]",
     _backward,
     _fake_backward,
 )
@@ -182,7 +269,7 @@ class Mamba2Inner(torch.autograd.Function):
         *tensors, options = arguments
         out, final_states, *kept = _fwd(*tensors, *options, True)
         ctx.save_for_backward(*tensors, *kept)
-        ctx.options = options[:-2]
+        ctx.options, ctx.shape = options[:-2], out.shape
         ctx.set_materialize_grads(False)
         if not options[-1]:
             ctx.mark_non_differentiable(final_states)
@@ -190,18 +277,19 @@ class Mamba2Inner(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the eight differentiable inputs."""
+        """Gradients of the differentiable inputs."""
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "a Mamba-2 block has no second derivative: call backward without create_graph"
             )
-        *inputs, xBC, chunk_states, y, rstd = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        inputs, kept = saved[: -len(_KEPT)], saved[-len(_KEPT) :]
         dout, dfinal_states = grads
         if dout is None:
-            dout = y.new_zeros(()).expand(y.flatten(2).shape)
+            dout = inputs[0].new_zeros(()).expand(ctx.shape)
         if dfinal_states is not None:
             dfinal_states = dfinal_states.contiguous()
         needed = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-        found = _bwd(dout, dfinal_states, *inputs, *ctx.options, xBC, chunk_states, y, rstd, needed)
+        found = _bwd(dout, dfinal_states, *inputs, *ctx.options, *kept, needed)
         results = [gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)]
         return (*results, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE))

@@ -15,7 +15,7 @@ from ... import _backend
 from ..._library import define
 
 
-def _in_rows(x: Tensor) -> Tensor:
+def in_rows(x: Tensor) -> Tensor:
     """x, or a copy of it if its rows do not lie at one distance, or their elements not side by side."""
     if x.is_contiguous():
         return x
@@ -36,9 +36,9 @@ def forward(
     """The forward op."""
     out, rstd = fake_forward(x, weight, z, eps, group_size, norm_before_gate)
     _backend.C.gated_rms_norm_fwd(
-        _in_rows(x),
+        in_rows(x),
         weight,
-        None if z is None else _in_rows(z),
+        None if z is None else in_rows(z),
         eps,
         group_size,
         norm_before_gate,
@@ -86,13 +86,13 @@ def backward_into(
     if dx.numel() == 0:
         dweight.zero_()
         return
-    x = _in_rows(x)
+    x = in_rows(x)
     scratch = _backend.C.gated_rms_norm_workspace(x, group_size)
     _backend.C.gated_rms_norm_bwd(
-        _in_rows(dout),
+        in_rows(dout),
         x,
         weight,
-        None if z is None else _in_rows(z),
+        None if z is None else in_rows(z),
         rstd,
         group_size,
         norm_before_gate,
