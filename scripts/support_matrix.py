@@ -50,7 +50,7 @@ DTYPES = {
 # A kernel belongs to the first family whose pattern its name fits.
 FAMILIES = {
     "Optimizers": "quantize|optimizer",
-    "Scans": "scan|conv1d|state_update|mamba_step|rms_norm|matmul",
+    "Scans": "scan|conv1d|state_update|mamba_step|mamba2|rms_norm|matmul",
     "Attention": "^block_sparse_(fwd|bwd)|block_lists|block_codes|select_blocks|position_tables",
     "Pruning": "",
 }
