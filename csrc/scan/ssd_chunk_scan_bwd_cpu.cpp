@@ -38,6 +38,7 @@ struct Scratch {
   Real *x, *g, *U;                                        // [steps][head_dim]
   Real *x_columns, *g_columns;                            // [head_dim][steps]
   Real *from_C, *from_B, *d_rate, *slope, *row, *other, *D, *dD;
+  Real* partial;  // [steps][lanes]
 
   Scratch(const SsdChunkScanParams& p, char* base) : size(p), arena{base}, steps(arena, size) {
     for (Real** state : {&S, &G}) *state = arena.take<Real>(size.states * size.dims);
@@ -50,6 +51,7 @@ struct Scratch {
     for (Real** vector : {&crossing, &from_C, &from_B, &d_rate, &slope})
       *vector = arena.take<Real>(size.steps);
     for (Real** vector : {&D, &dD}) *vector = arena.take<Real>(size.dims);
+    partial = arena.take<Real>(size.steps * Lanes<Real>::kCount);
     for (Real** vector : {&row, &other})
       *vector = arena.take<Real>(size.dims > size.states ? size.dims : size.states);
   }
@@ -79,13 +81,11 @@ struct Workspace {
   }
 };
 
-// g of one step, and dz where there is a gate.
+// dout of one step becomes g, and dz is written, where there is a gate.
 template <class Real>
-void read_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, Real* g, const SsdChunk& chunk,
+void gate_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, Real* g, const SsdChunk& chunk,
                    int64_t step, int64_t head, bool write_dz) {
   const int64_t dims = s.size.dims;
-  read_row(g, p.dout, p.dtype, chunk.batch, step, head, p.head_dim, dims);
-  if (p.z.data == nullptr) return;
   read_row(s.row, p.z, p.dtype, chunk.batch, step, head, p.head_dim, dims);
   if (write_dz) read_row(s.other, p.y, p.dtype, chunk.batch, step, head, p.head_dim, dims);
   for (int64_t d = 0; d < dims; d += Lanes<Real>::kCount) {
@@ -96,6 +96,16 @@ void read_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, Real* g, const
     store(s.other + d, dout * load(s.other + d) * (gate * (one + z * (one - gate))));
   }
   if (write_dz) write_row(p.dz, p.dtype, chunk.batch, step, head, s.other, p.head_dim);
+}
+
+// g of every step; something else may come nearer meanwhile.
+template <class Real>
+void read_gradients(const SsdChunkScanParams& p, Scratch<Real>& s, const SsdChunk& chunk, const Piece& piece,
+                    int64_t head, bool write_dz, Fetch next = {}) {
+  read_rows(s.g, s.size.dims, p.dout, p.dtype, chunk, piece, head, p.head_dim, next);
+  for (int i = 0; p.z.data != nullptr && i < piece.count; ++i) {
+    gate_gradient(p, s, s.g + i * s.size.dims, chunk, chunk.start + piece.first + i, head, write_dz);
+  }
 }
 
 // ---- the first pass: gradients of states ----
@@ -112,10 +122,8 @@ void update_state_gradient(const SsdChunkScanParams& p, Scratch<Real>& s, const 
   }
   prepare_steps(p, s.steps, size, chunk, piece, head);
   const Rows<Real> C = rows_across(s.C_rows, size, p.C, p, chunk, piece, head / (p.heads / p.groups));
-  for (int i = 0; i < piece.count; ++i) {
-    read_gradient(p, s, s.g + i * size.dims, chunk, chunk.start + i, head, false);
-    scale_row(s.g + i * size.dims, s.steps.from_start[i], size.dims);
-  }
+  read_gradients(p, s, chunk, piece, head, false);
+  for (int i = 0; i < piece.count; ++i) scale_row(s.g + i * size.dims, s.steps.from_start[i], size.dims);
   Fetch next = fetch_rows(p.dout, p, chunk.batch, chunk.start - kSsdChunk, kSsdChunk, head,
                           tiles_of<Real>(p.states, p.head_dim));
   for_tiles<Real>(p.states, padded_columns<Real>(p.head_dim),
@@ -150,6 +158,15 @@ void scan_state_gradients(const SsdChunkScanParams& p, Scratch<Real>& s, const W
 
 // ---- the second pass: one head of one piece ----
 
+// The sum of each vector, a square of them at a time: one by one, that takes longer than to fill them. Sums
+// beyond `count`, up to a multiple of a vector, may be anything.
+inline void sum_vectors(float* sums, const float* vectors, int count) {
+  for (int i = 0; i < count; i += kLanes) store(sums + i, row_sums<kLanes>(vectors + i * kLanes, kLanes));
+}
+inline void sum_vectors(double* sums, const double* vectors, int count) {
+  std::memcpy(sums, vectors, size_t(count) * sizeof(double));
+}
+
 // From K = g x^T: decayed = (C B) L, K, the sum of K over heads, and crossing[t] = sum_{j<t<=i} (C[i] B[j])
 // K[i][j]. Rows run upwards, so that U[j], the sum of what row i >= t adds to column j < t, only grows.
 template <class Real>
@@ -169,8 +186,9 @@ void decay_products(Scratch<Real>& s) {
       store(columns + j, reached);
       total = total + reached;
     }
-    s.d_rate[i] = Real(sum(total));
+    store(s.partial + i * kCount, total);
   }
+  sum_vectors(s.d_rate, s.partial, s.steps.count);
 }
 
 template <class Real>
@@ -239,12 +257,17 @@ void transpose_scaled(Real* columns, const Real* rows, const Real* factors, cons
   }
 }
 
+// Of as many as a multiple of 4 vectors, in 4 sums: one would wait for itself.
 template <class Real>
-Real dot(const Real* a, const Real* b, int64_t padded_count) {
-  Vector<Real> total = splat(Real(0));
-  for (int64_t i = 0; i < padded_count; i += Lanes<Real>::kCount)
-    total = fma(load(a + i), load(b + i), total);
-  return Real(sum(total));
+Real dot_of_states(const Real* a, const Real* b, int64_t padded_count) {
+  constexpr int kSums = 4, kCount = Lanes<Real>::kCount;
+  Vector<Real> totals[kSums];
+  for (Vector<Real>& total : totals) total = splat(Real(0));
+  for (int64_t i = 0; i < padded_count; i += kSums * kCount) {
+    for (int j = 0; j < kSums; ++j)
+      totals[j] = fma(load(a + i + j * kCount), load(b + i + j * kCount), totals[j]);
+  }
+  return Real(sum((totals[0] + totals[1]) + (totals[2] + totals[3])));
 }
 
 // slope = what dt's gradient is multiplied with on its way through the clamp and softplus.
@@ -267,6 +290,14 @@ void finish_steps(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace
   const int count = piece.count;
   const Real rate = static_cast<const Real*>(p.A)[head];
   double after = 0, before = 0, dA = 0, dbias = 0;
+  for (int t = 0; t < count; ++t) {
+    Vector<Real> direct = splat(Real(0));
+    const Real *U = s.U + t * s.size.dims, *x = s.x + t * s.size.dims;
+    for (int64_t d = 0; d < padded_columns<Real>(p.head_dim); d += Lanes<Real>::kCount)
+      direct = fma(load(U + d), load(x + d), direct);
+    store(s.partial + t * Lanes<Real>::kCount, direct);
+  }
+  sum_vectors(s.crossing, s.partial, count);
   for (int t = count - 1; t >= 0; --t) {
     after += double(s.from_C[t]);
     s.d_rate[t] = Real(double(s.d_rate[t]) + after + double(through));
@@ -276,9 +307,7 @@ void finish_steps(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace
   for (int t = 0; t < count; ++t) {
     const Real d_rate = Real(double(s.d_rate[t]) + before);
     before += double(s.from_B[t]);
-    const int64_t row = t * s.size.dims;
-    const Real direct = dot(s.U + row, s.x + row, padded_columns<Real>(p.head_dim));
-    const Real gradient = (direct + rate * d_rate) * s.slope[t];
+    const Real gradient = (s.crossing[t] + rate * d_rate) * s.slope[t];
     ddt[t * p.ddt.step] = gradient;
     dA += double(d_rate) * double(s.steps.dt[t]);
     dbias += double(gradient);
@@ -294,19 +323,23 @@ void finish_rows(const SsdChunkScanParams& p, Scratch<Real>& s, const Workspace<
   const bool skips = p.D != nullptr;
   if (skips) read_D(p, s.D, head, dims);
   std::memset(s.dD, 0, size_t(dims) * sizeof(Real));
-  for (int j = 0; j < piece.count; ++j) {
-    const Real *U = s.U + j * dims, *g = s.g + j * dims, *x = s.x + j * dims;
-    const Vector<Real> dt = splat(s.steps.dt[j]);
-    for (int64_t d = 0; d < dims; d += Lanes<Real>::kCount) {
-      Vector<Real> dx = dt * load(U + d);
-      if (skips) {
-        dx = fma(load(s.D + d), load(g + d), dx);
-        store(s.dD + d, fma(load(g + d), load(x + d), load(s.dD + d)));
+  with_type<Real>(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* target = row_of<T>(p.dx, chunk.batch, chunk.start + piece.first, head);
+    for (int j = 0; j < piece.count; ++j, target += p.dx.step) {
+      const Real *U = s.U + j * dims, *g = s.g + j * dims, *x = s.x + j * dims;
+      const Vector<Real> dt = splat(s.steps.dt[j]);
+      for (int64_t d = 0; d < dims; d += Lanes<Real>::kCount) {
+        Vector<Real> dx = dt * load(U + d);
+        if (skips) {
+          dx = fma(load(s.D + d), load(g + d), dx);
+          store(s.dD + d, fma(load(g + d), load(x + d), load(s.dD + d)));
+        }
+        store(s.row + d, dx);
       }
-      store(s.row + d, dx);
+      store_row(target, p.dx.inner, s.row, p.head_dim);
     }
-    write_row(p.dx, p.dtype, chunk.batch, chunk.start + piece.first + j, head, s.row, p.head_dim);
-  }
+  });
   Real* const dD = w.dD + (number * p.heads + head) * p.head_dim;
   for (int32_t d = 0; d < p.head_dim; ++d) dD[d] += s.dD[d];
 }
@@ -318,11 +351,8 @@ void differentiate_head(const SsdChunkScanParams& p, Scratch<Real>& s, const Wor
   const int count = piece.count;
   prepare_steps(p, s.steps, size, chunk, piece, head);
   read_rows(s.x, size.dims, p.x, p.dtype, chunk, piece, head, p.head_dim);
-  Fetch next = fetch_state(kept_state<Real>(w.G, p, number, head), p, count);
-  for (int i = 0; i < count; ++i) {
-    next.next();
-    read_gradient(p, s, s.g + i * size.dims, chunk, chunk.start + piece.first + i, head, true);
-  }
+  read_gradients(p, s, chunk, piece, head, true,
+                 fetch_state(kept_state<Real>(w.G, p, number, head), p, count));
   transpose_exactly(s.x_columns, size.steps, s.x, size.dims, count, p.head_dim);
   multiply_g_x(p, s, count,
                fetch_rows(p.dx, p, chunk.batch, chunk.start + piece.first, count, head,
@@ -344,7 +374,7 @@ void differentiate_head(const SsdChunkScanParams& p, Scratch<Real>& s, const Wor
   transpose_scaled(s.x_columns, s.x, s.crossing, size, p, count);
   multiply_state(p, s.dB_columns, s.from_B, G, s.x_columns, s.B_columns, size, count, of_next_head(p.dout));
   const Real through =
-      S != nullptr && G != nullptr ? s.steps.decay * dot(S, G, size.states * size.dims) : Real(0);
+      S != nullptr && G != nullptr ? s.steps.decay * dot_of_states(S, G, size.states * size.dims) : Real(0);
   finish_steps(p, s, w, chunk, number, piece, head, through);
   finish_rows(p, s, w, chunk, number, piece, head);
 }

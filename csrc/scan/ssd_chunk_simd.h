@@ -42,32 +42,35 @@ inline T* row_of(const SsdTensor& t, int64_t batch, int64_t step, int64_t head) 
   return static_cast<T*>(t.data) + batch * t.batch + step * t.step + head * t.head;
 }
 
+// body(T{}), T being the type of tensors of this dtype. Asked for once a piece: once a row, the question
+// takes as long as the row.
+template <class Real, class Body>
+inline void with_type(DType dtype, const Body& body) {
+  if constexpr (std::is_same_v<Real, double>) {
+    body(double{});
+  } else if (dtype == DType::kFloat32) {
+    body(float{});
+  } else if (dtype == DType::kBFloat16) {
+    body(bf16{});
+  } else {
+    body(fp16{});
+  }
+}
+
 template <class Real>
 void read_row(Real* row, const SsdTensor& t, DType dtype, int64_t batch, int64_t step, int64_t head,
               int64_t count, int64_t padded_count) {
-  if constexpr (std::is_same_v<Real, double>) {
-    load_row(row, row_of<double>(t, batch, step, head), t.inner, count, padded_count);
-  } else if (dtype == DType::kFloat32) {
-    load_row(row, row_of<float>(t, batch, step, head), t.inner, count, padded_count);
-  } else if (dtype == DType::kBFloat16) {
-    load_row(row, row_of<bf16>(t, batch, step, head), t.inner, count, padded_count);
-  } else {
-    load_row(row, row_of<fp16>(t, batch, step, head), t.inner, count, padded_count);
-  }
+  with_type<Real>(dtype, [&](auto type) {
+    load_row(row, row_of<decltype(type)>(t, batch, step, head), t.inner, count, padded_count);
+  });
 }
 
 template <class Real>
 void write_row(const SsdTensor& t, DType dtype, int64_t batch, int64_t step, int64_t head, const Real* row,
                int64_t count) {
-  if constexpr (std::is_same_v<Real, double>) {
-    store_row(row_of<double>(t, batch, step, head), t.inner, row, count);
-  } else if (dtype == DType::kFloat32) {
-    store_row(row_of<float>(t, batch, step, head), t.inner, row, count);
-  } else if (dtype == DType::kBFloat16) {
-    store_row(row_of<bf16>(t, batch, step, head), t.inner, row, count);
-  } else {
-    store_row(row_of<fp16>(t, batch, step, head), t.inner, row, count);
-  }
+  with_type<Real>(dtype, [&](auto type) {
+    store_row(row_of<decltype(type)>(t, batch, step, head), t.inner, row, count);
+  });
 }
 
 // A state in memory, (head_dim, states), and in scratch, [states][head_dim] padded.
@@ -273,13 +276,17 @@ void prepare_steps(const SsdChunkScanParams& p, Steps<Real>& s, const Extents<Re
   s.decay = s.from_start[s.count - 1];
 }
 
-// Rows of x, times factors if any.
+// The rows of a piece; something else may come nearer meanwhile.
 template <class Real>
 void read_rows(Real* rows, int64_t stride, const SsdTensor& t, DType dtype, const SsdChunk& chunk,
-               const Piece& piece, int64_t head, int64_t count) {
-  for (int i = 0; i < piece.count; ++i) {
-    read_row(rows + i * stride, t, dtype, chunk.batch, chunk.start + piece.first + i, head, count, stride);
-  }
+               const Piece& piece, int64_t head, int64_t count, Fetch next = {}) {
+  with_type<Real>(dtype, [&](auto type) {
+    const auto* source = row_of<decltype(type)>(t, chunk.batch, chunk.start + piece.first, head);
+    for (int i = 0; i < piece.count; ++i, source += t.step) {
+      next.next();
+      load_row(rows + i * stride, source, t.inner, count, stride);
+    }
+  });
 }
 
 // Rows of B or C as an operand whose columns are steps: where they lie, if they are Reals side by side that
