@@ -1,7 +1,7 @@
 // Optimizer steps on the GPU: one launch a pass, whatever the number of tensors.
 //
-// A warp takes a tile (a quantization block), eight elements a lane, and finds its tensor by walking the
-// table of rows as its tile number grows; for blocks of 256 the absmax is one warp reduction and nothing is
+// A warp takes a tile (a quantization block), eight elements a lane, and finds the tensors that it has tiles
+// of 32 rows of their table at a time; for blocks of 256 the absmax is one warp reduction and nothing is
 // shared but the codec's tables. Larger blocks, from older checkpoints, are swept twice: once for the absmax,
 // once to write.
 //
@@ -72,16 +72,31 @@ struct Tiles {
 };
 
 // A warp takes every (grid's warps)-th tile of the slice. Calls body(row index in the slice, tiles) for each
-// row that it has tiles of: what is the same for all of them is then read once.
+// row that it has tiles of: what is the same for all of them is then read once. Each lane looks at a row of
+// its own: one after the other, hundreds of small tensors would cost more to pass by than to update.
 template <class Body>
 __device__ __forceinline__ void for_rows(const Slice& slice, const Body& body) {
-  Tiles tiles{blockIdx.x * kWarps + device::warp_id(), gridDim.x * kWarps};
-  for (uint32_t row = 0; row < slice.num_rows; ++row) {
-    if (tiles.next >= slice.end_tile - slice.rows[row].first_tile) return;
-    if (tiles.next < slice.rows[row].num_tiles) body(row, tiles);
-    const uint32_t num_tiles = slice.rows[row].num_tiles;
-    tiles.visit(num_tiles, [](uint32_t) {});  // of a row that the body left out
-    tiles.next -= num_tiles;
+  const uint32_t step = gridDim.x * kWarps;
+  for (uint32_t row = 0; row < slice.num_rows;) {
+    const uint32_t index = row + device::lane_id();
+    uint32_t next = 0;  // the first tile of the row that is the warp's
+    bool has_tiles = false;
+    if (index < slice.num_rows) {
+      const uint32_t first = blockIdx.x * kWarps + device::warp_id();
+      // Fewer than 2^32 tiles fit a device's memory.
+      const uint32_t begin = uint32_t(slice.rows[index].first_tile - slice.rows[0].first_tile);
+      next = first - begin + (begin > first ? (begin - first + step - 1) / step * step : 0);
+      has_tiles = next < slice.rows[index].num_tiles;
+    }
+    const uint32_t found = device::ballot(has_tiles);
+    if (found == 0) {
+      row += device::kWarpSize;
+      continue;
+    }
+    const int lane = device::count_bits(~found & (found - 1));
+    Tiles tiles{device::shfl(next, lane), step};
+    body(row + lane, tiles);
+    row += lane + 1;
   }
 }
 

@@ -15,7 +15,6 @@ struct Slice {
   const Row* rows;
   Coefficients* coefficients;
   double* partials;
-  int64_t end_tile;  // first_tile of the row after the last
   int64_t num_tiles;
   uint32_t num_rows;
   int32_t coded;    // some row has 8-bit states
@@ -71,8 +70,8 @@ void for_slices(const UpdateParams& p, const Layout& layout, const Body& body) {
     slice.rows = layout.rows + first;
     slice.coefficients = layout.coefficients + first;
     slice.partials = layout.partials;
-    slice.end_tile = last < p.num_rows ? p.rows[last].first_tile : p.num_tiles;
-    slice.num_tiles = slice.end_tile - p.rows[first].first_tile;
+    const int64_t end_tile = last < p.num_rows ? p.rows[last].first_tile : p.num_tiles;
+    slice.num_tiles = end_tile - p.rows[first].first_tile;
     slice.num_rows = uint32_t(last - first);
     slice.coded = 0;
     slice.general = 0;

@@ -50,3 +50,22 @@ def test_more_groups_than_one_launch_takes(backend) -> None:
         optimizer.step()
         exact.step()
     _assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_small_tensors_among_large_ones(backend, max_grad_norm) -> None:
+    """A warp's next tile may lie in this row or hundreds further, before, in or behind the 32 it looks at."""
+    sizes = [*[1] * 40, 60_000, *[257, 5, 512] * 30, 300_000, *[3] * 31, 70_000, 1]
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(size, generator=generator) for size in sizes]
+    ours, theirs = ([torch.nn.Parameter(v.to(d)) for v in values] for d in (backend.device, "cpu"))
+    optimizer = tw.optim.AdamW(ours, lr=1e-2, max_grad_norm=max_grad_norm)
+    exact = torch.optim.AdamW(theirs, lr=1e-2)
+    for seed in range(2):
+        _set_grads(ours, seed)
+        _set_grads(theirs, seed)
+        optimizer.step()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm)
+        exact.step()
+    _assert_close(ours, theirs)
