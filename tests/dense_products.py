@@ -14,7 +14,7 @@ from tilewright.scan import dense
 def watched_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Makes our dense product the faster one here; returns the shapes of the rows it will be given."""
     shapes: list[tuple[int, ...]] = []
-    matmul = dense.matmul.multiply
+    matmul = dense._matmul
 
     def watched(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         shapes.append(tuple(a.shape))
@@ -22,7 +22,6 @@ def watched_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(dense, "is_better", lambda: True)
     monkeypatch.setattr(dense, "_matmul", watched)
-    monkeypatch.setattr(dense.matmul, "multiply", watched)
     monkeypatch.setattr(_C, "cpu_level", lambda: "avx512")
     for name, products in _OF_BLOCKS.items():  # which multiply within
         monkeypatch.setattr(_C, name, _watched_block(getattr(_C, name), products, shapes))

@@ -181,6 +181,16 @@ void* Arguments::flat(py::handle object, Label name, int64_t numel, DType dtype,
   return view.data;
 }
 
+void* Arguments::workspace(py::handle object, int64_t bytes, Device device) {
+  if (object.is_none() && bytes == 0) return nullptr;
+  const TensorView view = tensor(object, "workspace", Access::kOverwrite);
+  check_dtype(view, DType::kUInt8, "workspace");
+  check_device(view, device, "workspace");
+  check_contiguous(view, "workspace");
+  check_value(view.numel() >= bytes, "workspace: got ", view.numel(), " bytes, expected ", bytes);
+  return view.data;
+}
+
 void check_dtype(const TensorView& view, DType expected, Label name) {
   check_type(view.dtype == expected, name, " must have dtype ", expected, ", got ", view.dtype);
 }

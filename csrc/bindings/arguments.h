@@ -49,6 +49,9 @@ class Arguments {
   // The memory of a contiguous tensor of so many elements; null for None.
   void* flat(py::handle object, Label name, int64_t numel, DType dtype, Device device);
 
+  // Scratch memory of at least so many bytes; null for None if that is none.
+  void* workspace(py::handle object, int64_t bytes, Device device);
+
   // The caller's current stream on the device of the tensors read so far.
   Stream current_stream(Device device) const;
 

@@ -92,6 +92,13 @@ CausalConv1dParams conv_params(Reader& reader, const TensorView& x, py::handle w
   return p;
 }
 
+int64_t bytes_of_workspace(const CausalConv1dParams& p, bool backward, Device device) {
+  int64_t bytes = 0;
+  TW_RUN(device.is_cuda, void(bytes = scan::causal_conv1d_workspace_cpu(p, backward)),
+         void(bytes = scan::causal_conv1d_workspace_cuda(p, backward, device.index)));
+  return bytes;
+}
+
 bool is_empty(const CausalConv1dParams& p) { return p.batch == 0 || p.dim == 0 || p.length == 0; }
 
 void forward(py::handle x, py::handle weight, py::handle bias, py::handle seq_idx, py::handle initial,
@@ -102,8 +109,8 @@ void forward(py::handle x, py::handle weight, py::handle bias, py::handle seq_id
   CausalConv1dParams p = conv_params(reader, v, weight, bias, seq_idx, initial, silu);
   p.out = reader.steps(out, "out", p, p.length, "(batch, dim, length)", Access::kOverwrite);
   p.final = reader.steps(final, "final_states", p, p.width - 1, "(batch, dim, width - 1)");
-  if (!workspace.is_none()) p.workspace = reader.arguments.tensor(workspace, "workspace").data;
   if (is_empty(p)) return;
+  p.workspace = reader.arguments.workspace(workspace, bytes_of_workspace(p, false, v.device), v.device);
   const Stream stream = reader.arguments.current_stream(v.device);
   py::gil_scoped_release released;
   (void)threads;
@@ -135,8 +142,8 @@ void backward(py::handle dout, py::handle dfinal, py::handle x, py::handle weigh
     check_numel(db, p.dim, "dbias");
     p.dbias = db.data;
   }
-  p.workspace = reader.arguments.tensor(workspace, "workspace").data;
   if (is_empty(p)) return;
+  p.workspace = reader.arguments.workspace(workspace, bytes_of_workspace(p, true, v.device), v.device);
   const Stream stream = reader.arguments.current_stream(v.device);
   py::gil_scoped_release released;
   (void)threads;
@@ -156,10 +163,7 @@ int64_t workspace_bytes(py::handle x, int width, bool has_seq_idx, bool backward
   p.width = width;
   p.dtype = v.dtype;
   if (has_seq_idx) p.seq_idx = &p;  // only whether there is one matters
-  int64_t bytes = 0;
-  TW_RUN(v.device.is_cuda, void(bytes = scan::causal_conv1d_workspace_cpu(p, backward)),
-         void(bytes = scan::causal_conv1d_workspace_cuda(p, backward, v.device.index)));
-  return bytes;
+  return bytes_of_workspace(p, backward, v.device);
 }
 
 // Integers [batch]; nothing is read of them here.

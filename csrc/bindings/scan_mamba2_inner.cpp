@@ -35,16 +35,15 @@ class Reader {
  public:
   Reader(const py::dict& tensors, const py::function& allocate, const Options& options)
       : t_(tensors), options_(options), allocate_(allocate) {
-    const char* const first = has("zxbcdt") ? "zxbcdt" : "input";
-    const TensorView v = arguments.tensor(t_[first], first);
-    check_value(v.ndim == 3, first, " must have shape (batch, length, columns), got ", v.sizes());
-    check_real(v, first);
+    const TensorView v = arguments.tensor(t_["zxbcdt"], "zxbcdt");
+    check_value(v.ndim == 3, "zxbcdt must have shape (batch, length, columns), got ", v.sizes());
+    check_real(v, "zxbcdt");
     device = v.device;
     dtype_ = v.dtype;
     wide_ = v.dtype == DType::kFloat64 ? v.dtype : DType::kFloat32;
     batch_ = v.shape[0], length_ = v.shape[1];
-    check_value(batch_ > 0 && length_ > 0, first, " must have elements, got shape ", v.sizes());
-    read_sizes(has("in_weight") ? weight("in_weight").shape[0] : v.shape[2]);
+    check_value(batch_ > 0 && length_ > 0, "zxbcdt must have elements, got shape ", v.sizes());
+    read_sizes(v.shape[2]);
   }
 
   bool has(const char* name) const { return !t_[name].is_none(); }
@@ -110,7 +109,6 @@ class Reader {
 
   // The gradient (n, k) of a weight, from rows of n and of k columns.
   MatmulParams weight_gradient(const char* name, const RowsView& gradient, const RowsView& rows) {
-    if (!has(name)) return {};
     const TensorView v = arguments.tensor(t_[name], name, Access::kOverwrite);
     check_dtype(v, DType::kFloat32, name);
     check_device(v, device, name);
@@ -156,11 +154,7 @@ class Reader {
   char* take(int64_t bytes) {
     if (bytes == 0) return nullptr;
     taken_.push_back(allocate_(bytes));
-    const TensorView v = arguments.tensor(taken_.back(), "workspace", Access::kOverwrite);
-    check_dtype(v, DType::kUInt8, "workspace");
-    check_device(v, device, "workspace");
-    check_value(v.numel() >= bytes, "workspace: got ", v.numel(), " bytes, expected ", bytes);
-    return static_cast<char*>(v.data);
+    return static_cast<char*>(arguments.workspace(taken_.back(), bytes, device));
   }
 
   RowsView between(int64_t width) {
@@ -325,7 +319,9 @@ void connect(Reader& reader) {
     const RowsView dout = dinner;
     dinner = reader.between(dim);
     p.dinner = reader.times_weight(dout, "out_weight", false, dinner);
-    p.dout_weight = reader.weight_gradient("dout_weight", dout, reader.rows("inner", dim));
+    if (reader.has("dout_weight")) {
+      p.dout_weight = reader.weight_gradient("dout_weight", dout, reader.rows("inner", dim));
+    }
   }
   const RowsView dzxbcdt =
       projects ? reader.between(reader.columns) : reader.rows("dzxbcdt", reader.columns, Access::kOverwrite);
@@ -343,10 +339,12 @@ void connect(Reader& reader) {
   p.scan.ddt = reader.step_size("ddt", dzxbcdt);
   p.conv.dout = reader.conv_at(dxBC, 0), p.conv.dx = reader.conv_at(dzxbcdt, dim);
   if (!projects) return;
-  const RowsView input = reader.rows("input", reader.features("in_weight"));
+  const int64_t features = reader.features("in_weight");
   p.dinput = reader.times_weight(dzxbcdt, "in_weight", false,
-                                 reader.optional_rows("dinput", input.width, Access::kOverwrite));
-  p.din_weight = reader.weight_gradient("din_weight", dzxbcdt, input);
+                                 reader.optional_rows("dinput", features, Access::kOverwrite));
+  if (reader.has("din_weight")) {
+    p.din_weight = reader.weight_gradient("din_weight", dzxbcdt, reader.rows("input", features));
+  }
 }
 
 void backward(const py::dict& tensors, const py::function& allocate, int threads, int64_t groups, bool silu,

@@ -74,6 +74,13 @@ class Reader {
   }
 };
 
+int64_t bytes_of_workspace(const Reader& reader) {
+  int64_t bytes = 0;
+  TW_RUN(reader.device.is_cuda, void(bytes = scan::gated_rms_norm_workspace(reader.p, false)),
+         void(bytes = scan::gated_rms_norm_workspace(reader.p, true)));
+  return bytes;
+}
+
 void forward(py::handle x, py::handle weight, py::handle z, double eps, int64_t group_size,
              bool norm_before_gate, py::handle out, py::handle rstd, int threads) {
   Reader reader(x, group_size);
@@ -104,8 +111,8 @@ void backward(py::handle dout, py::handle x, py::handle weight, py::handle z, py
   p.dx = reader.rows(dx, "dx", Access::kOverwrite);
   if (p.gate != NormGate::kNone) p.dz = reader.rows(dz, "dz", Access::kOverwrite);
   p.dweight = reader.arguments.flat(dweight, "dweight", p.dim, p.weight_dtype, reader.device);
-  p.workspace = reader.arguments.tensor(workspace, "workspace").data;
   if (p.rows == 0) return;
+  p.workspace = reader.arguments.workspace(workspace, bytes_of_workspace(reader), reader.device);
   const Stream stream = reader.arguments.current_stream(reader.device);
   py::gil_scoped_release released;
   (void)threads;
@@ -115,11 +122,7 @@ void backward(py::handle dout, py::handle x, py::handle weight, py::handle z, py
 }
 
 int64_t workspace_bytes(py::handle x, int64_t group_size) {
-  const Reader reader(x, group_size);
-  int64_t bytes = 0;
-  TW_RUN(reader.device.is_cuda, void(bytes = scan::gated_rms_norm_workspace(reader.p, false)),
-         void(bytes = scan::gated_rms_norm_workspace(reader.p, true)));
-  return bytes;
+  return bytes_of_workspace(Reader(x, group_size));
 }
 
 }  // namespace

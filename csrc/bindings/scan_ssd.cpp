@@ -90,15 +90,6 @@ class Reader {
     p.y = tensor(t["y"], "y", p.heads, p.head_dim, p.dtype);
   }
 
-  // Scratch of at least the bytes that the kernel asks for.
-  void workspace(py::handle object, int64_t bytes) {
-    const TensorView view = arguments.tensor(object, "workspace", Access::kOverwrite);
-    check_dtype(view, DType::kUInt8, "workspace");
-    check_device(view, device, "workspace");
-    check_value(view.numel() >= bytes, "workspace: got ", view.numel(), " bytes, expected ", bytes);
-    p.workspace = view.data;
-  }
-
   int64_t state_numel() const { return p.sequences * p.heads * p.head_dim * p.states; }
   int64_t D_numel() const { return p.D_wide ? int64_t{p.heads} * p.head_dim : p.heads; }
 
@@ -135,7 +126,8 @@ void forward(py::dict tensors, bool softplus, double dt_min, double dt_max, int 
   p.out = reader.tensor(tensors["out"], "out", p.heads, p.head_dim, p.dtype, Access::kOverwrite);
   p.final_state = reader.flat(tensors["final_states"], "final_states", reader.state_numel(), p.weight_dtype);
   const Device device = reader.device;
-  reader.workspace(tensors["workspace"], workspace_bytes(p, device.is_cuda, false, threads));
+  p.workspace = reader.arguments.workspace(tensors["workspace"],
+                                           workspace_bytes(p, device.is_cuda, false, threads), device);
   const Stream stream = reader.arguments.current_stream(device);
   py::gil_scoped_release released;
   (void)threads;
@@ -162,7 +154,8 @@ void backward(py::dict tensors, bool softplus, double dt_min, double dt_max, int
   p.dfinal_state = reader.flat(tensors["dfinal_states"], "dfinal_states", reader.state_numel(), weight);
   p.dinitial_state = reader.flat(tensors["dinitial_states"], "dinitial_states", reader.state_numel(), weight);
   const Device device = reader.device;
-  reader.workspace(tensors["workspace"], workspace_bytes(p, device.is_cuda, true, threads));
+  p.workspace = reader.arguments.workspace(tensors["workspace"],
+                                           workspace_bytes(p, device.is_cuda, true, threads), device);
   const Stream stream = reader.arguments.current_stream(device);
   py::gil_scoped_release released;
   (void)threads;

@@ -240,3 +240,15 @@ def test_blocks_are_the_same_either_way(taken, monkeypatch, block: Any) -> None:
     assert len(taken) > 5
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_whose_signs_are_still_to_be_changed(taken) -> None:
+    """Autograd makes tensors whose memory holds the opposite, as of the imaginary part of a conjugate."""
+    gradients = []
+    for function in (dense.linear, F.linear):
+        x, weight = normal(8, 12).requires_grad_(), normal(9, 12).requires_grad_()
+        y = function(x, weight)
+        z = torch.complex(torch.zeros_like(y), y).conj() * torch.ones((), dtype=torch.complex64)
+        gradients.append(torch.autograd.grad(z.imag.sum(), (x, weight)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -163,6 +164,24 @@ def test_few_tokens(backend, batch: int, length: int) -> None:
     given = make(torch.float32, backend.device, batch, length)
     expected = results(given, tuple(given), False, False, False)
     assert_same(results(given, tuple(given), True, True, True), expected)
+    out, states = mamba2_inner(
+        given["x"], given["conv_weight"], None, given["A_log"], given["D"], None, HEADS, GROUPS, None,
+        in_proj=Linear(given["in_weight"], None), initial_states=given["initial_states"], A_is_log=True,
+    )  # fmt: skip
+    assert out.shape == (batch, length, DIM)
+    assert states.numel() == 0
+
+
+def test_biases_of_any_stride(taken) -> None:
+    given = make(torch.float32)
+    names = ("in_bias", "conv_bias", "out_bias")
+    strided = {name: torch.stack([given[name]] * 2, 1)[:, 0] for name in names}
+    wanted = tuple(given)
+    assert_same(results(given | strided, wanted, True, True, True), results(given, wanted, True, True, True))
+    one = {name: torch.ones(1).expand(len(given[name])) for name in names}
+    plain = {name: value.contiguous() for name, value in one.items()}
+    rest = tuple(name for name in given if name not in names)
+    assert_same(results(given | one, rest, True, True, True), results(given | plain, rest, True, True, True))
 
 
 def test_an_expanded_gradient_and_one_of_the_states_alone(taken) -> None:
@@ -179,6 +198,43 @@ def test_an_expanded_gradient_and_one_of_the_states_alone(taken) -> None:
             )
     for expected, one in zip(found[:2], found[2:], strict=True):
         assert_same(dict(zip(given, one, strict=True)), dict(zip(given, expected, strict=True)))
+
+
+def test_a_frozen_projection_keeps_nothing_for_its_weight() -> None:
+    def kept(frozen: tuple[str, ...]) -> int:
+        given = make(torch.bfloat16)
+        leaves = {n: t.requires_grad_(n not in frozen) for n, t in given.items()}
+        count = 0
+
+        def pack(t: Tensor) -> Tensor:
+            nonlocal count
+            count += t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out, _ = run(leaves, True, True, True)
+        if "in_weight" in frozen:
+            with torch.no_grad():
+                leaves["x"].add_(1)  # it is not looked at
+        torch.autograd.grad(out.sum(), [leaves["conv_weight"], leaves["x"]])
+        return count
+
+    x, inner = 2 * 70 * FEATURES * 2, 2 * 70 * DIM * 2
+    everything = kept(())
+    assert kept(("in_weight",)) <= everything - x + 2
+    assert kept(("out_weight",)) == everything - inner
+    assert kept(("in_weight", "out_weight")) <= everything - x - inner + 2
+
+
+def test_a_backward_pass_under_autocast() -> None:
+    given = make(torch.float32)
+    leaves = [given[name].requires_grad_() for name in given]
+    expected = torch.autograd.grad(run(given, True, True, True)[0].sum(), leaves[:-1])
+    out = run(given, True, True, True)[0].sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(out, leaves[:-1])
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_gradcheck(poisoned: None) -> None:
@@ -236,6 +292,43 @@ def test_other_layers_and_dtypes_are_called(monkeypatch: pytest.MonkeyPatch) -> 
     assert parts(another, x, monkeypatch) == (True, False)
 
 
+class Wrapped(Tensor):
+    """A weight that says itself what torch's functions make of it, as quantized ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [t.as_subclass(Tensor) if isinstance(t, Wrapped) else t for t in args]
+        calls.append(function) if function is F.linear else None
+        return function(*plain, **(kwargs or {}))
+
+
+calls: list[Any] = []
+
+
+def test_weights_of_other_classes_are_asked() -> None:
+    given = make(torch.float32)
+    arguments = {
+        "zxbcdt": F.linear(given["x"], given["in_weight"]),
+        "conv1d_weight": given["conv_weight"][:, 0], "conv1d_bias": None, "dt_bias": given["dt_bias"],
+        "A": -given["A_log"].exp(), "D": given["D"], "chunk_size": 8, "headdim": HEAD_DIM, "ngroups": GROUPS,
+    }  # fmt: skip
+    found, expected = (
+        tw.scan.mamba_split_conv1d_scan_combined(**arguments, outproj_weight=weight)
+        for weight in (given["out_weight"].as_subclass(Wrapped), given["out_weight"])
+    )
+    torch.testing.assert_close(found, expected)
+    assert calls
+
+
+def test_a_compiled_layer_is_trained() -> None:
+    block, x = layer(), torch.randn(2, 9, 32, requires_grad=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    wanted = [x, *block.parameters()]
+    found, expected = (torch.autograd.grad(f(x).square().sum(), wanted) for f in (compiled, block))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_where_torchs_own_products_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = layer(), torch.randn(2, 9, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -276,7 +369,7 @@ OPTIONS = (1, 1e-5, GROUPS, True, 0.0, float("inf"), DIM, False)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("zxbcdt", torch.empty(2, 70, 9), "zxbcdt must have shape"),
+        ("zxbcdt", torch.empty(2, 70, 9), "do not fit together"),
         ("zxbcdt", torch.empty(0, 70, 81), "zxbcdt must have elements"),
         ("xBC", torch.empty(2, CHANNELS, 70).mT, "xBC must have rows at one distance"),
         ("inner", None, "inner must be a tensor"),
@@ -303,3 +396,5 @@ def test_too_small_a_workspace_is_refused() -> None:
     _C.mamba2_inner_fwd(forward_tensors(), allocate, *OPTIONS)
     with pytest.raises(ValueError, match="workspace: got 3 bytes"):
         _C.mamba2_inner_fwd(forward_tensors(), lambda count: allocate(3), *OPTIONS)
+    with pytest.raises(ValueError, match="workspace must be contiguous"):
+        _C.mamba2_inner_fwd(forward_tensors(), lambda count: allocate(1).expand(count), *OPTIONS)

@@ -507,6 +507,23 @@ def test_compile() -> None:
         assert torch.equal(value, expected[name]), name
 
 
+def test_training_compiled_without_the_states() -> None:
+    """Compilers hand on zeros for results that are not differentiable, here of no elements."""
+    inputs = {
+        k: v.requires_grad_()
+        for k, v in in_dtype(make(1, 9, 2, 3, 1, 4), torch.float32).items()
+        if v is not None
+    }
+    compiled = torch.compile(ssd_chunk_scan, fullgraph=True, backend="aot_eager")
+    x, dt, A, B, C = (inputs[name] for name in ("x", "dt", "A", "B", "C"))
+    found, expected = (
+        torch.autograd.grad(function(x, dt, A, B, C, 64).sum(), (x, dt, A, B, C))
+        for function in (compiled, ssd_chunk_scan)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 # ---- the same bits ----
 
 

@@ -234,15 +234,13 @@ def projected(linear: Any, x: Tensor) -> Tensor:
 
 def parts_of_op(x: Tensor, *linears: Any) -> list[nn.Linear | None]:
     """Those layers whose products may be part of a larger op on what is like x; None: it has to be called."""
-    may_be = dense.may_be_part(x)
-    return [linear if may_be and _is_weight_alone(linear, x.dtype) else None for linear in linears]
 
+    def may_be(linear: Any) -> bool:
+        if not (is_plain_linear(linear) and runs_its_forward_alone(linear)):
+            return False
+        return dense.may_be_part(x, linear.weight, linear.bias)
 
-def _is_weight_alone(linear: Any, dtype: torch.dtype) -> bool:
-    if not (is_plain_linear(linear) and runs_its_forward_alone(linear)):
-        return False
-    weight, bias = linear.weight, linear.bias
-    return type(weight) is nn.Parameter and weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+    return [linear if may_be(linear) else None for linear in linears]
 
 
 def can_step(layer: Any, hidden_states: Tensor, conv_state: Tensor) -> bool:

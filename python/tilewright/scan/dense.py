@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import _C
 from .._info import cpuinfo
 from .._library import differentiates, is_transformed
-from .ops import matmul
+from .ops import matmul  # noqa: F401  (it registers the op used below)
 
 _WORTH_IT = 1 << 18  # multiplications, below which torch's product is the faster one to call
 _ROWS = 4  # of x, where the weight's rows do not lie side by side
@@ -47,15 +47,14 @@ def product(rows: Tensor, columns: Tensor, bias: Tensor | None = None) -> Tensor
     """(..., k) times (n, k) transposed, and a bias (n,), without a gradient -> (..., n)."""
     if not takes(rows, columns):
         return F.linear(rows, columns, bias)
-    out = matmul.multiply(rows.flatten(0, -2), columns.t(), bias)
-    return out if rows.dim() == 2 else out.view(*rows.shape[:-1], columns.shape[0])
+    return _multiply(rows, columns, bias)
 
 
-def may_be_part(x: Tensor) -> bool:
-    """Whether products with what is like x may be part of a larger op: nobody looks for torch's own."""
-    return not (
-        torch.compiler.is_compiling() or _left or is_transformed() or torch.is_autocast_enabled(x.device.type)
-    )
+def may_be_part(x: Tensor, *weights: Tensor | None) -> bool:
+    """Whether products of what is like x with these may be part of an op: nobody looks for torch's own."""
+    if torch.compiler.is_compiling() or _left or is_transformed() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return all(t is None or (type(t) in _PLAIN and t.dtype == x.dtype) for t in weights)
 
 
 @contextmanager
@@ -124,12 +123,12 @@ class _Linear(torch.autograd.Function):
 def linear_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Of a linear layer's input, weight and bias, those that are needed."""
+    """Of a linear layer's input, weight and bias, those that are needed; x itself is read for the second."""
     rows = grad.flatten(0, -2)
     times = F.linear if torch.is_grad_enabled() else product  # torch's own is for a second derivative
     wants_x, wants_weight, wants_bias = needed
     return (
-        times(rows, weight.t()).view(x.shape) if wants_x else None,
+        times(rows, weight.t()).view(*grad.shape[:-1], weight.shape[1]) if wants_x else None,
         times(rows.t(), x.flatten(0, -2).t()) if wants_weight else None,
         rows.sum(0) if wants_bias else None,
     )

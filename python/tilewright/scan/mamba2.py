@@ -130,7 +130,7 @@ def mamba_split_conv1d_scan_combined(
     if extra > 0:
         mlp, zxbcdt = torch.split(zxbcdt, [2 * extra, zxbcdt.shape[2] - 2 * extra], dim=-1)
     out_proj = None if outproj_weight is None else Linear(outproj_weight, outproj_bias)
-    is_last = extra == 0 and out_proj is not None and may_be_part(zxbcdt)
+    is_last = extra == 0 and out_proj is not None and may_be_part(zxbcdt, *out_proj)
     norm = None
     if rmsnorm_weight is not None:
         norm = GatedNorm(rmsnorm_weight, rmsnorm_eps, dim // ngroups, norm_before_gate)

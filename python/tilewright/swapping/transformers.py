@@ -259,7 +259,7 @@ def _mamba2_forward(
 def _mamba2_block(self: Any, hidden_states: Tensor, norm: GatedNorm | None, seq_idx: Tensor | None) -> Tensor:
     """A whole input as one step, with the projections that may be part of it."""
     in_proj, out_proj = parts_of_op(hidden_states, self.in_proj, self.out_proj)
-    if hasattr(self, "mup_vector"):
+    if hasattr(self, "ssm_in_multiplier"):
         in_proj = None
     x = hidden_states if in_proj is not None else _mamba2_projected(self, hidden_states)
     y, _ = mamba2_inner(
@@ -272,7 +272,7 @@ def _mamba2_block(self: Any, hidden_states: Tensor, norm: GatedNorm | None, seq_
 
 def _mamba2_projected(self: Any, hidden_states: Tensor) -> Tensor:
     """zxbcdt of every token."""
-    if hasattr(self, "mup_vector"):  # FalconH1
+    if hasattr(self, "ssm_in_multiplier"):  # FalconH1
         hidden_states = projected(self.in_proj, hidden_states * self.ssm_in_multiplier)
         return cast(Tensor, hidden_states * self.mup_vector)
     return projected(self.in_proj, hidden_states)

@@ -13,6 +13,7 @@ Weights are of the dtypes that `mamba2.py` casts to.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,10 @@ def _multiplies() -> bool:
     return is_free() and not _backend.is_emulated()
 
 
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
 def _scratch_like(x: Tensor) -> Callable[[int], Tensor]:
     return lambda count: x.new_empty(count, dtype=torch.uint8)
 
@@ -121,7 +126,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     out, final_states, zxbcdt, inner, xBC, chunk_states, y, rstd, rate = results
     x = in_rows(block.input)
     if x.shape[0] == 0 or x.shape[1] == 0:
-        final_states.zero_() if block.initial_states is None else final_states.copy_(block.initial_states)
+        if return_final_states:
+            states = block.initial_states
+            final_states.zero_() if states is None else final_states.copy_(states)
         return tuple(results)
     by_call = _multiplies()
     in_call = by_call and block.in_weight is not None and suits(x, block.in_weight)
@@ -131,6 +138,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     elif not in_call:
         zxbcdt = results[2] = product(x, block.in_weight, block.in_bias)
     tensors: dict[str, Any] = dict(zip(_NAMES, block, strict=False))
+    tensors |= {name: _dense(tensors[name]) for name in ("in_bias", "conv_bias", "out_bias")}
     tensors |= {
         "input": x, "in_weight": block.in_weight if in_call else None, "zxbcdt": zxbcdt, "xBC": xBC,
         "A": rate if block.A_is_log else block.A, "dt": block.step_size(zxbcdt),
@@ -215,7 +223,9 @@ def _with_tokens(
     ddt = None if dt is None else torch.empty_like(dt)
     tensors: dict[str, Any] = inputs | kept | {f"d{name}": t for name, t in written.items()}
     tensors |= {
-        "input": in_rows(x), "in_weight": block.in_weight if in_call else None, "zxbcdt": zxbcdt,
+        "input": in_rows(x) if written["in_weight"] is not None else None,
+        "in_weight": block.in_weight if in_call else None, "zxbcdt": zxbcdt,
+        "conv_bias": _dense(block.conv_bias),
         "A": kept["rate"] if block.A_is_log else block.A, "dt": dt, "ddt": ddt, "dzxbcdt": dzxbcdt,
         "out_weight": block.out_weight if out_call else None, "dout": dout, "dfinal_states": dfinal_states,
     }  # fmt: skip
@@ -268,9 +278,16 @@ class Mamba2Inner(torch.autograd.Function):
         """Runs the op and keeps its inputs and what lies between its kernels."""
         *tensors, options = arguments
         out, final_states, *kept = _fwd(*tensors, *options, True)
+        # What only the gradient of a projection's weight is made of is not kept for one that is frozen.
+        x, in_weight = tensors[:2]
+        if in_weight is not None and not ctx.needs_input_grad[1]:
+            tensors[0] = x.new_empty(1).expand(x.shape)
+        if not ctx.needs_input_grad[3]:
+            kept[_KEPT.index("inner")] = x.new_empty(0)
         ctx.save_for_backward(*tensors, *kept)
         ctx.options, ctx.shape = options[:-2], out.shape
         ctx.set_materialize_grads(False)
+        ctx.has_final_states = options[-1]
         if not options[-1]:
             ctx.mark_non_differentiable(final_states)
         return out, final_states
@@ -284,12 +301,15 @@ class Mamba2Inner(torch.autograd.Function):
             )
         saved = ctx.saved_tensors
         inputs, kept = saved[: -len(_KEPT)], saved[-len(_KEPT) :]
-        dout, dfinal_states = grads
+        dout, dfinal_states = grads[0], grads[1] if ctx.has_final_states else None
         if dout is None:
             dout = inputs[0].new_zeros(()).expand(ctx.shape)
         if dfinal_states is not None:
             dfinal_states = dfinal_states.contiguous()
         needed = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-        found = _bwd(dout, dfinal_states, *inputs, *ctx.options, *kept, needed)
+        kind = dout.device.type
+        mixes = torch.is_autocast_enabled(kind)  # then torch's products would not be of the op's dtype
+        with torch.autocast(kind, enabled=False) if mixes else nullcontext():
+            found = _bwd(dout, dfinal_states, *inputs, *ctx.options, *kept, needed)
         results = [gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True)]
         return (*results, *[None] * (len(ctx.needs_input_grad) - _DIFFERENTIABLE))

@@ -172,7 +172,7 @@ class SsdChunkScan(torch.autograd.Function):
         keep_y = z is not None and any(ctx.needs_input_grad)
         out, final_states, chunk_states, y = _fwd(*inputs, *options, return_final_states, keep_y)
         ctx.save_for_backward(*inputs, chunk_states, y if keep_y else None)
-        ctx.options = options
+        ctx.options, ctx.has_final_states = options, return_final_states
         ctx.set_materialize_grads(False)
         if not return_final_states:
             ctx.mark_non_differentiable(final_states)
@@ -186,7 +186,7 @@ class SsdChunkScan(torch.autograd.Function):
                 "ssd_chunk_scan has no second derivative: call backward without create_graph"
             )
         *inputs, chunk_states, y = ctx.saved_tensors
-        dout, dfinal_states = grads
+        dout, dfinal_states = grads[0], grads[1] if ctx.has_final_states else None
         if dout is None:
             dout = inputs[0].new_zeros(()).expand(inputs[0].shape)
         if dfinal_states is not None:
