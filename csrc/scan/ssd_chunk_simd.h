@@ -42,8 +42,7 @@ inline T* row_of(const SsdTensor& t, int64_t batch, int64_t step, int64_t head) 
   return static_cast<T*>(t.data) + batch * t.batch + step * t.step + head * t.head;
 }
 
-// body(T{}), T being the type of tensors of this dtype. Asked for once a piece: once a row, the question
-// takes as long as the row.
+// body(T{}), T being the type of tensors of this dtype.
 template <class Real, class Body>
 inline void with_type(DType dtype, const Body& body) {
   if constexpr (std::is_same_v<Real, double>) {

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is their own, and which torch's functions do not ask
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 
@@ -127,9 +127,9 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def fits(value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[int], device: torch.device) -> bool:
-    """Whether there is nothing that the four checks below would refuse; they say what it is."""
+    """Whether check_tensor, check_dtype, check_shape and check_device would pass; they say what is wrong."""
     return (
-        type(value) in _PLAIN
+        type(value) in PLAIN
         and value.layout is torch.strided
         and value.dtype in dtypes
         and value.shape == shape

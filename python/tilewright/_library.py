@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
-from torch.nn import Parameter
 
 from . import _backend
+from ._checks import PLAIN
 
 _library: Any = torch.library.Library("tilewright", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -65,7 +65,6 @@ def _questions() -> tuple[Callable[[], Any], ...] | None:
         return None
 
 
-_PLAIN = (Tensor, Parameter)
 _asked = None if _backend.DEBUG else _questions()
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_dynamo_compiling
@@ -89,7 +88,7 @@ def is_direct(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None:
             continue
-        if type(t) not in _PLAIN or not t.is_cpu or t.is_neg() or (differentiable and t.requires_grad):
+        if type(t) not in PLAIN or not t.is_cpu or t.is_neg() or (differentiable and t.requires_grad):
             return False
     return True
 

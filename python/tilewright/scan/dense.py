@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _C
+from .._checks import PLAIN
 from .._info import cpuinfo
 from .._library import differentiates, is_transformed
 from .ops import matmul  # noqa: F401  (it registers the op used below)
 
 _WORTH_IT = 1 << 18  # multiplications, below which torch's product is the faster one to call
 _ROWS = 4  # of x, where the weight's rows do not lie side by side
-
-_PLAIN = (Tensor, nn.Parameter)
 
 _left: list[bool] = []
 _matmul = torch.ops.tilewright.matmul.default
@@ -54,7 +53,7 @@ def may_be_part(x: Tensor, *weights: Tensor | None) -> bool:
     """Whether products of what is like x with these may be part of an op: nobody looks for torch's own."""
     if torch.compiler.is_compiling() or _left or is_transformed() or torch.is_autocast_enabled(x.device.type):
         return False
-    return all(t is None or (type(t) in _PLAIN and t.dtype == x.dtype) for t in weights)
+    return all(t is None or (type(t) in PLAIN and t.dtype == x.dtype) for t in weights)
 
 
 @contextmanager
@@ -97,8 +96,8 @@ def is_free() -> bool:
 def suits(x: Tensor, weight: Tensor) -> bool:
     """Whether our product is for these two: float32 on a CPU, and large."""
     return (
-        type(x) in _PLAIN
-        and type(weight) in _PLAIN
+        type(x) in PLAIN
+        and type(weight) in PLAIN
         and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
         and weight.is_cpu

@@ -32,7 +32,7 @@ def _workspace(x: Tensor, width: int, seq_idx: Tensor | None, backward: bool) ->
     return torch.empty(count, dtype=torch.uint8, device=x.device)
 
 
-def forward(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -41,8 +41,7 @@ def forward(
     silu: bool,
     return_final_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The forward op."""
-    out, final = fake_forward(x, weight, bias, seq_idx, initial_states, silu, return_final_states)
+    out, final = _fake_forward(x, weight, bias, seq_idx, initial_states, silu, return_final_states)
     if out.numel() == 0:
         if return_final_states:
             final.zero_() if initial_states is None else final.copy_(initial_states)
@@ -62,7 +61,7 @@ def forward(
     return out, final
 
 
-def fake_forward(
+def _fake_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -71,7 +70,6 @@ def fake_forward(
     silu: bool,
     return_final_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What the forward op returns, unwritten."""
     shape = (x.shape[0], x.shape[1], weight.shape[1] - 1) if return_final_states else (0,)
     return _empty_like(x), x.new_empty(shape)
 
@@ -87,29 +85,13 @@ def _backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradients = _fake_backward(dout, dfinal, x, weight, bias, seq_idx, initial_states, silu)
-    backward_into(gradients, dout, dfinal, x, weight, bias, seq_idx, initial_states, silu)
-    return gradients
-
-
-def backward_into(
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
-    dout: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
-    silu: bool,
-) -> None:
-    """Writes the gradients that the op returns; that of x may have any strides."""
     dx, dweight, dbias, dinitial = gradients
     if dx.numel() == 0:
         dweight.zero_()
         dbias.zero_()
         if initial_states is not None:
             dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
-        return
+        return gradients
     if dout.stride(1 if dout.stride(2) == 1 else 2) != 0 and _is_channel_last(dout) != _is_channel_last(x):
         dout = _empty_like(x).copy_(dout)  # one copy costs less than gathering across both tensors
     _backend.C.causal_conv1d_bwd(
@@ -128,6 +110,7 @@ def backward_into(
         _workspace(x, weight.shape[1], seq_idx, backward=True),
         _backend.num_threads(),
     )
+    return gradients
 
 
 def _fake_backward(
@@ -148,8 +131,8 @@ def _fake_backward(
 define(
     "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, "
     "bool silu, bool return_final_states) -> (Tensor, Tensor)",
-    forward,
-    fake_forward,
+    _forward,
+    _fake_forward,
 )
 define(
     "causal_conv1d_bwd(Tensor dout, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, "

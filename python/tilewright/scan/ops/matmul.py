@@ -11,8 +11,7 @@ from ... import _backend
 from ..._library import define
 
 
-def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The op."""
+def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     out = _fake(a, b, bias)
     # Of the product, not of what tests exchange for it: there is no CUDA kernel to emulate.
     _backend._C.matmul(a, b, bias if bias is None else bias.contiguous(), out, _backend.num_threads())  # type: ignore[attr-defined]
@@ -23,4 +22,4 @@ def _fake(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-define("matmul(Tensor a, Tensor b, Tensor? bias=None) -> Tensor", multiply, _fake)
+define("matmul(Tensor a, Tensor b, Tensor? bias=None) -> Tensor", _matmul, _fake)

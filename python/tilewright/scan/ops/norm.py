@@ -30,11 +30,10 @@ def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def forward(
+def _forward(
     x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
 ) -> tuple[Tensor, Tensor]:
-    """The forward op."""
-    out, rstd = fake_forward(x, weight, z, eps, group_size, norm_before_gate)
+    out, rstd = _fake_forward(x, weight, z, eps, group_size, norm_before_gate)
     _backend.C.gated_rms_norm_fwd(
         in_rows(x),
         weight,
@@ -49,10 +48,9 @@ def forward(
     return out, rstd
 
 
-def fake_forward(
+def _fake_forward(
     x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
 ) -> tuple[Tensor, Tensor]:
-    """What the forward op returns, unwritten."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return _empty_like(x), x.new_empty(x.numel() // group_size, dtype=dtype)
 
@@ -67,25 +65,10 @@ def _backward(
     norm_before_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = _fake_backward(dout, x, weight, z, rstd, group_size, norm_before_gate)
-    backward_into(gradients, dout, x, weight, z, rstd, group_size, norm_before_gate)
-    return gradients
-
-
-def backward_into(
-    gradients: tuple[Tensor, Tensor, Tensor],
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    z: Tensor | None,
-    rstd: Tensor,
-    group_size: int,
-    norm_before_gate: bool,
-) -> None:
-    """Writes the gradients that the op returns; of x's and z's the rows lie at one distance."""
     dx, dweight, dz = gradients
     if dx.numel() == 0:
         dweight.zero_()
-        return
+        return gradients
     x = in_rows(x)
     scratch = _backend.C.gated_rms_norm_workspace(x, group_size)
     _backend.C.gated_rms_norm_bwd(
@@ -102,6 +85,7 @@ def backward_into(
         torch.empty(scratch, dtype=torch.uint8, device=x.device),
         _backend.num_threads(),
     )
+    return gradients
 
 
 def _fake_backward(
@@ -119,8 +103,8 @@ def _fake_backward(
 define(
     "gated_rms_norm_fwd(Tensor x, Tensor weight, Tensor? z, float eps, int group_size, "
     "bool norm_before_gate) -> (Tensor, Tensor)",
-    forward,
-    fake_forward,
+    _forward,
+    _fake_forward,
 )
 define(
     "gated_rms_norm_bwd(Tensor dout, Tensor x, Tensor weight, Tensor? z, Tensor rstd, int group_size, "

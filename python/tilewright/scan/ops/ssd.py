@@ -8,7 +8,6 @@ Weights (A, D, dt_bias), dt and states are float32, or float64 where x is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ def _workspace(x: Tensor, B: Tensor, cu_seqlens: Tensor | None, backward: bool) 
     return x.new_empty(size, dtype=torch.uint8)
 
 
-def forward(
+def _forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -68,7 +67,6 @@ def forward(
     return_final_states: bool,
     keep_y: bool,
 ) -> tuple[Tensor, ...]:
-    """The forward op."""
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, x.shape[1])
     results = _empty(x, B, dt, cu_seqlens, return_final_states, keep_y)
@@ -84,8 +82,7 @@ def forward(
     return results
 
 
-def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """What the forward op returns, unwritten."""
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     x, dt, _, B = arguments[:4]
     return _empty(x, B, dt, arguments[10], *arguments[-2:])
 
@@ -97,14 +94,7 @@ def _empty_gradients(*inputs: Tensor | None) -> list[Tensor]:
     return [x.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in inputs]
 
 
-def _backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) -> list[Tensor]:
-    gradients = _empty_gradients(*arguments[:_DIFFERENTIABLE])
-    backward_into(gradients, dout, dfinal_states, *arguments)
-    return gradients
-
-
-def backward_into(
-    gradients: Sequence[Tensor | None],
+def _backward(
     dout: Tensor,
     dfinal_states: Tensor | None,
     x: Tensor,
@@ -123,14 +113,11 @@ def backward_into(
     dt_max: float,
     chunk_states: Tensor,
     y: Tensor | None,
-) -> None:
-    """Writes the gradients that the op returns; those of x, dt, B, C and z may have any strides."""
+) -> list[Tensor]:
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
+    gradients = _empty_gradients(*inputs[:_DIFFERENTIABLE])
     if not sequence_count(x.shape[0], cu_seqlens):
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.zero_()
-        return
+        return [gradient.zero_() for gradient in gradients]
     tensors: dict[str, Tensor | None] = dict(zip(_NAMES, inputs, strict=True))
     for name, source, gradient in zip(_NAMES, inputs, gradients, strict=False):
         tensors["d" + name] = None if source is None else gradient
@@ -138,6 +125,7 @@ def backward_into(
     tensors["chunk_states"], tensors["y"] = chunk_states, y
     tensors["workspace"] = _workspace(x, B, cu_seqlens, True)
     _backend.C.ssd_chunk_scan_bwd(tensors, dt_softplus, dt_min, dt_max, _backend.num_threads())
+    return gradients
 
 
 def _fake_backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) -> list[Tensor]:
@@ -147,8 +135,8 @@ def _fake_backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) 
 define(
     f"ssd_chunk_scan_fwd({_INPUTS}, bool return_final_states, bool keep_y) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    forward,
-    fake_forward,
+    _forward,
+    _fake_forward,
 )
 define(
     f"ssd_chunk_scan_bwd(Tensor dout, Tensor? dfinal_states, {_INPUTS}, Tensor chunk_states, Tensor? y) "
