@@ -1,9 +1,5 @@
-// What the CUDA passes of the SSD scan share: 64 x 64 tiles in shared memory and their products, the steps of
-// one head, launches over chunks.
-//
-// A block has 256 threads; of a 64 x 64 result a thread owns rows 4 ty to 4 ty + 3 and columns 4 tx to
-// 4 tx + 3. Both operands of a product lie in shared memory with the summed index first: at[k][row],
-// at[k][column].
+// What the CUDA passes of the SSD scan share, on tensor cores (ssd_chunk_mma_cuda.h) or without
+// (ssd_chunk_fma_cuda.h): elements of tensors, the steps of one head, launches over chunks.
 #pragma once
 
 #include "device/half.h"
@@ -15,102 +11,47 @@
 #include "scan/ssd_chunk_scan.h"
 
 namespace tilewright::scan {
-namespace {
 
-constexpr int kThreads = 256, kTile = kSsdChunk, kOwn = 4;
-constexpr int kPitch = kTile + 4;  // rows stay multiples of 16 bytes, and columns spread over the banks
-static_assert(kTile == 64 && kThreads * kOwn * kOwn == kTile * kTile);
-
-using Own = float[kOwn][kOwn];
-
-struct alignas(16) Matrix {
-  float at[kTile][kPitch];
+// What the kernels of a pass are told. For dtypes of 16 bits they run on tensor cores, block by block; a
+// block that meets an infinity or NaN says so in its place of `odd_...`, and its work is done again on FMA
+// units. Null: no tensor cores.
+struct SsdForward {
+  SsdChunkScanParams p;
+  float* decay;  // [chunk][head]: of the state over the chunk; kSsdDropped where it is dropped
+  int32_t *odd_states, *odd_outputs;
 };
 
-__device__ __forceinline__ int own_row() { return int(threadIdx.x) / 16 * kOwn; }
-__device__ __forceinline__ int own_column() { return int(threadIdx.x) % 16 * kOwn; }
+struct SsdBackward {
+  SsdChunkScanParams p;
+  float* G;                   // [chunk][head][states][head_dim]: gradient of the state after the chunk
+  float* decay;               // as above
+  float *dA, *ddt_bias, *dD;  // partial sums [chunk][head], dD [chunk][head][head_dim]
+  float *dB, *dC;             // partial sums [block][batch][step][group][states]
+  int blocks;                 // blocks of a group's heads
+  // Tensor cores only. Partial sums over a tile of states: [chunk][head][tile][step], and the product of the
+  // states before and after the chunk, [chunk][head][tile].
+  float *along_C, *along_B, *through;
+  int32_t *odd_states, *odd_sums, *odd_heads;
+};
 
-template <class Body>
-__device__ __forceinline__ void each_own(const Body& body) {
-#pragma unroll
-  for (int r = 0; r < kOwn; ++r) {
-#pragma unroll
-    for (int c = 0; c < kOwn; ++c) body(r, c);
-  }
-}
+constexpr float kSsdDropped = -1.0f;
 
-__device__ __forceinline__ void clear(Own& own) {
-  each_own([&](int r, int c) { own[r][c] = 0.0f; });
-}
+// On tensor cores. Forward what chunks add to the states, and what the states give; backward the same, the
+// second in two kernels.
+void ssd_states_mma(const SsdForward&, Stream);
+void ssd_outputs_mma(const SsdForward&, Stream);
+void ssd_state_gradients_mma(const SsdBackward&, Stream);
+void ssd_sums_mma(const SsdBackward&, Stream);
+void ssd_heads_mma(const SsdBackward&, Stream);
 
-__device__ __forceinline__ void load_four(float (&four)[kOwn], const float* from) {
-  const auto loaded = device::load(reinterpret_cast<const device::Vector<float, 4>*>(from));
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) four[i] = loaded[i];
-}
+// Takes what a pass needs from p.workspace; returns how many bytes that is, also where there is none yet.
+int64_t ssd_lay_out(SsdForward&);
+int64_t ssd_lay_out(SsdBackward&);
 
-__device__ __forceinline__ void store_own(Matrix& m, const Own& own) {
-#pragma unroll
-  for (int r = 0; r < kOwn; ++r) {
-    device::store(reinterpret_cast<device::Vector<float, 4>*>(&m.at[own_row() + r][own_column()]),
-                  {own[r][0], own[r][1], own[r][2], own[r][3]});
-  }
-}
+namespace {
 
-__device__ __forceinline__ void store_own_transposed(Matrix& m, const Own& own) {
-  each_own([&](int r, int c) { m.at[own_column() + c][own_row() + r] = own[r][c]; });
-}
-
-// own += the product, over k in [0, depth).
-__device__ __forceinline__ void multiply(Own& own, const Matrix& left, const Matrix& right, int depth) {
-#pragma unroll 4
-  for (int k = 0; k < depth; ++k) {
-    float a[kOwn], b[kOwn];
-    load_four(a, &left.at[k][own_row()]);
-    load_four(b, &right.at[k][own_column()]);
-    each_own([&](int r, int c) { own[r][c] = device::fma_rn(a[r], b[c], own[r][c]); });
-  }
-}
-
-// The same where a row takes only k of its own piece that are not later (kUpper: not earlier) than itself.
-// The others are skipped, not multiplied by zero: an infinity or NaN does not reach other steps.
-template <bool kUpper>
-__device__ __forceinline__ void multiply_triangle(Own& own, const Matrix& left, const Matrix& right,
-                                                  const int (&begin)[kTile]) {
-  const int first = kUpper ? own_row() : begin[own_row()], last = kUpper ? kTile - 1 : own_row() + kOwn - 1;
-  for (int k = first; k <= last; ++k) {
-    float a[kOwn], b[kOwn];
-    load_four(a, &left.at[k][own_row()]);
-    load_four(b, &right.at[k][own_column()]);
-#pragma unroll
-    for (int r = 0; r < kOwn; ++r) {
-      const int row = own_row() + r;
-      const bool reached = kUpper ? k >= row && begin[k] <= row : k <= row && begin[row] <= k;
-#pragma unroll
-      for (int c = 0; c < kOwn; ++c) own[r][c] = reached ? device::fma_rn(a[r], b[c], own[r][c]) : own[r][c];
-    }
-  }
-}
-
-// m.at[row][column] = value(row, column), or m.at[column][row]; neighbouring threads take neighbouring
-// columns.
-template <bool kTransposed, class Value>
-__device__ __forceinline__ void fill(Matrix& m, const Value& value) {
-  for (int i = int(threadIdx.x); i < kTile * kTile; i += kThreads) {
-    const int row = i / kTile, column = i % kTile;
-    (kTransposed ? m.at[column][row] : m.at[row][column]) = value(row, column);
-  }
-}
-
-// The sum over the 16 threads that share rows, in a fixed order; all of them get it.
-__device__ __forceinline__ float sum_columns(float value) {
-  for (int distance = 8; distance > 0; distance /= 2) value += device::shfl_xor(value, distance);
-  return value;
-}
-
-__device__ __forceinline__ float sum_warp(float value) {
-  return sum_columns(value + device::shfl_xor(value, 16));
-}
+constexpr int kTile = kSsdChunk;
+static_assert(kTile == 64);
 
 // ---- elements of tensors ----
 
@@ -139,15 +80,6 @@ struct RowsOf {
   }
   __device__ __forceinline__ float operator()(int row, int column) const {
     return has(row, column) ? device::to_float(data[row * step + column * inner]) : 0.0f;
-  }
-};
-
-// A state [states][head_dim] from n0, d0 on.
-struct StateTile {
-  const float* data;
-  int states, dims, n0, d0;
-  __device__ __forceinline__ float operator()(int n, int d) const {
-    return n0 + n < states && d0 + d < dims ? data[int64_t{n0 + n} * dims + d0 + d] : 0.0f;
   }
 };
 
@@ -212,6 +144,13 @@ __device__ __forceinline__ float activated(const SsdChunkScanParams& p, float ra
   return dt < lowest ? lowest : dt > highest ? highest : dt;  // a NaN stays
 }
 
+// The gradient of raw from that of dt.
+__device__ __forceinline__ float through_activation(const SsdChunkScanParams& p, float gradient, float raw) {
+  const float active = p.softplus ? device::softplus(raw) : raw;
+  if (active < float(p.dt_min) || active > float(p.dt_max)) return 0.0f;
+  return p.softplus && raw <= 20.0f ? gradient * sigmoid(raw) : gradient;
+}
+
 __device__ __forceinline__ void prepare_steps(const SsdChunkScanParams& p, const SsdChunk& chunk,
                                               int64_t head, const Pieces& pieces, Steps& s) {
   const int lane = device::lane_id();
@@ -247,22 +186,71 @@ __device__ __forceinline__ bool runs_through(const SsdChunk& chunk, const Pieces
   return pieces.head_end == chunk.length;
 }
 
-// Column `tile` of the chunk's B or C, transposed: at[state][step].
-template <class T>
-__device__ __forceinline__ void fill_states(Matrix& m, const SsdChunkScanParams& p, const SsdTensor& t,
-                                            const SsdChunk& chunk, int64_t group, int n0) {
-  const RowsOf<T> rows(t, chunk, group, p.states);
-  fill<true>(m, [&](int step, int n) { return rows(step, n0 + n); });
+// Of the state, over the chunk.
+__device__ __forceinline__ float decay_over(const SsdChunk& chunk, const Pieces& pieces, const Steps& steps) {
+  return runs_through(chunk, pieces) ? steps.from_start[chunk.length - 1] : kSsdDropped;
 }
 
+// ---- blocks ----
+
+struct Place {
+  SsdChunk chunk;
+  int64_t number, head;
+  int group, tile;
+};
+
+// Blocks count tiles fastest, then heads, then chunks.
+__device__ __forceinline__ Place place_of_block(const SsdChunkScanParams& p, int64_t block, int tiles_each) {
+  const int64_t task = block / tiles_each;
+  const int64_t number = task / p.heads, head = task % p.heads;
+  return {ssd_chunk(p, number), number, head, int(head / (p.heads / p.groups)), int(block % tiles_each)};
+}
+
+// Of the backward pass: one chunk, a share of the heads of a group.
+struct Heads {
+  SsdChunk chunk;
+  int64_t number, begin, end, head;  // head goes from begin to end
+  int group, block;
+};
+
+__device__ __forceinline__ Heads heads_of_block(const SsdBackward& params, int64_t block) {
+  const SsdChunkScanParams& p = params.p;
+  const int share = int(block % params.blocks), per_group = p.heads / p.groups;
+  const int64_t task = block / params.blocks, number = task / p.groups;
+  const int group = int(task % p.groups), first = group * per_group;
+  const int begin = first + per_group * share / params.blocks;
+  const int end = first + per_group * (share + 1) / params.blocks;
+  return {ssd_chunk(p, number), number, begin, end, begin, group, share};
+}
+
+__host__ __device__ __forceinline__ int64_t tasks_of(const SsdChunkScanParams& p) {
+  return ssd_chunk_count(p) * p.heads;
+}
+__host__ __device__ __forceinline__ int64_t blocks_of_heads(const SsdBackward& params) {
+  return ssd_chunk_count(params.p) * params.p.groups * params.blocks;
+}
+inline int64_t count_tiles(int64_t extent) { return (extent + kTile - 1) / kTile; }
+
+// Pieces of the workspace, one behind the other; without one, only how long it has to be.
+struct Workspace {
+  char* base;
+  int64_t bytes = 0;
+
+  template <class T>
+  void take(T*& piece, int64_t count) {
+    piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + bytes);
+    bytes += (count * int64_t(sizeof(T)) + 127) / 128 * 128;
+  }
+};
+
 template <class Params>
-void launch_over(device::Kernel<Params> kernel, int64_t blocks, size_t shared_bytes, Stream stream,
-                 const Params& params) {
+void launch_over(device::Kernel<Params> kernel, int64_t blocks, int threads, size_t shared_bytes,
+                 Stream stream, const Params& params) {
   constexpr int64_t kLargest = 0x7fffffff;
   check_value(blocks <= kLargest, "x: too large, ", blocks, " blocks of threads would be needed, at most ",
               kLargest, " can be started at once");
   if (blocks > 0)
-    device::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), shared_bytes, stream, params);
+    device::launch(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, stream, params);
 }
 
 // The kernel of a dtype.

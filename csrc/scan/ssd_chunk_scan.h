@@ -125,7 +125,7 @@ static constexpr bool ssd_resets(const SsdChunkScanParams& p, int64_t batch, int
 // Heads of a group are summed into dB and dC in blocks; how many blocks depends on the shape alone, so that
 // the sums do. As many as give a machine `enough` to do, and one where there are chunks enough: every block
 // does once more what its heads could share.
-constexpr int64_t kSsdEnoughCpu = 16, kSsdEnoughCuda = 128;
+constexpr int64_t kSsdEnoughCpu = 16, kSsdEnoughCuda = 128, kSsdEnoughMma = 512;
 static constexpr int32_t ssd_head_blocks(const SsdChunkScanParams& p, int64_t enough) {
   const int64_t without = ssd_chunk_count(p) * p.groups;
   const int32_t heads = p.heads / p.groups;

@@ -10,23 +10,14 @@
 //                              where they run over heads, chunks or batch rows
 //   4. sum_states_kernel, sum_heads_kernel  add the partial sums in a fixed order
 //
-// Roofline: a step of a head costs 2 * (5 P N + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 90 kFLOP, against
-// 6 P bytes of x, dout and dx in 16 bits and 20 P N / Q of states: it is bound by the FMA units.
-#include "scan/ssd_chunk_cuda.h"
+// Products run on the FMA units in fp32; those of 16-bit dtypes on tensor cores
+// (ssd_chunk_scan_bwd_*_mma_cuda.cu), and here what these leave. Roofline: a step of a head costs 2 * (5 P N
+// + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 90 kFLOP, against 12 P bytes of x, dout and dx and 24 P N / Q
+// of states: it is bound by the FMA units.
+#include "scan/ssd_chunk_fma_cuda.h"
 
 namespace tilewright::scan {
 namespace {
-
-struct BackwardParams {
-  SsdChunkScanParams p;
-  float* G;                   // [chunk][head][states][head_dim]: gradient of the state after the chunk
-  float* decay;               // [chunk][head]: of the state over the chunk; negative where it is dropped
-  float *dA, *ddt_bias, *dD;  // partial sums [chunk][head], dD [chunk][head][head_dim]
-  float *dB, *dC;             // partial sums [block][batch][step][group][states]
-  int blocks;                 // blocks of a group's heads
-};
-
-constexpr float kDropped = -1.0f;
 
 struct Smem {
   Matrix left, right;
@@ -64,25 +55,20 @@ __device__ __forceinline__ int depth_of(int extent, int from) {
 
 // ---- 1 and 2: gradients of states ----
 
-// Four blocks of a multiprocessor: left to itself, ptxas takes 48 registers for a fifth, and spills.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4)
-    chunk_gradients_kernel(const __grid_constant__ BackwardParams params) {
+__device__ __forceinline__ void add_to_gradient(const SsdBackward& params, Smem& smem, const Place& place) {
   const SsdChunkScanParams& p = params.p;
-  Smem& smem = device::shared_memory<Smem>();
-  const int across = tiles(p.head_dim), each = across * tiles(p.states), tile = int(blockIdx.x % each);
-  const int64_t part = int64_t{blockIdx.x} / each, number = part / p.heads, head = part % p.heads;
-  const SsdChunk chunk = ssd_chunk(p, number);
+  const SsdChunk& chunk = place.chunk;
   if (chunk.length == 0) return;
-  const int n0 = tile / across * kTile, d0 = tile % across * kTile;
+  const int across = tiles(p.head_dim), n0 = place.tile / across * kTile, d0 = place.tile % across * kTile;
   if (device::warp_id() == 0) {
     find_pieces(p, chunk, smem.pieces);
     device::sync_warp();
-    prepare_steps(p, chunk, head, smem.pieces, smem.steps);
+    prepare_steps(p, chunk, place.head, smem.pieces, smem.steps);
   }
   device::sync_block();
-  RowsOf<T> C(p.C, chunk, head / (p.heads / p.groups), p.states);
-  const GradientRows<T> g(p, chunk, head);
+  RowsOf<T> C(p.C, chunk, place.group, p.states);
+  const GradientRows<T> g(p, chunk, place.head);
   C.to = smem.pieces.head_end;
   fill<false>(smem.left, [&](int i, int n) { return C(i, n0 + n); });
   fill<false>(smem.right,
@@ -91,19 +77,28 @@ __global__ void __launch_bounds__(kThreads, 4)
   Own own;
   clear(own);
   multiply(own, smem.left, smem.right, C.to);
-  float* added = params.G + state_offset(p, number, head);
+  float* added = params.G + state_offset(p, place.number, place.head);
   each_own([&](int r, int c) {
     const int n = n0 + own_row() + r, d = d0 + own_column() + c;
     if (n < p.states && d < p.head_dim) added[int64_t{n} * p.head_dim + d] = own[r][c];
   });
-  if (tile == 0 && threadIdx.x == 0) {
-    params.decay[part] =
-        runs_through(chunk, smem.pieces) ? smem.steps.from_start[chunk.length - 1] : kDropped;
+  if (place.tile == 0 && threadIdx.x == 0) {
+    params.decay[place.number * p.heads + place.head] = decay_over(chunk, smem.pieces, smem.steps);
   }
 }
 
+// Four blocks of a multiprocessor: left to itself, ptxas takes 48 registers for a fifth, and spills.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4)
+    chunk_gradients_kernel(const __grid_constant__ SsdBackward params) {
+  Smem& smem = device::shared_memory<Smem>();
+  const int each = tiles(params.p.head_dim) * tiles(params.p.states);
+  each_block(params.odd_states, tasks_of(params.p) * each,
+             [&](int64_t block) { add_to_gradient<T>(params, smem, place_of_block(params.p, block, each)); });
+}
+
 __global__ void __launch_bounds__(kThreads)
-    pass_gradients_kernel(const __grid_constant__ BackwardParams params) {
+    pass_gradients_kernel(const __grid_constant__ SsdBackward params) {
   const SsdChunkScanParams& p = params.p;
   const int64_t numel = int64_t{p.states} * p.head_dim;
   const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -125,16 +120,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- 3: one chunk, heads of one group ----
 
-// What differentiate_kernel's helpers share: one head of one chunk.
-struct Head {
-  SsdChunk chunk;
-  int64_t number, head;
-  int group, block;
-  bool first;  // of the block's heads: it starts the sums
-};
-
 template <class T>
-__device__ __forceinline__ void multiply_C_B(const SsdChunkScanParams& p, Smem& smem, const Head& h) {
+__device__ __forceinline__ void multiply_C_B(const SsdChunkScanParams& p, Smem& smem, const Heads& h) {
   Own own;
   clear(own);
   for (int n0 = 0; n0 < p.states; n0 += kTile) {
@@ -149,7 +136,7 @@ __device__ __forceinline__ void multiply_C_B(const SsdChunkScanParams& p, Smem& 
 
 // K from g and x; adds it to K_sum and leaves decayed and crossing behind.
 template <class T>
-__device__ __forceinline__ void multiply_K(const SsdChunkScanParams& p, Smem& smem, const Head& h,
+__device__ __forceinline__ void multiply_K(const SsdChunkScanParams& p, Smem& smem, const Heads& h,
                                            Own& K_sum) {
   const GradientRows<T> g(p, h.chunk, h.head);
   const RowsOf<T> x(p.x, h.chunk, h.head, p.head_dim);
@@ -188,7 +175,7 @@ __device__ __forceinline__ void sum_rows_upwards(Smem& smem) {
 
 // dx, dz, and in smem.direct the sum of U x over head_dim, from U of one tile in `own`; left holds g.
 template <class T>
-__device__ __forceinline__ void finish_x(const BackwardParams& params, Smem& smem, const Head& h,
+__device__ __forceinline__ void finish_x(const SsdBackward& params, Smem& smem, const Heads& h,
                                          const Own& own, int d0) {
   const SsdChunkScanParams& p = params.p;
   float direct[kOwn] = {};
@@ -225,7 +212,7 @@ __device__ __forceinline__ void finish_x(const BackwardParams& params, Smem& sme
 }
 
 template <class T>
-__device__ __forceinline__ void differentiate_x(const BackwardParams& params, Smem& smem, const Head& h) {
+__device__ __forceinline__ void differentiate_x(const SsdBackward& params, Smem& smem, const Heads& h) {
   const SsdChunkScanParams& p = params.p;
   const GradientRows<T> g(p, h.chunk, h.head);
   const float* G = params.G + state_offset(p, h.number, h.head);
@@ -252,7 +239,7 @@ __device__ __forceinline__ void differentiate_x(const BackwardParams& params, Sm
 }
 
 // Adds to the partial sums of dB or dC; an element is always the same thread's.
-__device__ __forceinline__ void add_partial(float* sums, const SsdChunkScanParams& p, const Head& h,
+__device__ __forceinline__ void add_partial(float* sums, const SsdChunkScanParams& p, const Heads& h,
                                             const Own& own, int n0, bool start) {
   each_own([&](int r, int c) {
     const int i = own_row() + r, n = n0 + own_column() + c;
@@ -267,7 +254,7 @@ __device__ __forceinline__ void add_partial(float* sums, const SsdChunkScanParam
 // What goes through a state: for steps [from, to) rows(step, d) times the state, added to `sums`; in `along`
 // for each step the product of that with the step's C or B, which is `states`.
 template <class T, class Rows>
-__device__ __forceinline__ void multiply_state(const SsdChunkScanParams& p, Smem& smem, const Head& h,
+__device__ __forceinline__ void multiply_state(const SsdChunkScanParams& p, Smem& smem, const Heads& h,
                                                float* sums, float (&along)[kTile], const float* state,
                                                const SsdTensor& states, int from, int to, const Rows& rows) {
   const RowsOf<T> by(states, h.chunk, h.group, p.states);
@@ -288,7 +275,7 @@ __device__ __forceinline__ void multiply_state(const SsdChunkScanParams& p, Smem
       own[r][c] = reached ? own[r][c] : 0.0f;
       if (reached) total[r] = device::fma_rn(own[r][c], by(i, n0 + own_column() + c), total[r]);
     });
-    add_partial(sums, p, h, own, n0, h.first);
+    add_partial(sums, p, h, own, n0, h.head == h.begin);
   }
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
@@ -298,7 +285,7 @@ __device__ __forceinline__ void multiply_state(const SsdChunkScanParams& p, Smem
 }
 
 // The product of S and G, if a state runs through the chunk: each thread has the sum of a warp's share.
-__device__ __forceinline__ void multiply_states(const BackwardParams& params, Smem& smem, const Head& h) {
+__device__ __forceinline__ void multiply_states(const SsdBackward& params, Smem& smem, const Heads& h) {
   const SsdChunkScanParams& p = params.p;
   const int64_t offset = state_offset(p, h.number, h.head);
   const float* S = static_cast<const float*>(p.chunk_states) + offset;
@@ -308,18 +295,12 @@ __device__ __forceinline__ void multiply_states(const BackwardParams& params, Sm
       total = device::fma_rn(S[i], params.G[offset + i], total);
     }
   }
-  total = sum_warp(total);
+  total = device::add_lanes(total);
   if (device::lane_id() == 0) smem.warps[device::warp_id()] = total;
 }
 
-__device__ __forceinline__ float through_activation(const SsdChunkScanParams& p, float gradient, float raw) {
-  const float active = p.softplus ? device::softplus(raw) : raw;
-  if (active < float(p.dt_min) || active > float(p.dt_max)) return 0.0f;
-  return p.softplus && raw <= 20.0f ? gradient * sigmoid(raw) : gradient;
-}
-
 // ddt of every step, by warps 0 and 1, and the sums of dA and ddt_bias over the chunk.
-__device__ __forceinline__ void finish_steps(const BackwardParams& params, Smem& smem, const Head& h) {
+__device__ __forceinline__ void finish_steps(const SsdBackward& params, Smem& smem, const Heads& h) {
   const SsdChunkScanParams& p = params.p;
   const int t = int(threadIdx.x);
   float d_rate = 0.0f, gradient = 0.0f;
@@ -338,7 +319,7 @@ __device__ __forceinline__ void finish_steps(const BackwardParams& params, Smem&
     d_rate *= smem.steps.dt[t];
   }
   device::sync_block();
-  const float dA = sum_warp(d_rate), dbias = sum_warp(gradient);
+  const float dA = device::add_lanes(d_rate), dbias = device::add_lanes(gradient);
   if (t == device::kWarpSize) {
     smem.warps[0] = dA;
     smem.warps[1] = dbias;
@@ -351,7 +332,7 @@ __device__ __forceinline__ void finish_steps(const BackwardParams& params, Smem&
 }
 
 template <class T>
-__device__ __forceinline__ void differentiate_head(const BackwardParams& params, Smem& smem, const Head& h,
+__device__ __forceinline__ void differentiate_head(const SsdBackward& params, Smem& smem, const Heads& h,
                                                    Own& K_sum) {
   const SsdChunkScanParams& p = params.p;
   device::sync_block();
@@ -376,7 +357,7 @@ __device__ __forceinline__ void differentiate_head(const BackwardParams& params,
 }
 
 template <class T>
-__device__ __forceinline__ void finish_group(const BackwardParams& params, Smem& smem, const Head& h,
+__device__ __forceinline__ void finish_group(const SsdBackward& params, Smem& smem, const Heads& h,
                                              const Own& K_sum) {
   const SsdChunkScanParams& p = params.p;
   const RowsOf<T> B(p.B, h.chunk, h.group, p.states), C(p.C, h.chunk, h.group, p.states);
@@ -399,36 +380,30 @@ __device__ __forceinline__ void finish_group(const BackwardParams& params, Smem&
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    differentiate_kernel(const __grid_constant__ BackwardParams params) {
+__device__ __forceinline__ void differentiate(const SsdBackward& params, Smem& smem, int64_t block) {
   const SsdChunkScanParams& p = params.p;
-  Smem& smem = device::shared_memory<Smem>();
-  const int64_t task = int64_t{blockIdx.x} / params.blocks;
-  Head h;
-  h.block = int(blockIdx.x % params.blocks);
-  h.group = int(task % p.groups);
-  h.number = task / p.groups;
-  h.chunk = ssd_chunk(p, h.number);
-  if (h.chunk.length == 0) return;
-  if (device::warp_id() == 0) find_pieces(p, h.chunk, smem.pieces);
+  Heads heads = heads_of_block(params, block);
+  if (heads.chunk.length == 0) return;
+  if (device::warp_id() == 0) find_pieces(p, heads.chunk, smem.pieces);
   device::sync_block();
-  multiply_C_B<T>(p, smem, h);
+  multiply_C_B<T>(p, smem, heads);
   Own K_sum;
   clear(K_sum);
-  const int per_group = p.heads / p.groups, begin = per_group * h.block / params.blocks;
-  const int end = per_group * (h.block + 1) / params.blocks;
-  for (int head = begin; head < end; ++head) {
-    h.head = int64_t{h.group} * per_group + head;
-    h.first = head == begin;
-    differentiate_head<T>(params, smem, h, K_sum);
-  }
-  finish_group<T>(params, smem, h, K_sum);
+  for (; heads.head < heads.end; ++heads.head) differentiate_head<T>(params, smem, heads, K_sum);
+  finish_group<T>(params, smem, heads, K_sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) differentiate_kernel(const __grid_constant__ SsdBackward params) {
+  Smem& smem = device::shared_memory<Smem>();
+  each_block(params.odd_heads, blocks_of_heads(params),
+             [&](int64_t block) { differentiate<T>(params, smem, block); });
 }
 
 // ---- 4: sums over partial sums ----
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_states_kernel(const __grid_constant__ BackwardParams params) {
+__global__ void __launch_bounds__(kThreads) sum_states_kernel(const __grid_constant__ SsdBackward params) {
   const SsdChunkScanParams& p = params.p;
   const int64_t stride = p.batch * p.length * p.groups * p.states;
   const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -445,7 +420,7 @@ __global__ void __launch_bounds__(kThreads) sum_states_kernel(const __grid_const
 }
 
 // A warp per head and weight: dA, ddt_bias, D's weights.
-__global__ void __launch_bounds__(kThreads) sum_heads_kernel(const __grid_constant__ BackwardParams params) {
+__global__ void __launch_bounds__(kThreads) sum_heads_kernel(const __grid_constant__ SsdBackward params) {
   const SsdChunkScanParams& p = params.p;
   const int64_t warp = int64_t{blockIdx.x} * (kThreads / device::kWarpSize) + device::warp_id();
   const int weights = 2 + (p.dD == nullptr ? 0 : p.D_wide ? p.head_dim : 1);
@@ -462,48 +437,50 @@ __global__ void __launch_bounds__(kThreads) sum_heads_kernel(const __grid_consta
     if (ssd_chunk(p, number).length == 0) continue;
     for (int d = first; d < last; ++d) total += source[(number * p.heads + head) * width + d];
   }
-  total = sum_warp(total);
+  total = device::add_lanes(total);
   void* const target = which == 0 ? p.dA : which == 1 ? p.ddt_bias : p.dD;
   const int64_t place = which < 2 || !p.D_wide ? head : head * p.head_dim + which - 2;
   if (device::lane_id() == 0 && target != nullptr) static_cast<float*>(target)[place] = total;
 }
 
-// Lays the workspace out; returns its size in bytes.
-int64_t lay_out(BackwardParams& params) {
-  const SsdChunkScanParams& p = params.p;
-  params.blocks = ssd_head_blocks(p, kSsdEnoughCuda);
-  const int64_t parts = ssd_chunk_count(p) * p.heads;
-  const int64_t sums = params.blocks * p.batch * p.length * p.groups * p.states;
-  float* base = static_cast<float*>(p.workspace);
-  int64_t used = 0;
-  const auto take = [&](float*& piece, int64_t count) {
-    piece = base == nullptr ? nullptr : base + used;
-    used += (count + 31) / 32 * 32;
-  };
-  take(params.G, parts * p.states * p.head_dim);
-  for (float** piece : {&params.decay, &params.dA, &params.ddt_bias}) take(*piece, parts);
-  take(params.dD, parts * p.head_dim);
-  for (float** piece : {&params.dB, &params.dC}) take(*piece, sums);
-  return used * int64_t(sizeof(float));
-}
-
 }  // namespace
 
+int64_t ssd_lay_out(SsdBackward& params) {
+  const SsdChunkScanParams& p = params.p;
+  const bool tensor_cores = p.dtype != DType::kFloat32;
+  params.blocks = ssd_head_blocks(p, tensor_cores ? kSsdEnoughMma : kSsdEnoughCuda);
+  const int64_t sums = params.blocks * p.batch * p.length * p.groups * p.states, tasks = tasks_of(p);
+  Workspace workspace{static_cast<char*>(p.workspace)};
+  workspace.take(params.G, tasks * p.states * p.head_dim);
+  for (float** piece : {&params.decay, &params.dA, &params.ddt_bias}) workspace.take(*piece, tasks);
+  workspace.take(params.dD, tasks * p.head_dim);
+  for (float** piece : {&params.dB, &params.dC}) workspace.take(*piece, sums);
+  if (tensor_cores) {
+    const int64_t down = count_tiles(p.states);
+    for (float** piece : {&params.along_B, &params.along_C}) workspace.take(*piece, tasks * down * kTile);
+    workspace.take(params.through, tasks * down);
+    workspace.take(params.odd_states, tasks * down * count_tiles(p.head_dim));
+    workspace.take(params.odd_sums, blocks_of_heads(params) * down);
+    workspace.take(params.odd_heads, blocks_of_heads(params));
+  }
+  return workspace.bytes;
+}
+
 int64_t ssd_chunk_scan_workspace_cuda(const SsdChunkScanParams& p, bool backward) {
-  if (!backward) return ssd_chunk_count(p) * p.heads * int64_t(sizeof(float));
-  BackwardParams params{};
-  params.p = p;
-  return lay_out(params);
+  SsdForward forward{};
+  SsdBackward back{};
+  forward.p = back.p = p;
+  return backward ? ssd_lay_out(back) : ssd_lay_out(forward);
 }
 
 void ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, int device, Stream stream) {
   const device::DeviceGuard guard(device);
-  BackwardParams params{};
+  SsdBackward params{};
   params.p = p;
-  lay_out(params);
-  using Kernel = device::Kernel<BackwardParams>;
+  ssd_lay_out(params);
+  using Kernel = device::Kernel<SsdBackward>;
   const auto pick = [&](Kernel float32, Kernel half, Kernel brain) {
-    return by_dtype<BackwardParams>(p.dtype, float32, half, brain);
+    return by_dtype<SsdBackward>(p.dtype, float32, half, brain);
   };
   const Kernel chunk_gradients =
       pick(chunk_gradients_kernel<float>, chunk_gradients_kernel<fp16>, chunk_gradients_kernel<bf16>);
@@ -511,17 +488,21 @@ void ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, int device, Stream str
       pick(differentiate_kernel<float>, differentiate_kernel<fp16>, differentiate_kernel<bf16>);
   const Kernel sum_states = pick(sum_states_kernel<float>, sum_states_kernel<fp16>, sum_states_kernel<bf16>);
 
-  const auto blocks_for = [](int64_t elements, int64_t each) { return (elements + each - 1) / each; };
-  const int64_t chunks = ssd_chunk_count(p), numel = int64_t{p.states} * p.head_dim;
-  const int64_t state_tiles = blocks_for(p.head_dim, kTile) * blocks_for(p.states, kTile);
+  const auto launch = [&](Kernel kernel, int64_t elements, int64_t each) {
+    launch_over(kernel, (elements + each - 1) / each, kThreads, 0, stream, params);
+  };
+  const int64_t state_tiles = count_tiles(p.head_dim) * count_tiles(p.states);
   const int64_t weights = 2 + (p.dD == nullptr ? 0 : p.D_wide ? p.head_dim : 1);
-  launch_over(chunk_gradients, chunks * p.heads * state_tiles, sizeof(Smem), stream, params);
-  launch_over(Kernel{pass_gradients_kernel}, blocks_for(p.sequences * p.heads * numel, kThreads), 0, stream,
-              params);
-  launch_over(differentiate, chunks * p.groups * params.blocks, sizeof(Smem), stream, params);
-  launch_over(sum_states, blocks_for(p.batch * p.length * p.groups * p.states, kThreads), 0, stream, params);
-  launch_over(Kernel{sum_heads_kernel}, blocks_for(p.heads * weights, kThreads / device::kWarpSize), 0,
-              stream, params);
+  if (params.odd_states != nullptr) ssd_state_gradients_mma(params, stream);
+  launch_each(chunk_gradients, params.odd_states, tasks_of(p) * state_tiles, sizeof(Smem), stream, params);
+  launch(pass_gradients_kernel, p.sequences * p.heads * p.states * p.head_dim, kThreads);
+  if (params.odd_heads != nullptr) {
+    ssd_sums_mma(params, stream);
+    ssd_heads_mma(params, stream);
+  }
+  launch_each(differentiate, params.odd_heads, blocks_of_heads(params), sizeof(Smem), stream, params);
+  launch(sum_states, p.batch * p.length * p.groups * p.states, kThreads);
+  launch(sum_heads_kernel, p.heads * weights, kThreads / device::kWarpSize);
 }
 
 }  // namespace tilewright::scan

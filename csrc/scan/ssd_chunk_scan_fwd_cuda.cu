@@ -4,20 +4,14 @@
 //   2. pass_states_kernel    a thread per element of a state, through the chunks: the state before each
 //   3. outputs_kernel        a block per chunk, head and 64 of head_dim: the results
 //
-// Products run on the FMA units in fp32. Roofline: a step of a head costs 2 * (2 P N + Q N + Q P) FLOPs, Q =
-// kSsdChunk, at P 64, N 128 57 kFLOP, against 4 P bytes of x and out in 16 bits and 12 P N / Q of states: it
-// is bound by the FMA units.
-#include "core/tune.h"
-#include "scan/ssd_chunk_cuda.h"
+// Products run on the FMA units in fp32; those of 16-bit dtypes on tensor cores
+// (ssd_chunk_scan_fwd_mma_cuda.cu), and here what these leave. Roofline: a step of a head costs 2 * (2 P N +
+// Q N + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 57 kFLOP, against 8 P bytes of x and out and 16 P N / Q of
+// states: it is bound by the FMA units.
+#include "scan/ssd_chunk_fma_cuda.h"
 
 namespace tilewright::scan {
 namespace {
-
-// The state's decay over each chunk and head, in the workspace; negative where the state is dropped.
-constexpr float kDropped = -1.0f;
-
-// Blocks of the outputs' kernel that a multiprocessor should hold at once, which limits registers.
-constexpr int kOutputsBlocks = TW_TUNED(SSD_CHUNK_SCAN_OUTPUTS_BLOCKS, 2);
 
 struct Smem {
   Matrix left, right, products;
@@ -25,28 +19,12 @@ struct Smem {
   Steps steps;
 };
 
-struct Place {
-  SsdChunk chunk;
-  int64_t number, head;
-  int group, tile;
-};
-
-// Blocks count tiles fastest, then heads, then chunks.
-__device__ __forceinline__ Place place_of(const SsdChunkScanParams& p, int tiles_each) {
-  const int64_t block = blockIdx.x, task = block / tiles_each;
-  const int64_t number = task / p.heads, head = task % p.heads;
-  return {ssd_chunk(p, number), number, head, int(head / (p.heads / p.groups)), int(block % tiles_each)};
-}
-
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    chunk_states_kernel(const __grid_constant__ SsdChunkScanParams p) {
-  Smem& smem = device::shared_memory<Smem>();
-  const int across = tiles(p.head_dim);
-  const Place place = place_of(p, across * tiles(p.states));
+__device__ __forceinline__ void add_to_state(const SsdForward& f, Smem& smem, const Place& place) {
+  const SsdChunkScanParams& p = f.p;
   const SsdChunk& chunk = place.chunk;
   if (chunk.length == 0) return;
-  const int n0 = place.tile / across * kTile, d0 = place.tile % across * kTile;
+  const int across = tiles(p.head_dim), n0 = place.tile / across * kTile, d0 = place.tile % across * kTile;
   if (device::warp_id() == 0) {
     find_pieces(p, chunk, smem.pieces);
     device::sync_warp();
@@ -69,12 +47,20 @@ __global__ void __launch_bounds__(kThreads)
     if (n < p.states && d < p.head_dim) state[int64_t{n} * p.head_dim + d] = own[r][c];
   });
   if (place.tile == 0 && threadIdx.x == 0) {
-    static_cast<float*>(p.workspace)[place.number * p.heads + place.head] =
-        runs_through(chunk, smem.pieces) ? smem.steps.from_start[chunk.length - 1] : kDropped;
+    f.decay[place.number * p.heads + place.head] = decay_over(chunk, smem.pieces, smem.steps);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) pass_states_kernel(const __grid_constant__ SsdChunkScanParams p) {
+template <class T>
+__global__ void __launch_bounds__(kThreads) chunk_states_kernel(const __grid_constant__ SsdForward f) {
+  Smem& smem = device::shared_memory<Smem>();
+  const int each = tiles(f.p.head_dim) * tiles(f.p.states);
+  each_block(f.odd_states, tasks_of(f.p) * each,
+             [&](int64_t block) { add_to_state<T>(f, smem, place_of_block(f.p, block, each)); });
+}
+
+__global__ void __launch_bounds__(kThreads) pass_states_kernel(const __grid_constant__ SsdForward f) {
+  const SsdChunkScanParams& p = f.p;
   const int64_t numel = int64_t{p.states} * p.head_dim;
   const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (element >= p.sequences * p.heads * numel) return;
@@ -86,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) pass_states_kernel(const __grid_cons
   const int64_t steps = ssd_sequence_end(p, sequence) - ssd_sequence_start(p, sequence);
   for (int64_t c = 0; c * kSsdChunk < steps; ++c) {
     float* kept = static_cast<float*>(p.chunk_states) + state_offset(p, base + c, head) + n * p.head_dim + d;
-    const float decay = static_cast<const float*>(p.workspace)[(base + c) * p.heads + head], added = *kept;
+    const float decay = f.decay[(base + c) * p.heads + head], added = *kept;
     *kept = state;
     state = decay < 0.0f ? added : device::fma_rn(decay, state, added);
   }
@@ -156,10 +142,7 @@ __device__ __forceinline__ void finish_outputs(const SsdChunkScanParams& p, cons
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kOutputsBlocks)
-    outputs_kernel(const __grid_constant__ SsdChunkScanParams p) {
-  Smem& smem = device::shared_memory<Smem>();
-  const Place place = place_of(p, tiles(p.head_dim));
+__device__ __forceinline__ void give_outputs(const SsdChunkScanParams& p, Smem& smem, const Place& place) {
   if (place.chunk.length == 0) return;
   const int d0 = place.tile * kTile;
   if (device::warp_id() == 0) {
@@ -180,21 +163,44 @@ __global__ void __launch_bounds__(kThreads, kOutputsBlocks)
   finish_outputs<T>(p, own, place, d0);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) outputs_kernel(const __grid_constant__ SsdForward f) {
+  Smem& smem = device::shared_memory<Smem>();
+  const int each = tiles(f.p.head_dim);
+  each_block(f.odd_outputs, tasks_of(f.p) * each,
+             [&](int64_t block) { give_outputs<T>(f.p, smem, place_of_block(f.p, block, each)); });
+}
+
 }  // namespace
 
+int64_t ssd_lay_out(SsdForward& f) {
+  const SsdChunkScanParams& p = f.p;
+  Workspace workspace{static_cast<char*>(p.workspace)};
+  workspace.take(f.decay, tasks_of(p));
+  if (p.dtype != DType::kFloat32) {
+    const int64_t across = count_tiles(p.head_dim);
+    workspace.take(f.odd_states, tasks_of(p) * across * count_tiles(p.states));
+    workspace.take(f.odd_outputs, tasks_of(p) * across);
+  }
+  return workspace.bytes;
+}
+
 void ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, int device, Stream stream) {
-  using device::Kernel;
   const device::DeviceGuard guard(device);
-  const auto states = by_dtype<SsdChunkScanParams>(p.dtype, chunk_states_kernel<float>,
-                                                   chunk_states_kernel<fp16>, chunk_states_kernel<bf16>);
-  const auto outputs = by_dtype<SsdChunkScanParams>(p.dtype, outputs_kernel<float>, outputs_kernel<fp16>,
-                                                    outputs_kernel<bf16>);
-  const int64_t tasks = ssd_chunk_count(p) * p.heads;
-  const int64_t across = (p.head_dim + kTile - 1) / kTile, down = (p.states + kTile - 1) / kTile;
+  SsdForward f{};
+  f.p = p;
+  ssd_lay_out(f);
+  const auto states = by_dtype<SsdForward>(p.dtype, chunk_states_kernel<float>, chunk_states_kernel<fp16>,
+                                           chunk_states_kernel<bf16>);
+  const auto outputs =
+      by_dtype<SsdForward>(p.dtype, outputs_kernel<float>, outputs_kernel<fp16>, outputs_kernel<bf16>);
+  const int64_t across = count_tiles(p.head_dim), tasks = tasks_of(p);
   const int64_t elements = p.sequences * p.heads * p.states * p.head_dim;
-  launch_over(states, tasks * across * down, sizeof(Smem), stream, p);
-  launch_over<SsdChunkScanParams>(pass_states_kernel, (elements + kThreads - 1) / kThreads, 0, stream, p);
-  launch_over(outputs, tasks * across, sizeof(Smem), stream, p);
+  if (f.odd_states != nullptr) ssd_states_mma(f, stream);
+  launch_each(states, f.odd_states, tasks * across * count_tiles(p.states), sizeof(Smem), stream, f);
+  launch_over<SsdForward>(pass_states_kernel, (elements + kThreads - 1) / kThreads, kThreads, 0, stream, f);
+  if (f.odd_outputs != nullptr) ssd_outputs_mma(f, stream);
+  launch_each(outputs, f.odd_outputs, tasks * across, sizeof(Smem), stream, f);
 }
 
 }  // namespace tilewright::scan
