@@ -162,6 +162,15 @@ SCANS = [
         (SCAN,),
         SCAN_TESTS,
     ),
+    Variant(
+        "ssd_states_from_kernel_to_kernel",
+        {"SSD_CHUNK_SCAN_RUNS": 1000000},
+        1.3,
+        "States are written and read twice instead of once. A gain would say that a block which takes a tile "
+        "of the state through a sequence waits for each chunk's loads.",
+        ("ssd-chunk-scan-forward-bfloat16",),
+        ("tests/scan/test_ssd.py", "-k", "emulated"),
+    ),
 ]
 
 # ---- Attention -----------------------------------------------------------------------------------

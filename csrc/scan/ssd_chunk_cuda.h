@@ -19,6 +19,7 @@ struct SsdForward {
   SsdChunkScanParams p;
   float* decay;  // [chunk][head]: of the state over the chunk; kSsdDropped where it is dropped
   int32_t *odd_states, *odd_outputs;
+  bool running;  // a block takes a tile of the state through all chunks of a sequence
 };
 
 struct SsdBackward {
@@ -32,9 +33,14 @@ struct SsdBackward {
   // states before and after the chunk, [chunk][head][tile].
   float *along_C, *along_B, *through;
   int32_t *odd_states, *odd_sums, *odd_heads;
+  bool running;  // as above
 };
 
 constexpr float kSsdDropped = -1.0f;
+
+// Whether sequences, heads and tiles of states are enough to occupy the device: then what a chunk adds needs
+// not be written for another kernel to pass it on. Either way the same sums.
+bool ssd_enough_runs(const SsdChunkScanParams&, int device);
 
 // On tensor cores. Forward what chunks add to the states, and what the states give; backward the same, the
 // second in two kernels.
@@ -206,6 +212,50 @@ __device__ __forceinline__ Place place_of_block(const SsdChunkScanParams& p, int
   return {ssd_chunk(p, number), number, head, int(head / (p.heads / p.groups)), int(block % tiles_each)};
 }
 
+// A tile's place in a state.
+struct TilePlace {
+  int n0, d0;
+};
+
+__device__ __forceinline__ TilePlace tile_place(const SsdChunkScanParams& p, int tile) {
+  const int across = tiles(p.head_dim);
+  return {tile / across * kTile, tile % across * kTile};
+}
+
+// All chunks of a sequence, for a head and a tile of its state.
+struct Run {
+  int64_t sequence, head, base, chunks;
+  int group, tile;
+
+  __device__ __forceinline__ Place place(const SsdChunkScanParams& p, int64_t index) const {
+    return {ssd_chunk_at(p, sequence, index), base + index, head, group, tile};
+  }
+  // Of states as users hand them over, (sequence, head, head_dim, states).
+  __device__ __forceinline__ int64_t outside(const SsdChunkScanParams& p, int n, int d) const {
+    return ((sequence * p.heads + head) * p.head_dim + d) * p.states + n;
+  }
+};
+
+__device__ __forceinline__ int64_t chunks_of(const SsdChunkScanParams& p, int64_t sequence) {
+  const int64_t steps = ssd_sequence_end(p, sequence) - ssd_sequence_start(p, sequence);
+  return steps > 0 ? (steps + kSsdChunk - 1) / kSsdChunk : 0;
+}
+
+__device__ __forceinline__ Run run_of_block(const SsdChunkScanParams& p, int64_t block, int tiles_each) {
+  const int64_t task = block / tiles_each, sequence = task / p.heads, head = task % p.heads;
+  return {sequence,
+          head,
+          ssd_chunk_base(p, sequence),
+          chunks_of(p, sequence),
+          int(head / (p.heads / p.groups)),
+          int(block % tiles_each)};
+}
+
+// The state after a chunk, or back through it the gradient of the one before.
+__device__ __forceinline__ float pass_on(float decay, float state, float added) {
+  return decay < 0.0f ? added : device::fma_rn(decay, state, added);
+}
+
 // Of the backward pass: one chunk, a share of the heads of a group.
 struct Heads {
   SsdChunk chunk;
@@ -230,6 +280,10 @@ __host__ __device__ __forceinline__ int64_t blocks_of_heads(const SsdBackward& p
   return ssd_chunk_count(params.p) * params.p.groups * params.blocks;
 }
 inline int64_t count_tiles(int64_t extent) { return (extent + kTile - 1) / kTile; }
+inline int64_t state_tiles(const SsdChunkScanParams& p) {
+  return count_tiles(p.head_dim) * count_tiles(p.states);
+}
+inline int64_t runs_of(const SsdChunkScanParams& p) { return p.sequences * p.heads * state_tiles(p); }
 
 // Pieces of the workspace, one behind the other; without one, only how long it has to be.
 struct Workspace {

@@ -136,6 +136,79 @@ struct StateTile {
   }
 };
 
+// ---- states between chunks ----
+
+// body(r, c, n, d) of the elements that exist.
+template <class Body>
+__device__ __forceinline__ void each_element(const SsdChunkScanParams& p, const TilePlace& at,
+                                             const Body& body) {
+  each_own([&](int r, int c) {
+    const int n = at.n0 + own_row() + r, d = at.d0 + own_column() + c;
+    if (n < p.states && d < p.head_dim) body(r, c, n, d);
+  });
+}
+
+__device__ __forceinline__ void store_tile(const SsdChunkScanParams& p, float* state, const TilePlace& at,
+                                           const Own& own) {
+  each_element(p, at, [&](int r, int c, int n, int d) { state[int64_t{n} * p.head_dim + d] = own[r][c]; });
+}
+
+// States from users and to them; null: zeros, not wanted.
+__device__ __forceinline__ void load_outside(const SsdChunkScanParams& p, const Run& run, const TilePlace& at,
+                                             const float* states, Own& own) {
+  clear(own);
+  if (states == nullptr) return;
+  each_element(p, at, [&](int r, int c, int n, int d) { own[r][c] = states[run.outside(p, n, d)]; });
+}
+
+__device__ __forceinline__ void store_outside(const SsdChunkScanParams& p, const Run& run,
+                                              const TilePlace& at, float* states, const Own& own) {
+  if (states == nullptr) return;
+  each_element(p, at, [&](int r, int c, int n, int d) { states[run.outside(p, n, d)] = own[r][c]; });
+}
+
+// An element of a state, for the thread that takes it through all chunks of its sequence.
+struct Passed {
+  bool exists;
+  int64_t outside, first, stride, decay, chunks;  // first and decay: of the first chunk
+};
+
+__device__ __forceinline__ Passed passed_element(const SsdChunkScanParams& p, int64_t element) {
+  const int64_t numel = int64_t{p.states} * p.head_dim;
+  if (element >= p.sequences * p.heads * numel) return {};
+  const int64_t sequence = element / (p.heads * numel), head = element / numel % p.heads;
+  const int64_t n = element % numel / p.head_dim, d = element % p.head_dim;
+  const int64_t base = ssd_chunk_base(p, sequence);
+  return {true,
+          (sequence * p.heads + head) * numel + d * p.states + n,
+          state_offset(p, base, head) + n * p.head_dim + d,
+          p.heads * numel,
+          base * p.heads + head,
+          chunks_of(p, sequence)};
+}
+
+// Leaves in place of what each chunk adds the state before it; loads do not wait for the stores before them.
+__device__ __forceinline__ float pass_through(float state, float* kept, int64_t stride, const float* decay,
+                                              int64_t decay_stride, int64_t chunks) {
+  constexpr int kAhead = 8;
+  for (int64_t first = 0; first < chunks; first += kAhead) {
+    float added[kAhead], decays[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const bool exists = first + i < chunks;
+      added[i] = exists ? kept[(first + i) * stride] : 0.0f;
+      decays[i] = exists ? decay[(first + i) * decay_stride] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= chunks) break;
+      kept[(first + i) * stride] = state;
+      state = pass_on(decays[i], state, added[i]);
+    }
+  }
+  return state;
+}
+
 // Column `tile` of the chunk's B or C, transposed: at[state][step].
 template <class T>
 __device__ __forceinline__ void fill_states(Matrix& m, const SsdChunkScanParams& p, const SsdTensor& t,

@@ -5,6 +5,7 @@
 //                              the state before it
 //   2. pass_gradients_kernel   a thread per element of a state, back through the chunks: the gradient of the
 //                              state after each
+//   1 and 2. run_gradients_kernel, where sequences and heads are enough: a block per sequence, head and tile
 //   3. differentiate_kernel    a block per chunk, group and block of its heads: all gradients, as partial
 //   sums
 //                              where they run over heads, chunks or batch rows
@@ -55,12 +56,11 @@ __device__ __forceinline__ int depth_of(int extent, int from) {
 
 // ---- 1 and 2: gradients of states ----
 
+// What a chunk adds to a tile of the gradient of the state before it.
 template <class T>
-__device__ __forceinline__ void add_to_gradient(const SsdBackward& params, Smem& smem, const Place& place) {
-  const SsdChunkScanParams& p = params.p;
+__device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, Smem& smem, const Place& place,
+                                          const TilePlace& at, Own& added) {
   const SsdChunk& chunk = place.chunk;
-  if (chunk.length == 0) return;
-  const int across = tiles(p.head_dim), n0 = place.tile / across * kTile, d0 = place.tile % across * kTile;
   if (device::warp_id() == 0) {
     find_pieces(p, chunk, smem.pieces);
     device::sync_warp();
@@ -70,52 +70,68 @@ __device__ __forceinline__ void add_to_gradient(const SsdBackward& params, Smem&
   RowsOf<T> C(p.C, chunk, place.group, p.states);
   const GradientRows<T> g(p, chunk, place.head);
   C.to = smem.pieces.head_end;
-  fill<false>(smem.left, [&](int i, int n) { return C(i, n0 + n); });
+  fill<false>(smem.left, [&](int i, int n) { return C(i, at.n0 + n); });
   fill<false>(smem.right,
-              [&](int i, int d) { return i < C.to ? g(i, d0 + d) * smem.steps.from_start[i] : 0.0f; });
+              [&](int i, int d) { return i < C.to ? g(i, at.d0 + d) * smem.steps.from_start[i] : 0.0f; });
   device::sync_block();
-  Own own;
-  clear(own);
-  multiply(own, smem.left, smem.right, C.to);
-  float* added = params.G + state_offset(p, place.number, place.head);
-  each_own([&](int r, int c) {
-    const int n = n0 + own_row() + r, d = d0 + own_column() + c;
-    if (n < p.states && d < p.head_dim) added[int64_t{n} * p.head_dim + d] = own[r][c];
-  });
-  if (place.tile == 0 && threadIdx.x == 0) {
-    params.decay[place.number * p.heads + place.head] = decay_over(chunk, smem.pieces, smem.steps);
-  }
+  clear(added);
+  multiply(added, smem.left, smem.right, C.to);
 }
 
 // Four blocks of a multiprocessor: left to itself, ptxas takes 48 registers for a fifth, and spills.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     chunk_gradients_kernel(const __grid_constant__ SsdBackward params) {
+  const SsdChunkScanParams& p = params.p;
   Smem& smem = device::shared_memory<Smem>();
-  const int each = tiles(params.p.head_dim) * tiles(params.p.states);
-  each_block(params.odd_states, tasks_of(params.p) * each,
-             [&](int64_t block) { add_to_gradient<T>(params, smem, place_of_block(params.p, block, each)); });
+  const int each = tiles(p.head_dim) * tiles(p.states);
+  each_block(params.odd_states, tasks_of(p) * each, [&](int64_t block) {
+    const Place place = place_of_block(p, block, each);
+    if (place.chunk.length == 0) return;
+    const TilePlace at = tile_place(p, place.tile);
+    Own added;
+    add_chunk<T>(p, smem, place, at, added);
+    store_tile(p, params.G + state_offset(p, place.number, place.head), at, added);
+    if (place.tile == 0 && threadIdx.x == 0) {
+      params.decay[place.number * p.heads + place.head] = decay_over(place.chunk, smem.pieces, smem.steps);
+    }
+  });
 }
 
 __global__ void __launch_bounds__(kThreads)
     pass_gradients_kernel(const __grid_constant__ SsdBackward params) {
   const SsdChunkScanParams& p = params.p;
-  const int64_t numel = int64_t{p.states} * p.head_dim;
-  const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (element >= p.sequences * p.heads * numel) return;
-  const int64_t sequence = element / (p.heads * numel), head = element / numel % p.heads;
-  const int64_t n = element % numel / p.head_dim, d = element % p.head_dim;
-  const int64_t outside = (sequence * p.heads + head) * numel + d * p.states + n;
-  float gradient = p.dfinal_state == nullptr ? 0.0f : static_cast<const float*>(p.dfinal_state)[outside];
-  const int64_t base = ssd_chunk_base(p, sequence);
-  const int64_t steps = ssd_sequence_end(p, sequence) - ssd_sequence_start(p, sequence);
-  for (int64_t c = (steps + kSsdChunk - 1) / kSsdChunk - 1; c >= 0; --c) {
-    float* kept = params.G + state_offset(p, base + c, head) + n * p.head_dim + d;
-    const float decay = params.decay[(base + c) * p.heads + head], added = *kept;
-    *kept = gradient;
-    gradient = decay < 0.0f ? added : device::fma_rn(decay, gradient, added);
-  }
-  if (p.dinitial_state != nullptr) static_cast<float*>(p.dinitial_state)[outside] = gradient;
+  const Passed at = passed_element(p, int64_t{blockIdx.x} * kThreads + threadIdx.x);
+  if (!at.exists) return;
+  const int64_t last = at.chunks - 1;
+  float gradient = p.dfinal_state == nullptr ? 0.0f : static_cast<const float*>(p.dfinal_state)[at.outside];
+  gradient = pass_through(gradient, params.G + at.first + last * at.stride, -at.stride,
+                          params.decay + at.decay + last * p.heads, -int64_t{p.heads}, at.chunks);
+  if (p.dinitial_state != nullptr) static_cast<float*>(p.dinitial_state)[at.outside] = gradient;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    run_gradients_kernel(const __grid_constant__ SsdBackward params) {
+  const SsdChunkScanParams& p = params.p;
+  Smem& smem = device::shared_memory<Smem>();
+  const int each = tiles(p.head_dim) * tiles(p.states);
+  each_block(params.odd_states, p.sequences * p.heads * each, [&](int64_t block) {
+    const Run run = run_of_block(p, block, each);
+    const TilePlace at = tile_place(p, run.tile);
+    Own gradient;
+    load_outside(p, run, at, static_cast<const float*>(p.dfinal_state), gradient);
+    for (int64_t index = run.chunks - 1; index >= 0; --index) {
+      const Place place = run.place(p, index);
+      store_tile(p, params.G + state_offset(p, place.number, place.head), at, gradient);
+      Own added;
+      device::sync_block();
+      add_chunk<T>(p, smem, place, at, added);
+      const float decay = decay_over(place.chunk, smem.pieces, smem.steps);
+      each_own([&](int r, int c) { gradient[r][c] = pass_on(decay, gradient[r][c], added[r][c]); });
+    }
+    store_outside(p, run, at, static_cast<float*>(p.dinitial_state), gradient);
+  });
 }
 
 // ---- 3: one chunk, heads of one group ----
@@ -459,7 +475,8 @@ int64_t ssd_lay_out(SsdBackward& params) {
     const int64_t down = count_tiles(p.states);
     for (float** piece : {&params.along_B, &params.along_C}) workspace.take(*piece, tasks * down * kTile);
     workspace.take(params.through, tasks * down);
-    workspace.take(params.odd_states, tasks * down * count_tiles(p.head_dim));
+    const int64_t runs = runs_of(p), chunks = tasks * state_tiles(p);
+    workspace.take(params.odd_states, chunks > runs ? chunks : runs);
     workspace.take(params.odd_sums, blocks_of_heads(params) * down);
     workspace.take(params.odd_heads, blocks_of_heads(params));
   }
@@ -482,8 +499,6 @@ void ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, int device, Stream str
   const auto pick = [&](Kernel float32, Kernel half, Kernel brain) {
     return by_dtype<SsdBackward>(p.dtype, float32, half, brain);
   };
-  const Kernel chunk_gradients =
-      pick(chunk_gradients_kernel<float>, chunk_gradients_kernel<fp16>, chunk_gradients_kernel<bf16>);
   const Kernel differentiate =
       pick(differentiate_kernel<float>, differentiate_kernel<fp16>, differentiate_kernel<bf16>);
   const Kernel sum_states = pick(sum_states_kernel<float>, sum_states_kernel<fp16>, sum_states_kernel<bf16>);
@@ -491,11 +506,20 @@ void ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, int device, Stream str
   const auto launch = [&](Kernel kernel, int64_t elements, int64_t each) {
     launch_over(kernel, (elements + each - 1) / each, kThreads, 0, stream, params);
   };
-  const int64_t state_tiles = count_tiles(p.head_dim) * count_tiles(p.states);
   const int64_t weights = 2 + (p.dD == nullptr ? 0 : p.D_wide ? p.head_dim : 1);
+  params.running = ssd_enough_runs(p, device);
   if (params.odd_states != nullptr) ssd_state_gradients_mma(params, stream);
-  launch_each(chunk_gradients, params.odd_states, tasks_of(p) * state_tiles, sizeof(Smem), stream, params);
-  launch(pass_gradients_kernel, p.sequences * p.heads * p.states * p.head_dim, kThreads);
+  if (params.running) {
+    const Kernel run =
+        pick(run_gradients_kernel<float>, run_gradients_kernel<fp16>, run_gradients_kernel<bf16>);
+    launch_each(run, params.odd_states, runs_of(p), sizeof(Smem), stream, params);
+  } else {
+    const Kernel chunk_gradients =
+        pick(chunk_gradients_kernel<float>, chunk_gradients_kernel<fp16>, chunk_gradients_kernel<bf16>);
+    launch_each(chunk_gradients, params.odd_states, tasks_of(p) * state_tiles(p), sizeof(Smem), stream,
+                params);
+    launch(pass_gradients_kernel, p.sequences * p.heads * p.states * p.head_dim, kThreads);
+  }
   if (params.odd_heads != nullptr) {
     ssd_sums_mma(params, stream);
     ssd_heads_mma(params, stream);

@@ -2,14 +2,15 @@
 // ssd_chunk_scan_bwd_cuda.cu the first and, with ssd_chunk_scan_bwd_heads_mma_cuda.cu, the main one, cut in
 // two.
 //
-//   chunk_gradients  as there
-//   sums             a block per chunk, share of a group's heads and 64 states: what goes through states into
-//                    dB and dC, whose sums over heads stay in registers
+//   chunk_gradients, run_gradients  as there
+//   sums                            a block per chunk, share of a group's heads and 64 states: what goes
+//   through
+//                                   states into dB and dC, whose sums over heads stay in registers
 //
 // Roofline of both: a step of a head costs 2 (9 P N + 3 Q P / 2) FLOPs in bf16 (x and dout of bf16, no gate),
 // at P 64, N 128 160 kFLOP, 0.27 ns at the 60% of sm_90's 989 TFLOP/s that mma.sync reaches. Its bytes, 6 P
-// of x, dout and dx and six times 4 P N / Q of states, are 3.5 KB, 0.72 ns of 4.8 TB/s: it is bound by the
-// memory that states take.
+// of x, dout and dx and four times 4 P N / Q of states (six, if they go from kernel to kernel), are 2.4 KB,
+// 0.51 ns of 4.8 TB/s: it is bound by the memory that states take.
 #include "scan/ssd_chunk_bwd_mma_cuda.h"
 
 namespace tilewright::scan {
@@ -28,45 +29,72 @@ struct GradientsSmem {
   Steps steps;
 };
 
+// What a chunk adds to a tile of the gradient of the state before it.
 template <class T, int kPieces>
-__global__ void __launch_bounds__(kThreads)
-    chunk_gradients_kernel(const __grid_constant__ SsdBackward params) {
-  const SsdChunkScanParams& p = params.p;
-  auto& smem = device::shared_memory<GradientsSmem<T, kPieces>>();
-  const int across = tiles(p.head_dim);
-  const Place place = place_of_block(p, blockIdx.x, across * tiles(p.states));
+__device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, GradientsSmem<T, kPieces>& smem,
+                                          const Place& place, const TilePlace& at, Results& added,
+                                          uint32_t& odd) {
   const SsdChunk& chunk = place.chunk;
-  const int n0 = place.tile / across * kTile, d0 = place.tile % across * kTile;
-  if (chunk.length == 0) return report(params.odd_states, 0);
   if (device::warp_id() == 0) {
     find_pieces(p, chunk, smem.pieces);
     device::sync_warp();
     prepare_steps(p, chunk, place.head, smem.pieces, smem.steps);
   }
   device::sync_block();
-  uint32_t odd = 0;
   ChunksOf<T> C(p.C, chunk, place.group, p.states);
   GradientChunks<T, kPieces> g(p, chunk, place.head);
   C.to = g.dout.to = smem.pieces.head_end;
   fill(smem.weighted, odd, [&](int i, int n) {
-    Vector<float, kChunk> values = to_floats(C(i, n0 + n));
+    Vector<float, kChunk> values = to_floats(C(i, at.n0 + n));
     const float weight = i < C.to ? smem.steps.from_start[i] : 0.0f;
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) values[c] *= weight;
     return values;
   });
-  fill(smem.g, odd, [&](int i, int d) { return g(i, d0 + d); });
+  fill(smem.g, odd, [&](int i, int d) { return g(i, at.d0 + d); });
   device::sync_block();
-  Results c;
-  clear(c);
-  multiply<Summed::kRows, Summed::kRows>(c, smem.weighted, smem.g, squares_of(C.to, 0));
+  clear(added);
+  multiply<Summed::kRows, Summed::kRows>(added, smem.weighted, smem.g, squares_of(C.to, 0));
   device::sync_block();
-  const FloatChunks added = state_chunks(p, params.G, place.number, place.head);
-  each_chunk(smem.stage, c,
-             [&](int n, int d, const Vector<float, kChunk>& values) { added.store(n0 + n, d0 + d, values); });
+}
+
+template <class T, int kPieces>
+__global__ void __launch_bounds__(kThreads)
+    chunk_gradients_kernel(const __grid_constant__ SsdBackward params) {
+  const SsdChunkScanParams& p = params.p;
+  auto& smem = device::shared_memory<GradientsSmem<T, kPieces>>();
+  const Place place = place_of_block(p, blockIdx.x, tiles(p.head_dim) * tiles(p.states));
+  if (place.chunk.length == 0) return report(params.odd_states, 0);
+  const TilePlace at = tile_place(p, place.tile);
+  Results added;
+  uint32_t odd = 0;
+  add_chunk(p, smem, place, at, added, odd);
+  store_tile(state_chunks(p, params.G, place.number, place.head), at, smem.stage, added);
   if (place.tile == 0 && threadIdx.x == 0) {
-    params.decay[place.number * p.heads + place.head] = decay_over(chunk, smem.pieces, smem.steps);
+    params.decay[place.number * p.heads + place.head] = decay_over(place.chunk, smem.pieces, smem.steps);
   }
+  report(params.odd_states, odd);
+}
+
+template <class T, int kPieces>
+__global__ void __launch_bounds__(kThreads, kPieces == 1 ? 4 : 3)
+    run_gradients_kernel(const __grid_constant__ SsdBackward params) {
+  const SsdChunkScanParams& p = params.p;
+  auto& smem = device::shared_memory<GradientsSmem<T, kPieces>>();
+  const Run run = run_of_block(p, blockIdx.x, tiles(p.head_dim) * tiles(p.states));
+  const TilePlace at = tile_place(p, run.tile);
+  Results gradient;
+  load_outside(p, run, at, static_cast<const float*>(p.dfinal_state), gradient);
+  uint32_t odd = 0;
+  for (int64_t index = run.chunks - 1; index >= 0; --index) {
+    const Place place = run.place(p, index);
+    store_tile(state_chunks(p, params.G, place.number, place.head), at, smem.stage, gradient);
+    Results added;
+    device::sync_block();
+    add_chunk(p, smem, place, at, added, odd);
+    pass_on(decay_over(place.chunk, smem.pieces, smem.steps), gradient, added);
+  }
+  store_outside(p, run, at, static_cast<float*>(p.dinitial_state), gradient);
   report(params.odd_states, odd);
 }
 
@@ -207,8 +235,8 @@ template <class T, int kPieces>
 struct StateGradients {
   static void over(const SsdBackward& params, Stream stream) {
     const SsdChunkScanParams& p = params.p;
-    launch_over(chunk_gradients_kernel<T, kPieces>,
-                tasks_of(p) * count_tiles(p.head_dim) * count_tiles(p.states), kThreads,
+    launch_over(params.running ? run_gradients_kernel<T, kPieces> : chunk_gradients_kernel<T, kPieces>,
+                params.running ? runs_of(p) : tasks_of(p) * state_tiles(p), kThreads,
                 sizeof(GradientsSmem<T, kPieces>), stream, params);
   }
 };

@@ -2,12 +2,14 @@
 //
 //   1. chunk_states_kernel   a block per chunk, head and 64 x 64 tile of the state: what the chunk adds to it
 //   2. pass_states_kernel    a thread per element of a state, through the chunks: the state before each
+//   1 and 2. run_states_kernel, where sequences and heads are enough: a block per sequence, head and tile
 //   3. outputs_kernel        a block per chunk, head and 64 of head_dim: the results
 //
 // Products run on the FMA units in fp32; those of 16-bit dtypes on tensor cores
 // (ssd_chunk_scan_fwd_mma_cuda.cu), and here what these leave. Roofline: a step of a head costs 2 * (2 P N +
 // Q N + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 57 kFLOP, against 8 P bytes of x and out and 16 P N / Q of
 // states: it is bound by the FMA units.
+#include "core/tune.h"
 #include "scan/ssd_chunk_fma_cuda.h"
 
 namespace tilewright::scan {
@@ -19,12 +21,11 @@ struct Smem {
   Steps steps;
 };
 
+// What a chunk adds to a tile of the state; its decay is in smem.steps.
 template <class T>
-__device__ __forceinline__ void add_to_state(const SsdForward& f, Smem& smem, const Place& place) {
-  const SsdChunkScanParams& p = f.p;
+__device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, Smem& smem, const Place& place,
+                                          const TilePlace& at, Own& added) {
   const SsdChunk& chunk = place.chunk;
-  if (chunk.length == 0) return;
-  const int across = tiles(p.head_dim), n0 = place.tile / across * kTile, d0 = place.tile % across * kTile;
   if (device::warp_id() == 0) {
     find_pieces(p, chunk, smem.pieces);
     device::sync_warp();
@@ -33,50 +34,65 @@ __device__ __forceinline__ void add_to_state(const SsdForward& f, Smem& smem, co
   device::sync_block();
   RowsOf<T> B(p.B, chunk, place.group, p.states), x(p.x, chunk, place.head, p.head_dim);
   B.from = x.from = smem.pieces.tail;
-  fill<false>(smem.left, [&](int j, int n) { return B(j, n0 + n); });
+  fill<false>(smem.left, [&](int j, int n) { return B(j, at.n0 + n); });
   fill<false>(smem.right, [&](int j, int d) {
-    return x.has(j, d0 + d) ? x(j, d0 + d) * (smem.steps.to_end[j] * smem.steps.dt[j]) : 0.0f;
+    return x.has(j, at.d0 + d) ? x(j, at.d0 + d) * (smem.steps.to_end[j] * smem.steps.dt[j]) : 0.0f;
   });
   device::sync_block();
-  Own own;
-  clear(own);
-  multiply(own, smem.left, smem.right, chunk.length);
-  float* state = static_cast<float*>(p.chunk_states) + state_offset(p, place.number, place.head);
-  each_own([&](int r, int c) {
-    const int n = n0 + own_row() + r, d = d0 + own_column() + c;
-    if (n < p.states && d < p.head_dim) state[int64_t{n} * p.head_dim + d] = own[r][c];
-  });
-  if (place.tile == 0 && threadIdx.x == 0) {
-    f.decay[place.number * p.heads + place.head] = decay_over(chunk, smem.pieces, smem.steps);
-  }
+  clear(added);
+  multiply(added, smem.left, smem.right, chunk.length);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) chunk_states_kernel(const __grid_constant__ SsdForward f) {
+  const SsdChunkScanParams& p = f.p;
   Smem& smem = device::shared_memory<Smem>();
-  const int each = tiles(f.p.head_dim) * tiles(f.p.states);
-  each_block(f.odd_states, tasks_of(f.p) * each,
-             [&](int64_t block) { add_to_state<T>(f, smem, place_of_block(f.p, block, each)); });
+  const int each = tiles(p.head_dim) * tiles(p.states);
+  each_block(f.odd_states, tasks_of(p) * each, [&](int64_t block) {
+    const Place place = place_of_block(p, block, each);
+    if (place.chunk.length == 0) return;
+    const TilePlace at = tile_place(p, place.tile);
+    Own added;
+    add_chunk<T>(p, smem, place, at, added);
+    store_tile(p, static_cast<float*>(p.chunk_states) + state_offset(p, place.number, place.head), at, added);
+    if (place.tile == 0 && threadIdx.x == 0) {
+      f.decay[place.number * p.heads + place.head] = decay_over(place.chunk, smem.pieces, smem.steps);
+    }
+  });
 }
 
 __global__ void __launch_bounds__(kThreads) pass_states_kernel(const __grid_constant__ SsdForward f) {
   const SsdChunkScanParams& p = f.p;
-  const int64_t numel = int64_t{p.states} * p.head_dim;
-  const int64_t element = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (element >= p.sequences * p.heads * numel) return;
-  const int64_t sequence = element / (p.heads * numel), head = element / numel % p.heads;
-  const int64_t n = element % numel / p.head_dim, d = element % p.head_dim;
-  const int64_t outside = (sequence * p.heads + head) * numel + d * p.states + n;
-  float state = p.initial_state == nullptr ? 0.0f : static_cast<const float*>(p.initial_state)[outside];
-  const int64_t base = ssd_chunk_base(p, sequence);
-  const int64_t steps = ssd_sequence_end(p, sequence) - ssd_sequence_start(p, sequence);
-  for (int64_t c = 0; c * kSsdChunk < steps; ++c) {
-    float* kept = static_cast<float*>(p.chunk_states) + state_offset(p, base + c, head) + n * p.head_dim + d;
-    const float decay = f.decay[(base + c) * p.heads + head], added = *kept;
-    *kept = state;
-    state = decay < 0.0f ? added : device::fma_rn(decay, state, added);
-  }
-  if (p.final_state != nullptr) static_cast<float*>(p.final_state)[outside] = state;
+  const Passed at = passed_element(p, int64_t{blockIdx.x} * kThreads + threadIdx.x);
+  if (!at.exists) return;
+  float state = p.initial_state == nullptr ? 0.0f : static_cast<const float*>(p.initial_state)[at.outside];
+  state = pass_through(state, static_cast<float*>(p.chunk_states) + at.first, at.stride, f.decay + at.decay,
+                       p.heads, at.chunks);
+  if (p.final_state != nullptr) static_cast<float*>(p.final_state)[at.outside] = state;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) run_states_kernel(const __grid_constant__ SsdForward f) {
+  const SsdChunkScanParams& p = f.p;
+  Smem& smem = device::shared_memory<Smem>();
+  const int each = tiles(p.head_dim) * tiles(p.states);
+  each_block(f.odd_states, p.sequences * p.heads * each, [&](int64_t block) {
+    const Run run = run_of_block(p, block, each);
+    const TilePlace at = tile_place(p, run.tile);
+    Own state;
+    load_outside(p, run, at, static_cast<const float*>(p.initial_state), state);
+    for (int64_t index = 0; index < run.chunks; ++index) {
+      const Place place = run.place(p, index);
+      store_tile(p, static_cast<float*>(p.chunk_states) + state_offset(p, place.number, place.head), at,
+                 state);
+      Own added;
+      device::sync_block();
+      add_chunk<T>(p, smem, place, at, added);
+      const float decay = decay_over(place.chunk, smem.pieces, smem.steps);
+      each_own([&](int r, int c) { state[r][c] = pass_on(decay, state[r][c], added[r][c]); });
+    }
+    store_outside(p, run, at, static_cast<float*>(p.final_state), state);
+  });
 }
 
 // left = C transposed, right = the state before the chunk: what it gives to each step.
@@ -173,14 +189,19 @@ __global__ void __launch_bounds__(kThreads, 2) outputs_kernel(const __grid_const
 
 }  // namespace
 
+bool ssd_enough_runs(const SsdChunkScanParams& p, int device) {
+  constexpr int64_t kEach = TW_TUNED(SSD_CHUNK_SCAN_RUNS, 2);
+  return runs_of(p) >= kEach * device::multiprocessor_count(device);
+}
+
 int64_t ssd_lay_out(SsdForward& f) {
   const SsdChunkScanParams& p = f.p;
   Workspace workspace{static_cast<char*>(p.workspace)};
   workspace.take(f.decay, tasks_of(p));
   if (p.dtype != DType::kFloat32) {
-    const int64_t across = count_tiles(p.head_dim);
-    workspace.take(f.odd_states, tasks_of(p) * across * count_tiles(p.states));
-    workspace.take(f.odd_outputs, tasks_of(p) * across);
+    const int64_t runs = runs_of(p), chunks = tasks_of(p) * state_tiles(p);
+    workspace.take(f.odd_states, chunks > runs ? chunks : runs);
+    workspace.take(f.odd_outputs, tasks_of(p) * count_tiles(p.head_dim));
   }
   return workspace.bytes;
 }
@@ -190,15 +211,22 @@ void ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, int device, Stream str
   SsdForward f{};
   f.p = p;
   ssd_lay_out(f);
-  const auto states = by_dtype<SsdForward>(p.dtype, chunk_states_kernel<float>, chunk_states_kernel<fp16>,
-                                           chunk_states_kernel<bf16>);
   const auto outputs =
       by_dtype<SsdForward>(p.dtype, outputs_kernel<float>, outputs_kernel<fp16>, outputs_kernel<bf16>);
   const int64_t across = count_tiles(p.head_dim), tasks = tasks_of(p);
-  const int64_t elements = p.sequences * p.heads * p.states * p.head_dim;
+  f.running = ssd_enough_runs(p, device);
   if (f.odd_states != nullptr) ssd_states_mma(f, stream);
-  launch_each(states, f.odd_states, tasks * across * count_tiles(p.states), sizeof(Smem), stream, f);
-  launch_over<SsdForward>(pass_states_kernel, (elements + kThreads - 1) / kThreads, kThreads, 0, stream, f);
+  if (f.running) {
+    const auto run = by_dtype<SsdForward>(p.dtype, run_states_kernel<float>, run_states_kernel<fp16>,
+                                          run_states_kernel<bf16>);
+    launch_each(run, f.odd_states, runs_of(p), sizeof(Smem), stream, f);
+  } else {
+    const auto states = by_dtype<SsdForward>(p.dtype, chunk_states_kernel<float>, chunk_states_kernel<fp16>,
+                                             chunk_states_kernel<bf16>);
+    const int64_t elements = p.sequences * p.heads * p.states * p.head_dim;
+    launch_each(states, f.odd_states, tasks * state_tiles(p), sizeof(Smem), stream, f);
+    launch_over<SsdForward>(pass_states_kernel, (elements + kThreads - 1) / kThreads, kThreads, 0, stream, f);
+  }
   if (f.odd_outputs != nullptr) ssd_outputs_mma(f, stream);
   launch_each(outputs, f.odd_outputs, tasks * across, sizeof(Smem), stream, f);
 }

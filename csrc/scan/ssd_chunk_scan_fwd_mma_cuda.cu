@@ -1,13 +1,12 @@
-// The SSD scan forward on tensor cores: of the three kernels of ssd_chunk_scan_fwd_cuda.cu the two that
-// multiply.
+// The SSD scan forward on tensor cores: of the kernels of ssd_chunk_scan_fwd_cuda.cu those that multiply.
 //
 //   states    (w B)' x, w B in three pieces, for states are fp32 that users see
 //   outputs   C B', C S with S in two pieces, and the triangle times x, which stays in registers for that
 //
 // Roofline: a step of a head costs 2 (5 P N + Q N / 2 + Q P) FLOPs in bf16, Q = kSsdChunk: at P 64, N 128 98
 // kFLOP, 0.17 ns at the 60% of sm_90's 989 TFLOP/s that mma.sync reaches. Its bytes, 4 P of x and out and
-// four times 4 P N / Q of states, are 2.3 KB, 0.48 ns of 4.8 TB/s: it is bound by the memory that states
-// take.
+// twice 4 P N / Q of states (four times, if they go from kernel to kernel), are 1.3 KB, 0.27 ns of 4.8 TB/s:
+// it is bound by the memory that states take.
 #include "scan/ssd_chunk_mma_cuda.h"
 
 namespace tilewright::scan {
@@ -24,43 +23,69 @@ struct StatesSmem {
   Steps steps;
 };
 
+// What a chunk adds to a tile of the state; its decay is in smem.steps.
 template <class T>
-__global__ void __launch_bounds__(kThreads) chunk_states_kernel(const __grid_constant__ SsdForward f) {
-  const SsdChunkScanParams& p = f.p;
-  auto& smem = device::shared_memory<StatesSmem<T>>();
-  const int across = tiles(p.head_dim);
-  const Place place = place_of_block(p, blockIdx.x, across * tiles(p.states));
+__device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, StatesSmem<T>& smem,
+                                          const Place& place, const TilePlace& at, Results& added,
+                                          uint32_t& odd) {
   const SsdChunk& chunk = place.chunk;
-  const int n0 = place.tile / across * kTile, d0 = place.tile % across * kTile;
-  if (chunk.length == 0) return report(f.odd_states, 0);
   if (device::warp_id() == 0) {
     find_pieces(p, chunk, smem.pieces);
     device::sync_warp();
     prepare_steps(p, chunk, place.head, smem.pieces, smem.steps);
   }
   device::sync_block();
-  uint32_t odd = 0;
   ChunksOf<T> B(p.B, chunk, place.group, p.states), x(p.x, chunk, place.head, p.head_dim);
   B.from = x.from = smem.pieces.tail;
   fill(smem.weighted, odd, [&](int j, int n) {
-    Vector<float, kChunk> values = to_floats(B(j, n0 + n));
+    Vector<float, kChunk> values = to_floats(B(j, at.n0 + n));
     const float weight = j >= B.from && j < B.to ? smem.steps.to_end[j] * smem.steps.dt[j] : 0.0f;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) values[i] *= weight;
     return values;
   });
-  fill(smem.x, odd, [&](int j, int d) { return x(j, d0 + d); });
+  fill(smem.x, odd, [&](int j, int d) { return x(j, at.d0 + d); });
   device::sync_block();
-  Results c;
-  clear(c);
-  multiply<Summed::kRows, Summed::kRows>(c, smem.weighted, smem.x, squares_of(chunk.length, 0));
+  clear(added);
+  multiply<Summed::kRows, Summed::kRows>(added, smem.weighted, smem.x, squares_of(chunk.length, 0));
   device::sync_block();
-  const FloatChunks state = state_chunks(p, p.chunk_states, place.number, place.head);
-  each_chunk(smem.stage, c,
-             [&](int n, int d, const Vector<float, kChunk>& values) { state.store(n0 + n, d0 + d, values); });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) chunk_states_kernel(const __grid_constant__ SsdForward f) {
+  const SsdChunkScanParams& p = f.p;
+  auto& smem = device::shared_memory<StatesSmem<T>>();
+  const Place place = place_of_block(p, blockIdx.x, tiles(p.head_dim) * tiles(p.states));
+  if (place.chunk.length == 0) return report(f.odd_states, 0);
+  const TilePlace at = tile_place(p, place.tile);
+  Results added;
+  uint32_t odd = 0;
+  add_chunk(p, smem, place, at, added, odd);
+  store_tile(state_chunks(p, p.chunk_states, place.number, place.head), at, smem.stage, added);
   if (place.tile == 0 && threadIdx.x == 0) {
-    f.decay[place.number * p.heads + place.head] = decay_over(chunk, smem.pieces, smem.steps);
+    f.decay[place.number * p.heads + place.head] = decay_over(place.chunk, smem.pieces, smem.steps);
   }
+  report(f.odd_states, odd);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4) run_states_kernel(const __grid_constant__ SsdForward f) {
+  const SsdChunkScanParams& p = f.p;
+  auto& smem = device::shared_memory<StatesSmem<T>>();
+  const Run run = run_of_block(p, blockIdx.x, tiles(p.head_dim) * tiles(p.states));
+  const TilePlace at = tile_place(p, run.tile);
+  Results state;
+  load_outside(p, run, at, static_cast<const float*>(p.initial_state), state);
+  uint32_t odd = 0;
+  for (int64_t index = 0; index < run.chunks; ++index) {
+    const Place place = run.place(p, index);
+    store_tile(state_chunks(p, p.chunk_states, place.number, place.head), at, smem.stage, state);
+    Results added;
+    device::sync_block();
+    add_chunk(p, smem, place, at, added, odd);
+    pass_on(decay_over(place.chunk, smem.pieces, smem.steps), state, added);
+  }
+  store_outside(p, run, at, static_cast<float*>(p.final_state), state);
   report(f.odd_states, odd);
 }
 
@@ -165,8 +190,9 @@ __global__ void __launch_bounds__(kThreads, 4) outputs_kernel(const __grid_const
 
 void ssd_states_mma(const SsdForward& f, Stream stream) {
   const bool half = f.p.dtype == DType::kFloat16;
-  launch_over(half ? chunk_states_kernel<fp16> : chunk_states_kernel<bf16>,
-              tasks_of(f.p) * count_tiles(f.p.head_dim) * count_tiles(f.p.states), kThreads,
+  const auto run = half ? run_states_kernel<fp16> : run_states_kernel<bf16>;
+  const auto states = half ? chunk_states_kernel<fp16> : chunk_states_kernel<bf16>;
+  launch_over(f.running ? run : states, f.running ? runs_of(f.p) : tasks_of(f.p) * state_tiles(f.p), kThreads,
               half ? sizeof(StatesSmem<fp16>) : sizeof(StatesSmem<bf16>), stream, f);
 }
 

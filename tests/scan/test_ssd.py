@@ -345,10 +345,16 @@ def test_a_nan_stays_where_it_belongs(backend, packed: bool, dtype: torch.dtype)
     assert not bool(dB.isnan().any(-1).any(-1)[0][(steps < 20) | (steps >= 60)].any())
 
 
+FEW, MANY = 1, 10**6  # multiprocessors: states run through a kernel, or from kernel to kernel
+
+
+@pytest.mark.parametrize("multiprocessors", [FEW, MANY])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("name", ["x", "dt", "B", "C", "initial_states"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_what_is_not_finite_is_the_formulas(dtype: torch.dtype, name: str, value: float) -> None:
+def test_what_is_not_finite_is_the_formulas(
+    dtype: torch.dtype, name: str, value: float, multiprocessors: int
+) -> None:
     """Where tensor cores would mix infinities and the zeros of a mask: all is what float32 makes of it."""
     inputs = make(1, 150, 2, 5, 1, 6)
     inputs[name] = inputs[name].clone()
@@ -359,7 +365,7 @@ def test_what_is_not_finite_is_the_formulas(dtype: torch.dtype, name: str, value
     low = in_dtype(inputs, dtype)
     high = {name: t.float() for name, t in low.items()}
     grads = output_grads(inputs)
-    with emulated():
+    with emulated(multiprocessors=multiprocessors):
         found, expected = (results(ours, given, grads, dt_softplus=True) for given in (low, high))
     precision = torch.finfo(dtype).eps
     for key, one in found.items():
@@ -369,6 +375,25 @@ def test_what_is_not_finite_is_the_formulas(dtype: torch.dtype, name: str, value
             one, other, rtol=precision, atol=precision * size, equal_nan=True, msg=key
         )  # an infinity is close to itself alone
     assert bool(found["out"].isfinite().all()) == ((name, value) == ("dt", -math.inf))  # that is a step of 0
+
+
+@pytest.mark.parametrize("variant", ["whole", "bare", "packed", "resets"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_any_size_of_device_gives_the_same_bits(dtype: torch.dtype, variant: str) -> None:
+    sequences = 3 if variant == "packed" else None
+    inputs = make(1 if sequences else 2, 600, 2, 70, 1, 66, sequences=sequences)
+    options: dict[str, Any] = {"dt_softplus": True}
+    if variant == "packed":
+        options["cu_seqlens"] = torch.tensor([0, 5, 450, 600])
+    elif variant == "resets":
+        options["seq_idx"] = (torch.arange(600) // 90).expand(2, 600)
+    elif variant == "bare":
+        del inputs["initial_states"]
+    grads, low, found = output_grads(inputs), in_dtype(inputs, dtype), []
+    for multiprocessors in (FEW, MANY):
+        with emulated(multiprocessors=multiprocessors):
+            found.append(results(ours, low, grads, **options))
+    assert_same(*found)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
