@@ -2,6 +2,7 @@
 // (ssd_chunk_fma_cuda.h): elements of tensors, the steps of one head, launches over chunks.
 #pragma once
 
+#include "core/integers.h"
 #include "device/half.h"
 #include "device/launch.h"
 #include "device/memory.h"
@@ -93,7 +94,7 @@ __device__ __forceinline__ int64_t state_offset(const SsdChunkScanParams& p, int
   return (chunk * p.heads + head) * p.states * p.head_dim;
 }
 
-__device__ __forceinline__ int tiles(int extent) { return (extent + kTile - 1) / kTile; }
+__device__ __forceinline__ int tiles(int extent) { return int(divide_up(extent, kTile)); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + device::exp(-x)); }
 
 // ---- the steps of one head in a chunk; cum restarts with every piece ----
@@ -279,7 +280,7 @@ __host__ __device__ __forceinline__ int64_t tasks_of(const SsdChunkScanParams& p
 __host__ __device__ __forceinline__ int64_t blocks_of_heads(const SsdBackward& params) {
   return ssd_chunk_count(params.p) * params.p.groups * params.blocks;
 }
-inline int64_t count_tiles(int64_t extent) { return (extent + kTile - 1) / kTile; }
+inline int64_t count_tiles(int64_t extent) { return divide_up(extent, kTile); }
 inline int64_t state_tiles(const SsdChunkScanParams& p) {
   return count_tiles(p.head_dim) * count_tiles(p.states);
 }

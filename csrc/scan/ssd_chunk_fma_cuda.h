@@ -105,13 +105,13 @@ __device__ __forceinline__ float sum_columns(float value) {
 // body(block) for the block that this one is; or, of those named odd, for all that are this block's to redo.
 template <class Body>
 __device__ __forceinline__ void each_block(const int32_t* odd, int64_t blocks, const Body& body) {
-  const int64_t each = odd == nullptr ? 1 : kThreads;
-  for (int64_t first = blockIdx.x * each; first < blocks; first += gridDim.x * each) {
+  const int64_t stride = gridDim.x;
+  for (int64_t first = blockIdx.x; first < blocks; first += stride * kThreads) {
     if (odd != nullptr) {
-      const int64_t mine = first + threadIdx.x;
+      const int64_t mine = first + threadIdx.x * stride;
       if (!device::sync_block_or(mine < blocks && odd[mine] != 0)) continue;
     }
-    for (int64_t block = first; block < blocks && block < first + each; ++block) {
+    for (int64_t block = first; block < blocks && block < first + stride * kThreads; block += stride) {
       if (odd != nullptr && odd[block] == 0) continue;
       device::sync_block();
       body(block);
@@ -119,12 +119,13 @@ __device__ __forceinline__ void each_block(const int32_t* odd, int64_t blocks, c
   }
 }
 
-// Launches what each_block is in: a block each, or enough to look through all of them at once.
+// Launches what each_block is in: a block each, or enough to occupy the device should there be much to redo.
 template <class Params>
 void launch_each(device::Kernel<Params> kernel, const int32_t* odd, int64_t blocks, size_t shared_bytes,
-                 Stream stream, const Params& params) {
-  const int64_t looking = (blocks + kThreads - 1) / kThreads;
-  launch_over(kernel, odd == nullptr ? blocks : looking, kThreads, shared_bytes, stream, params);
+                 int device, Stream stream, const Params& params) {
+  const int64_t enough = 2 * device::multiprocessor_count(device);
+  launch_over(kernel, odd == nullptr || blocks < enough ? blocks : enough, kThreads, shared_bytes, stream,
+              params);
 }
 
 // A state [states][head_dim] from n0, d0 on.

@@ -1,17 +1,19 @@
 // 64 x 64 tiles of 16-bit elements in shared memory, and their products on tensor cores.
 //
-// Tensor cores multiply bf16, sums are fp32. A factor that is no bf16 is the sum of two: what rounding to
-// bf16 leaves of it is rounded again, which keeps 16 bits and more, and the range of fp32. Tensors of bf16
-// are one piece, those of fp16 (exactly) and everything computed are two. Of two pieces times two the product
-// of the small ones is left out.
+// Tensor cores multiply bf16, sums are fp32. A factor that is no bf16 is the sum of several: what rounding to
+// bf16 leaves of it is rounded again. Three keep all of fp32, and its range; two keep 16 bits, enough where
+// the result is rounded to fewer. Tensors of bf16 are one piece, those of fp16 two, exactly. Products of
+// pieces so small that fp32 would not see them are left out.
 //
-// Zeros mask what a triangle leaves out, and an infinity is a piece and a zero, so all this holds for finite
-// pieces alone. Threads note others as they come by (`odd`); that block's work is done again on FMA units.
+// Zeros mask what a triangle leaves out, and an infinity is a piece and NaNs, so all this holds for finite
+// numbers alone. Threads note others, in pieces and in results (`odd`); that block's work is done again on
+// FMA units.
 //
 // A block has 128 threads; of a 64 x 64 result a warp owns 16 rows, spread over lanes as by mma
 // (device/mma.h).
 #pragma once
 
+#include "device/math.h"
 #include "device/mma.h"
 #include "scan/ssd_chunk_cuda.h"
 
@@ -24,6 +26,8 @@ constexpr int kThreads = 128, kChunk = 8, kChunks = kTile / kChunk, kSquares = k
 static_assert(kThreads / device::kWarpSize == kSquares);
 
 using Results = float[kChunks][4];
+
+constexpr size_t kMostShared = 99 * 1024;  // of a block, on devices that have the least
 
 template <class T>
 constexpr int kPiecesOf = std::is_same_v<T, bf16> ? 1 : 2;
@@ -54,6 +58,10 @@ __device__ __forceinline__ void split(uint32_t (&pair)[kPieces], float low, floa
     high -= device::bits_float(pair[piece] & 0xffff0000u);
   }
   note_odd(odd, pair[0]);
+}
+
+__device__ __forceinline__ void note_odd(uint32_t& odd, float value) {
+  odd |= ((device::float_bits(value) & 0x7f800000u) + 0x00800000u) & 0x80000000u;
 }
 
 using Words = Vector<uint32_t, kChunk / 2>;
@@ -220,40 +228,37 @@ __device__ __forceinline__ Range lower_squares() { return {0, device::warp_id() 
 __device__ __forceinline__ Range upper_squares() { return {device::warp_id(), kSquares}; }
 
 // The matrices 1 and 2 of a square lie below and to the right of matrix 0 (kDown), or the other way round.
-template <bool kDown, bool kTransposed, int kPieces>
-__device__ __forceinline__ void load_square(uint32_t (&square)[kPieces][4], const Tile<kPieces>& tile,
-                                            int down, int right) {
+template <bool kDown, bool kTransposed>
+__device__ __forceinline__ void load_square(uint32_t (&square)[4], const bf16* piece, int down, int right) {
   const int matrix = device::lane_id() / 8, row = device::lane_id() % 8;
   const int below = kDown ? matrix % 2 : matrix / 2, beside = kDown ? matrix / 2 : matrix % 2;
   const int place = place_of(down * 16 + below * 8 + row, right * 2 + beside);
-#pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
-    const device::SharedAddress address = device::shared_address(tile.piece[piece]) + unsigned(place) * 2;
-    if constexpr (kTransposed) {
-      device::load_matrices_transposed(square[piece], address);
-    } else {
-      device::load_matrices(square[piece], address);
-    }
+  const device::SharedAddress address = device::shared_address(piece) + unsigned(place) * 2;
+  if constexpr (kTransposed) {
+    device::load_matrices_transposed(square, address);
+  } else {
+    device::load_matrices(square, address);
   }
 }
+
+constexpr int kSmallest = 3;  // pieces whose numbers add up to it: 2^-24 of the product, or less
 
 // Columns 16 n on of c += a times the rows 16 k on of the right factor.
 template <Summed kRight, int kA, int kB>
 __device__ __forceinline__ void multiply_square(Results& c, int n, const uint32_t (&a)[kA][4],
                                                 const Tile<kB>& right, int k) {
-  uint32_t b[kB][4];
-  if constexpr (kRight == Summed::kRows) {
-    load_square<true, true>(b, right, k, n);
-  } else {
-    load_square<false, false>(b, right, n, k);
-  }
 #pragma unroll
-  for (int i = 0; i < kA; ++i) {
+  for (int j = 0; j < kB; ++j) {
+    uint32_t b[4];
+    if constexpr (kRight == Summed::kRows) {
+      load_square<true, true>(b, right.piece[j], k, n);
+    } else {
+      load_square<false, false>(b, right.piece[j], n, k);
+    }
 #pragma unroll
-    for (int j = 0; j < kB; ++j) {
-      if (i + j >= (kA > kB ? kA : kB)) continue;
-      device::mma_m16n8k16<bf16>(c[2 * n], a[i], b[j][0], b[j][1]);
-      device::mma_m16n8k16<bf16>(c[2 * n + 1], a[i], b[j][2], b[j][3]);
+    for (int i = 0; i < kA && i + j < kSmallest; ++i) {
+      device::mma_m16n8k16<bf16>(c[2 * n], a[i], b[0], b[1]);
+      device::mma_m16n8k16<bf16>(c[2 * n + 1], a[i], b[2], b[3]);
     }
   }
 }
@@ -266,10 +271,13 @@ __device__ __forceinline__ void multiply(Results& c, const Tile<kA>& left, const
   for (int k = 0; k < kSquares; ++k) {
     if (!summed.has(k)) continue;
     uint32_t a[kA][4];
-    if constexpr (kLeft == Summed::kRows) {
-      load_square<false, true>(a, left, k, warp);
-    } else {
-      load_square<true, false>(a, left, warp, k);
+#pragma unroll
+    for (int i = 0; i < kA; ++i) {
+      if constexpr (kLeft == Summed::kRows) {
+        load_square<false, true>(a[i], left.piece[i], k, warp);
+      } else {
+        load_square<true, false>(a[i], left.piece[i], warp, k);
+      }
     }
 #pragma unroll
     for (int n = 0; n < kSquares; ++n) {
@@ -278,21 +286,21 @@ __device__ __forceinline__ void multiply(Results& c, const Tile<kA>& left, const
   }
 }
 
-// The left factor being results: where a lane has them is where a factor of two pieces needs them.
-template <int kB>
+// The left factor being results, in so many pieces: where a lane has them is where the product needs them.
+template <int kA, int kB>
 __device__ __forceinline__ void multiply_results(Results& c, const Results& left, const Tile<kB>& right,
                                                  Range summed, uint32_t& odd) {
 #pragma unroll
   for (int k = 0; k < kSquares; ++k) {
     if (!summed.has(k)) continue;
-    uint32_t a[2][4];
+    uint32_t a[kA][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float (&four)[4] = left[2 * k + i / 2];
-      uint32_t pair[2];
+      uint32_t pair[kA];
       split(pair, four[i % 2 * 2], four[i % 2 * 2 + 1], odd);
-      a[0][i] = pair[0];
-      a[1][i] = pair[1];
+#pragma unroll
+      for (int piece = 0; piece < kA; ++piece) a[piece][i] = pair[piece];
     }
 #pragma unroll
     for (int n = 0; n < kSquares; ++n) multiply_square<Summed::kRows>(c, n, a, right, k);
@@ -304,6 +312,14 @@ __device__ __forceinline__ void multiply_results(Results& c, const Results& left
 __device__ __forceinline__ void clear(Results& c) {
 #pragma unroll
   for (int n = 0; n < kChunks; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.0f;
+}
+
+__device__ __forceinline__ void note_odd(uint32_t& odd, const Results& c) {
+#pragma unroll
+  for (int n = 0; n < kChunks; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) note_odd(odd, c[n][i]);
+  }
 }
 
 // Of the first (half 0) or second eight rows of a warp this lane's.

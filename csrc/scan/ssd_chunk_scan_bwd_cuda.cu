@@ -512,19 +512,19 @@ void ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, int device, Stream str
   if (params.running) {
     const Kernel run =
         pick(run_gradients_kernel<float>, run_gradients_kernel<fp16>, run_gradients_kernel<bf16>);
-    launch_each(run, params.odd_states, runs_of(p), sizeof(Smem), stream, params);
+    launch_each(run, params.odd_states, runs_of(p), sizeof(Smem), device, stream, params);
   } else {
     const Kernel chunk_gradients =
         pick(chunk_gradients_kernel<float>, chunk_gradients_kernel<fp16>, chunk_gradients_kernel<bf16>);
-    launch_each(chunk_gradients, params.odd_states, tasks_of(p) * state_tiles(p), sizeof(Smem), stream,
-                params);
+    launch_each(chunk_gradients, params.odd_states, tasks_of(p) * state_tiles(p), sizeof(Smem), device,
+                stream, params);
     launch(pass_gradients_kernel, p.sequences * p.heads * p.states * p.head_dim, kThreads);
   }
   if (params.odd_heads != nullptr) {
     ssd_sums_mma(params, stream);
     ssd_heads_mma(params, stream);
   }
-  launch_each(differentiate, params.odd_heads, blocks_of_heads(params), sizeof(Smem), stream, params);
+  launch_each(differentiate, params.odd_heads, blocks_of_heads(params), sizeof(Smem), device, stream, params);
   launch(sum_states, p.batch * p.length * p.groups * p.states, kThreads);
   launch(sum_heads_kernel, p.heads * weights, kThreads / device::kWarpSize);
 }

@@ -15,12 +15,16 @@ constexpr int kHeadsBlocks = TW_TUNED(SSD_CHUNK_SCAN_HEADS_BLOCKS, 2);
 
 template <class T, int kPieces>
 struct HeadsSmem {
-  Tile<kPiecesOf<T>> x, B;  // at last C and B
-  Tile<kPieces> g;
   union {
-    Tile<2> after;  // the gradient of the state after the chunk; at last K's sum
+    Tile<kPiecesOf<T>> x;
+    Tile<3> after;  // the gradient of the state after the chunk; at last K's sum
     Stage stage;
   };
+  union {
+    Tile<kPieces> g;
+    Tile<kPiecesOf<T>> C;  // before the first head and after the last
+  };
+  Tile<kPiecesOf<T>> B;
   union {
     Vector<float, 4> CB[kChunks][kThreads];  // each thread its results
     Stage sums;
@@ -31,6 +35,7 @@ struct HeadsSmem {
   float dD[kSquares][kTile];
   float direct[kTile];
 };
+static_assert(sizeof(HeadsSmem<fp16, 3>) <= kMostShared);
 
 template <class T, int kPieces>
 __device__ __forceinline__ void multiply_B_C(const SsdChunkScanParams& p, HeadsSmem<T, kPieces>& smem,
@@ -41,11 +46,12 @@ __device__ __forceinline__ void multiply_B_C(const SsdChunkScanParams& p, HeadsS
   for (int n0 = 0; n0 < p.states; n0 += kTile) {
     device::sync_block();
     fill(smem.B, odd, [&](int j, int n) { return B(j, n0 + n); });
-    fill(smem.x, odd, [&](int i, int n) { return C(i, n0 + n); });
+    fill(smem.C, odd, [&](int i, int n) { return C(i, n0 + n); });
     device::sync_block();
-    multiply<Summed::kColumns, Summed::kColumns>(CB, smem.B, smem.x, squares_of(p.states, n0),
+    multiply<Summed::kColumns, Summed::kColumns>(CB, smem.B, smem.C, squares_of(p.states, n0),
                                                  upper_squares());
   }
+  note_odd(odd, CB);
 #pragma unroll
   for (int n = 0; n < kChunks; ++n) {
     device::store(&smem.CB[n][threadIdx.x], {CB[n][0], CB[n][1], CB[n][2], CB[n][3]});
@@ -118,15 +124,6 @@ __device__ __forceinline__ void decay_K(Smem& smem, Results& k, Results& K_sum) 
   device::store(reinterpret_cast<Vector<float, 2>*>(to), {through[0], through[1]});
 }
 
-template <class T, int kPieces>
-__device__ __forceinline__ void fill_rows(const SsdChunkScanParams& p, HeadsSmem<T, kPieces>& smem,
-                                          const Heads& h, int d0, uint32_t& odd) {
-  const GradientChunks<T, kPieces> g(p, h.chunk, h.head);
-  const ChunksOf<T> x(p.x, h.chunk, h.head, p.head_dim);
-  fill(smem.g, odd, [&](int i, int d) { return g(i, d0 + d); });
-  fill(smem.x, odd, [&](int j, int d) { return x(j, d0 + d); });
-}
-
 // dx, dz, the sums over head_dim of U x into smem.direct, and dD, from U of one tile.
 template <class T, int kPieces>
 __device__ __forceinline__ void finish_x(const SsdBackward& params, HeadsSmem<T, kPieces>& smem,
@@ -178,11 +175,12 @@ __device__ __forceinline__ void finish_x(const SsdBackward& params, HeadsSmem<T,
   params.dD[(h.number * p.heads + h.head) * p.head_dim + d] = total;
 }
 
-// `decayed` is C B' with its decay; g and x of the last tile of head_dim are still there.
+// `decayed` is C B' with its decay; g of the last tile of head_dim is still there.
 template <class T, int kPieces>
 __device__ __forceinline__ void differentiate_x(const SsdBackward& params, HeadsSmem<T, kPieces>& smem,
                                                 const Heads& h, const Results& decayed, uint32_t& odd) {
   const SsdChunkScanParams& p = params.p;
+  const GradientChunks<T, kPieces> g(p, h.chunk, h.head);
   const ChunksOf<T> B(p.B, h.chunk, h.group, p.states);
   const FloatChunks after = state_chunks(p, params.G, h.number, h.head);
   for (int d0 = 0; d0 < p.head_dim; d0 += kTile) {
@@ -190,16 +188,18 @@ __device__ __forceinline__ void differentiate_x(const SsdBackward& params, Heads
     clear(U);
     for (int n0 = 0; n0 < p.states; n0 += kTile) {
       device::sync_block();
-      if (n0 == 0 && p.head_dim > kTile) fill_rows(p, smem, h, d0, odd);
+      if (n0 == 0 && p.head_dim > kTile) fill(smem.g, odd, [&](int i, int d) { return g(i, d0 + d); });
       fill(smem.B, odd, [&](int j, int n) { return B(j, n0 + n); });
       fill(smem.after, odd, [&](int n, int d) { return after(n0 + n, d0 + d); });
       device::sync_block();
       multiply<Summed::kColumns, Summed::kRows>(U, smem.B, smem.after, squares_of(p.states, n0));
     }
+    note_odd(odd, U);
     each_result(U, [&](int j, int, float& value) {
       value = j >= smem.pieces.tail && j < h.chunk.length ? value * smem.steps.to_end[j] : 0.0f;
     });
-    multiply_results(U, decayed, smem.g, upper_squares(), odd);
+    multiply_results<3>(U, decayed, smem.g, upper_squares(), odd);
+    note_odd(odd, U);
     device::sync_block();
     finish_x(params, smem, h, U, d0);
   }
@@ -259,35 +259,40 @@ template <class T, int kPieces>
 __device__ __forceinline__ void differentiate_head(const SsdBackward& params, HeadsSmem<T, kPieces>& smem,
                                                    const Heads& h, Results& K_sum, uint32_t& odd) {
   const SsdChunkScanParams& p = params.p;
+  const GradientChunks<T, kPieces> g(p, h.chunk, h.head);
+  const ChunksOf<T> x(p.x, h.chunk, h.head, p.head_dim);
   Results k;
   clear(k);
   for (int d0 = 0; d0 < p.head_dim; d0 += kTile) {
     device::sync_block();
     if (d0 == 0 && device::warp_id() == 0) prepare_steps(p, h.chunk, h.head, smem.pieces, smem.steps);
-    fill_rows(p, smem, h, d0, odd);
+    fill(smem.g, odd, [&](int i, int d) { return g(i, d0 + d); });
+    fill(smem.x, odd, [&](int j, int d) { return x(j, d0 + d); });
     device::sync_block();
     multiply<Summed::kColumns, Summed::kColumns>(k, smem.x, smem.g, squares_of(p.head_dim, d0),
                                                  upper_squares());
   }
+  note_odd(odd, k);
   decay_K(smem, k, K_sum);
   differentiate_x(params, smem, h, k, odd);
   device::sync_block();
   if (device::warp_id() == 0) finish_steps(params, smem, h);
 }
 
-// Left as two pieces in smem.after, for the product that takes it transposed.
+// Left in smem.after, for the product that takes it transposed.
 template <class Smem>
 __device__ __forceinline__ void keep_K_sum(Smem& smem, const Results& K_sum, uint32_t& odd) {
+  using Pair = Vector<uint32_t, 1>;
 #pragma unroll
   for (int n = 0; n < kChunks; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t pair[2];
+      uint32_t pair[3];
       split(pair, K_sum[n][2 * half], K_sum[n][2 * half + 1], odd);
       const int place = place_of(own_row(half), n) + device::lane_id() % 4 * 2;
 #pragma unroll
-      for (int piece = 0; piece < 2; ++piece) {
-        memcpy(smem.after.piece[piece] + place, &pair[piece], sizeof pair[piece]);
+      for (int piece = 0; piece < 3; ++piece) {
+        device::store(reinterpret_cast<Pair*>(smem.after.piece[piece] + place), {pair[piece]});
       }
     }
   }
@@ -312,14 +317,16 @@ __device__ __forceinline__ void finish_group(const SsdBackward& params, HeadsSme
   for (int n0 = 0; n0 < p.states; n0 += kTile) {
     device::sync_block();
     fill(smem.B, odd, [&](int j, int n) { return B(j, n0 + n); });
-    fill(smem.x, odd, [&](int i, int n) { return C(i, n0 + n); });
+    fill(smem.C, odd, [&](int i, int n) { return C(i, n0 + n); });
     device::sync_block();
     Results c;
     clear(c);
-    multiply_results(c, K_sum, smem.x, upper_squares(), odd);
+    multiply_results<3>(c, K_sum, smem.C, upper_squares(), odd);
+    note_odd(odd, c);
     add(params.dB, c, n0);
     clear(c);
     multiply<Summed::kRows, Summed::kRows>(c, smem.after, smem.B, lower_squares());
+    note_odd(odd, c);
     add(params.dC, c, n0);
   }
 }

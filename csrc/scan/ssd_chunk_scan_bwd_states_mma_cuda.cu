@@ -7,10 +7,10 @@
 //   through
 //                                   states into dB and dC, whose sums over heads stay in registers
 //
-// Roofline of both: a step of a head costs 2 (9 P N + 3 Q P / 2) FLOPs in bf16 (x and dout of bf16, no gate),
-// at P 64, N 128 160 kFLOP, 0.27 ns at the 60% of sm_90's 989 TFLOP/s that mma.sync reaches. Its bytes, 6 P
-// of x, dout and dx and four times 4 P N / Q of states (six, if they go from kernel to kernel), are 2.4 KB,
-// 0.51 ns of 4.8 TB/s: it is bound by the memory that states take.
+// Roofline of both: a step of a head costs 2 (12 P N + 2 Q P) FLOPs in bf16 (x and dout of bf16, no gate), at
+// P 64, N 128 213 kFLOP, 0.36 ns at the 60% of sm_90's 989 TFLOP/s that mma.sync reaches. Its bytes, 6 P of
+// x, dout and dx and four times 4 P N / Q of states (six, if they go from kernel to kernel), are 2.4 KB, 0.51
+// ns of 4.8 TB/s, and up to 1 KB of partial sums where chunks are few: it is bound by the memory of states.
 #include "scan/ssd_chunk_bwd_mma_cuda.h"
 
 namespace tilewright::scan {
@@ -55,6 +55,7 @@ __device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, Gradients
   device::sync_block();
   clear(added);
   multiply<Summed::kRows, Summed::kRows>(added, smem.weighted, smem.g, squares_of(C.to, 0));
+  note_odd(odd, added);
   device::sync_block();
 }
 
@@ -105,30 +106,27 @@ struct SumsSmem {
   Tile<kPiecesOf<T>> B, C, x;
   Tile<kPieces> g;
   union {
-    struct {
-      Tile<2> before, after;  // the state before the chunk, the gradient of the one after it
-    };
+    Tile<3> state;  // before the chunk, then the gradient of the one after it
     Stage stage;
   };
   Pieces pieces;
   Steps steps;
   float warps[kThreads / device::kWarpSize];
 };
+static_assert(sizeof(SumsSmem<fp16, 3>) <= kMostShared);
 
-// Both states' tiles; returns what this thread adds to their product.
+// Fills smem.state with that after the chunk; returns what this thread adds to its product with the one
+// before.
 template <class Smem>
-__device__ __forceinline__ float fill_states(Smem& smem, const FloatChunks& before, const FloatChunks& after,
-                                             int n0, int d0, uint32_t& odd) {
+__device__ __forceinline__ float fill_after(Smem& smem, const FloatChunks& before, const FloatChunks& after,
+                                            int n0, int d0, uint32_t& odd) {
   float product = 0.0f;
-#pragma unroll 1
-  for (int at = int(threadIdx.x); at < kTile * kChunks; at += kThreads) {
-    const int n = at / kChunks, chunk = at % kChunks;
-    const auto S = before(n0 + n, d0 + chunk * kChunk), G = after(n0 + n, d0 + chunk * kChunk);
+  fill(smem.state, odd, [&](int n, int d) {
+    const auto S = before(n0 + n, d0 + d), G = after(n0 + n, d0 + d);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) product = device::fma_rn(S[i], G[i], product);
-    put(smem.before, n, chunk, S, odd);
-    put(smem.after, n, chunk, G, odd);
-  }
+    return G;
+  });
   return product;
 }
 
@@ -136,13 +134,15 @@ __device__ __forceinline__ float fill_states(Smem& smem, const FloatChunks& befo
 // of `by`.
 template <int kPieces, class Weight>
 __device__ __forceinline__ void add_weighted(Results& sum, const Results& c, const Tile<kPieces>& by,
-                                             float* along, const Weight& weight) {
+                                             float* along, uint32_t& odd, const Weight& weight) {
   using Pair = Vector<bf16, 2>;
+  note_odd(odd, c);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = own_row(half);
     const float factor = weight(row);
     float total = 0.0f;
+    note_odd(odd, factor);
 #pragma unroll
     for (int n = 0; n < kChunks; ++n) {
       float factors[2] = {};
@@ -155,7 +155,7 @@ __device__ __forceinline__ void add_weighted(Results& sum, const Results& c, con
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float value = factor == 0.0f ? 0.0f : c[n][2 * half + i] * factor;
+        const float value = c[n][2 * half + i] * factor;
         sum[n][2 * half + i] += value;
         total = device::fma_rn(value, factors[i], total);
       }
@@ -182,18 +182,21 @@ __device__ __forceinline__ void sum_head(const SsdBackward& params, SumsSmem<T, 
     if (d0 == 0 && device::warp_id() == 0) prepare_steps(p, h.chunk, h.head, smem.pieces, smem.steps);
     fill(smem.g, odd, [&](int i, int d) { return g(i, d0 + d); });
     fill(smem.x, odd, [&](int j, int d) { return x(j, d0 + d); });
-    product += fill_states(smem, before, after, tile * kTile, d0, odd);
+    fill(smem.state, odd, [&](int n, int d) { return before(tile * kTile + n, d0 + d); });
     device::sync_block();
     const Range depth = squares_of(p.head_dim, d0);
-    multiply<Summed::kColumns, Summed::kColumns>(to_C, smem.g, smem.before, depth);
-    multiply<Summed::kColumns, Summed::kColumns>(to_B, smem.x, smem.after, depth);
+    multiply<Summed::kColumns, Summed::kColumns>(to_C, smem.g, smem.state, depth);
+    device::sync_block();
+    product += fill_after(smem, before, after, tile * kTile, d0, odd);
+    device::sync_block();
+    multiply<Summed::kColumns, Summed::kColumns>(to_B, smem.x, smem.state, depth);
   }
   const int64_t at = tile_of_states(params, h, tile);
   const Pieces& pieces = smem.pieces;
   const Steps& steps = smem.steps;
-  add_weighted(dC, to_C, smem.C, params.along_C + at * kTile,
+  add_weighted(dC, to_C, smem.C, params.along_C + at * kTile, odd,
                [&](int i) { return i < pieces.head_end ? steps.from_start[i] : 0.0f; });
-  add_weighted(dB, to_B, smem.B, params.along_B + at * kTile, [&](int j) {
+  add_weighted(dB, to_B, smem.B, params.along_B + at * kTile, odd, [&](int j) {
     return j >= pieces.tail && j < h.chunk.length ? steps.to_end[j] * steps.dt[j] : 0.0f;
   });
   product = device::add_lanes(product);

@@ -219,16 +219,16 @@ void ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, int device, Stream str
   if (f.running) {
     const auto run = by_dtype<SsdForward>(p.dtype, run_states_kernel<float>, run_states_kernel<fp16>,
                                           run_states_kernel<bf16>);
-    launch_each(run, f.odd_states, runs_of(p), sizeof(Smem), stream, f);
+    launch_each(run, f.odd_states, runs_of(p), sizeof(Smem), device, stream, f);
   } else {
     const auto states = by_dtype<SsdForward>(p.dtype, chunk_states_kernel<float>, chunk_states_kernel<fp16>,
                                              chunk_states_kernel<bf16>);
     const int64_t elements = p.sequences * p.heads * p.states * p.head_dim;
-    launch_each(states, f.odd_states, tasks * state_tiles(p), sizeof(Smem), stream, f);
+    launch_each(states, f.odd_states, tasks * state_tiles(p), sizeof(Smem), device, stream, f);
     launch_over<SsdForward>(pass_states_kernel, (elements + kThreads - 1) / kThreads, kThreads, 0, stream, f);
   }
   if (f.odd_outputs != nullptr) ssd_outputs_mma(f, stream);
-  launch_each(outputs, f.odd_outputs, tasks * across, sizeof(Smem), stream, f);
+  launch_each(outputs, f.odd_outputs, tasks * across, sizeof(Smem), device, stream, f);
 }
 
 }  // namespace tilewright::scan

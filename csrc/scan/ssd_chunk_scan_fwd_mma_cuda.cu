@@ -22,6 +22,7 @@ struct StatesSmem {
   Pieces pieces;
   Steps steps;
 };
+static_assert(sizeof(StatesSmem<fp16>) <= kMostShared);
 
 // What a chunk adds to a tile of the state; its decay is in smem.steps.
 template <class T>
@@ -48,6 +49,7 @@ __device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, StatesSme
   device::sync_block();
   clear(added);
   multiply<Summed::kRows, Summed::kRows>(added, smem.weighted, smem.x, squares_of(chunk.length, 0));
+  note_odd(odd, added);
   device::sync_block();
 }
 
@@ -99,6 +101,7 @@ struct OutputsSmem {
   Pieces pieces;
   Steps steps;
 };
+static_assert(sizeof(OutputsSmem<fp16>) <= kMostShared);
 
 // C B' up to the diagonal, and what the state before the chunk gives to each step.
 template <class T>
@@ -120,6 +123,7 @@ __device__ __forceinline__ void multiply_C(const SsdChunkScanParams& p, OutputsS
     multiply<Summed::kColumns, Summed::kColumns>(products, smem.C, smem.B, depth, lower_squares());
     if (continued) multiply<Summed::kColumns, Summed::kRows>(out, smem.C, smem.state, depth);
   }
+  note_odd(odd, out);
   each_result(out, [&](int i, int, float& value) {
     value = i < smem.pieces.head_end ? value * smem.steps.from_start[i] : 0.0f;
   });
@@ -181,7 +185,8 @@ __global__ void __launch_bounds__(kThreads, 4) outputs_kernel(const __grid_const
   const ChunksOf<T> x(p.x, place.chunk, place.head, p.head_dim);
   fill(smem.B, odd, [&](int j, int d) { return x(j, d0 + d); });
   device::sync_block();
-  multiply_results(out, products, smem.B, lower_squares(), odd);
+  multiply_results<2>(out, products, smem.B, lower_squares(), odd);
+  note_odd(odd, out);
   finish_outputs<T>(p, smem.stage, place, d0, out);
   report(f.odd_outputs, odd);
 }
