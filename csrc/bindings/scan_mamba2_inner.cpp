@@ -39,6 +39,7 @@ class Reader {
     check_value(v.ndim == 3, "zxbcdt must have shape (batch, length, columns), got ", v.sizes());
     check_real(v, "zxbcdt");
     device = v.device;
+    on_gpu_ = runs_on_gpu(v);
     dtype_ = v.dtype;
     wide_ = v.dtype == DType::kFloat64 ? v.dtype : DType::kFloat32;
     batch_ = v.shape[0], length_ = v.shape[1];
@@ -251,12 +252,14 @@ class Reader {
     s.seq_idx = static_cast<const int64_t*>(p.conv.seq_idx);
     s.softplus = true;
     s.dt_min = options_.dt_min, s.dt_max = options_.dt_max;
-    s.chunk_states = flat("chunk_states", ssd_chunk_count(s) * heads * states * head_dim, wide_);
+    const int64_t kept = on_gpu_ ? 0 : ssd_chunk_count(s) * heads * states * head_dim;
+    s.chunk_states = flat("chunk_states", kept, wide_);
   }
 
   const py::dict& t_;
   const Options& options_;
   DType dtype_, wide_;
+  bool on_gpu_;
   int64_t batch_, length_;
   const py::function& allocate_;
   std::vector<py::object> taken_;

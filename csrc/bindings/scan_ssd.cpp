@@ -23,8 +23,9 @@ class Reader {
     check_value(view.ndim == 4, "x: got shape ", view.sizes(), ", expected four axes");
     check_value(states.ndim == 4, "B: got shape ", states.sizes(), ", expected four axes");
     device = view.device;
+    on_gpu = runs_on_gpu(view);
     p.dtype = view.dtype;
-    const bool wide = view.dtype == DType::kFloat64 && !runs_on_gpu(view);
+    const bool wide = view.dtype == DType::kFloat64 && !on_gpu;
     check_type(view.dtype == DType::kFloat32 || view.dtype == DType::kFloat16 ||
                    view.dtype == DType::kBFloat16 || wide,
                "x: got dtype ", view.dtype, ", allowed: float32, float16, bfloat16, and float64 on a CPU");
@@ -85,8 +86,8 @@ class Reader {
     p.softplus = softplus;
     p.dt_min = dt_min;
     p.dt_max = dt_max;
-    p.chunk_states =
-        flat(t["chunk_states"], "chunk_states", ssd_chunk_count(p) * p.heads * p.states * p.head_dim, weight);
+    const int64_t kept = on_gpu ? 0 : ssd_chunk_count(p) * p.heads * p.states * p.head_dim;
+    p.chunk_states = flat(t["chunk_states"], "chunk_states", kept, weight);
     p.y = tensor(t["y"], "y", p.heads, p.head_dim, p.dtype);
   }
 
@@ -96,6 +97,7 @@ class Reader {
   SsdChunkScanParams& p;
   Arguments arguments;
   Device device;
+  bool on_gpu;
 };
 
 int64_t workspace_bytes(const SsdChunkScanParams& p, bool on_gpu, bool backward, int threads) {

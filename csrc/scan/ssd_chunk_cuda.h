@@ -43,6 +43,9 @@ constexpr float kSsdDropped = -1.0f;
 // not be written for another kernel to pass it on. Either way the same sums.
 bool ssd_enough_runs(const SsdChunkScanParams&, int device);
 
+// The state before each chunk.
+void ssd_states(const SsdForward&, int device, Stream);
+
 // On tensor cores. Forward what chunks add to the states, and what the states give; backward the same, the
 // second in two kernels.
 void ssd_states_mma(const SsdForward&, Stream);
@@ -295,6 +298,12 @@ struct Workspace {
   void take(T*& piece, int64_t count) {
     piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + bytes);
     bytes += (count * int64_t(sizeof(T)) + 127) / 128 * 128;
+  }
+
+  void take_states(SsdChunkScanParams& p) {
+    float* states;
+    take(states, tasks_of(p) * p.states * p.head_dim);
+    p.chunk_states = states;
   }
 };
 

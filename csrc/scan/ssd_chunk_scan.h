@@ -40,8 +40,8 @@ struct SsdChunkScanParams {
   // (sequence, head, head_dim, states) of weight_dtype, contiguous; null: zeros / not wanted.
   const void* initial_state;
   void* final_state;
-  // [chunk][head][states][head_dim] of weight_dtype: the state before each chunk, written by the forward pass
-  // and read by the backward pass.
+  // [chunk][head][states][head_dim] of weight_dtype: the state before each chunk. On a CPU written by the
+  // forward pass and read by the backward pass; CUDA has them in the workspace, and computes them again.
   void* chunk_states;
 
   // Backward only. Gradients have their tensors' dtypes; those of weights and states are contiguous. Null:

@@ -1,5 +1,8 @@
 // The SSD scan backward on the GPU, in the dual form (the formulas are in ssd_chunk_scan_bwd_cpu.cpp):
 //
+//   0. ssd_states              the state before each chunk, which the forward pass did not keep: of Mamba-2's
+//   usual
+//                              sizes they are four times x in 16 bits
 //   1. chunk_gradients_kernel  a block per chunk, head and 64 x 64 tile: what the chunk adds to the gradient
 //   of
 //                              the state before it
@@ -12,8 +15,8 @@
 //   4. sum_states_kernel, sum_heads_kernel  add the partial sums in a fixed order
 //
 // Products run on the FMA units in fp32; those of 16-bit dtypes on tensor cores
-// (ssd_chunk_scan_bwd_*_mma_cuda.cu), and here what these leave. Roofline: a step of a head costs 2 * (5 P N
-// + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 90 kFLOP, against 12 P bytes of x, dout and dx and 24 P N / Q
+// (ssd_chunk_scan_bwd_*_mma_cuda.cu), and here what these leave. Roofline: a step of a head costs 2 * (6 P N
+// + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 106 kFLOP, against 12 P bytes of x, dout and dx and 20 P N / Q
 // of states: it is bound by the FMA units.
 #include "scan/ssd_chunk_fma_cuda.h"
 
@@ -462,11 +465,12 @@ __global__ void __launch_bounds__(kThreads) sum_heads_kernel(const __grid_consta
 }  // namespace
 
 int64_t ssd_lay_out(SsdBackward& params) {
-  const SsdChunkScanParams& p = params.p;
+  SsdChunkScanParams& p = params.p;
   const bool tensor_cores = p.dtype != DType::kFloat32;
   params.blocks = ssd_head_blocks(p, tensor_cores ? kSsdEnoughMma : kSsdEnoughCuda);
   const int64_t sums = params.blocks * p.batch * p.length * p.groups * p.states, tasks = tasks_of(p);
   Workspace workspace{static_cast<char*>(p.workspace)};
+  workspace.take_states(p);
   workspace.take(params.G, tasks * p.states * p.head_dim);
   for (float** piece : {&params.decay, &params.dA, &params.ddt_bias}) workspace.take(*piece, tasks);
   workspace.take(params.dD, tasks * p.head_dim);
@@ -504,10 +508,11 @@ void ssd_chunk_scan_bwd_cuda(const SsdChunkScanParams& p, int device, Stream str
   const Kernel sum_states = pick(sum_states_kernel<float>, sum_states_kernel<fp16>, sum_states_kernel<bf16>);
 
   const auto launch = [&](Kernel kernel, int64_t elements, int64_t each) {
-    launch_over(kernel, (elements + each - 1) / each, kThreads, 0, stream, params);
+    launch_over(kernel, divide_up(elements, each), kThreads, 0, stream, params);
   };
   const int64_t weights = 2 + (p.dD == nullptr ? 0 : p.D_wide ? p.head_dim : 1);
   params.running = ssd_enough_runs(p, device);
+  ssd_states({params.p, params.decay, params.odd_states, nullptr, params.running}, device, stream);
   if (params.odd_states != nullptr) ssd_state_gradients_mma(params, stream);
   if (params.running) {
     const Kernel run =

@@ -7,10 +7,11 @@
 //   through
 //                                   states into dB and dC, whose sums over heads stay in registers
 //
-// Roofline of both: a step of a head costs 2 (12 P N + 2 Q P) FLOPs in bf16 (x and dout of bf16, no gate), at
-// P 64, N 128 213 kFLOP, 0.36 ns at the 60% of sm_90's 989 TFLOP/s that mma.sync reaches. Its bytes, 6 P of
-// x, dout and dx and four times 4 P N / Q of states (six, if they go from kernel to kernel), are 2.4 KB, 0.51
-// ns of 4.8 TB/s, and up to 1 KB of partial sums where chunks are few: it is bound by the memory of states.
+// Roofline, with the states computed again: a step of a head costs 2 (15 P N + 2 Q P) FLOPs in bf16 (x and
+// dout of bf16, no gate), at P 64, N 128 262 kFLOP, 0.44 ns at the 60% of sm_90's 989 TFLOP/s that mma.sync
+// reaches. Its bytes, 6 P of x, dout and dx and five times 4 P N / Q of states (nine, if they go from kernel
+// to kernel), are 2.9 KB, 0.61 ns of 4.8 TB/s, and up to 1 KB of partial sums where chunks are few: it is
+// bound by the memory of states.
 #include "scan/ssd_chunk_bwd_mma_cuda.h"
 
 namespace tilewright::scan {

@@ -7,7 +7,7 @@
 //
 // Products run on the FMA units in fp32; those of 16-bit dtypes on tensor cores
 // (ssd_chunk_scan_fwd_mma_cuda.cu), and here what these leave. Roofline: a step of a head costs 2 * (2 P N +
-// Q N + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 57 kFLOP, against 8 P bytes of x and out and 16 P N / Q of
+// Q N + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 57 kFLOP, against 8 P bytes of x and out and 8 P N / Q of
 // states: it is bound by the FMA units.
 #include "core/tune.h"
 #include "scan/ssd_chunk_fma_cuda.h"
@@ -195,8 +195,9 @@ bool ssd_enough_runs(const SsdChunkScanParams& p, int device) {
 }
 
 int64_t ssd_lay_out(SsdForward& f) {
-  const SsdChunkScanParams& p = f.p;
+  SsdChunkScanParams& p = f.p;
   Workspace workspace{static_cast<char*>(p.workspace)};
+  workspace.take_states(p);
   workspace.take(f.decay, tasks_of(p));
   if (p.dtype != DType::kFloat32) {
     const int64_t runs = runs_of(p), chunks = tasks_of(p) * state_tiles(p);
@@ -206,29 +207,32 @@ int64_t ssd_lay_out(SsdForward& f) {
   return workspace.bytes;
 }
 
+void ssd_states(const SsdForward& f, int device, Stream stream) {
+  const SsdChunkScanParams& p = f.p;
+  if (f.odd_states != nullptr) ssd_states_mma(f, stream);
+  if (f.running) {
+    const auto run = by_dtype<SsdForward>(p.dtype, run_states_kernel<float>, run_states_kernel<fp16>,
+                                          run_states_kernel<bf16>);
+    return launch_each(run, f.odd_states, runs_of(p), sizeof(Smem), device, stream, f);
+  }
+  const auto states = by_dtype<SsdForward>(p.dtype, chunk_states_kernel<float>, chunk_states_kernel<fp16>,
+                                           chunk_states_kernel<bf16>);
+  const int64_t elements = p.sequences * p.heads * p.states * p.head_dim;
+  launch_each(states, f.odd_states, tasks_of(p) * state_tiles(p), sizeof(Smem), device, stream, f);
+  launch_over<SsdForward>(pass_states_kernel, divide_up(elements, kThreads), kThreads, 0, stream, f);
+}
+
 void ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, int device, Stream stream) {
   const device::DeviceGuard guard(device);
   SsdForward f{};
   f.p = p;
   ssd_lay_out(f);
+  f.running = ssd_enough_runs(p, device);
+  ssd_states(f, device, stream);
   const auto outputs =
       by_dtype<SsdForward>(p.dtype, outputs_kernel<float>, outputs_kernel<fp16>, outputs_kernel<bf16>);
-  const int64_t across = count_tiles(p.head_dim), tasks = tasks_of(p);
-  f.running = ssd_enough_runs(p, device);
-  if (f.odd_states != nullptr) ssd_states_mma(f, stream);
-  if (f.running) {
-    const auto run = by_dtype<SsdForward>(p.dtype, run_states_kernel<float>, run_states_kernel<fp16>,
-                                          run_states_kernel<bf16>);
-    launch_each(run, f.odd_states, runs_of(p), sizeof(Smem), device, stream, f);
-  } else {
-    const auto states = by_dtype<SsdForward>(p.dtype, chunk_states_kernel<float>, chunk_states_kernel<fp16>,
-                                             chunk_states_kernel<bf16>);
-    const int64_t elements = p.sequences * p.heads * p.states * p.head_dim;
-    launch_each(states, f.odd_states, tasks * state_tiles(p), sizeof(Smem), device, stream, f);
-    launch_over<SsdForward>(pass_states_kernel, (elements + kThreads - 1) / kThreads, kThreads, 0, stream, f);
-  }
   if (f.odd_outputs != nullptr) ssd_outputs_mma(f, stream);
-  launch_each(outputs, f.odd_outputs, tasks * across, sizeof(Smem), device, stream, f);
+  launch_each(outputs, f.odd_outputs, tasks_of(p) * count_tiles(p.head_dim), sizeof(Smem), device, stream, f);
 }
 
 }  // namespace tilewright::scan

@@ -507,6 +507,15 @@ def test_strides(backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+def test_what_is_kept_for_backward(backend) -> None:
+    """On a GPU no states: they are four times x in 16 bits, and quickly computed again."""
+    inputs = in_dtype(make(1, 130, 2, 3, 1, 4), torch.bfloat16, backend.device)
+    out, _ = ours(**{name: t.requires_grad_() for name, t in inputs.items()})
+    kept = [t for t in out.grad_fn.saved_tensors if t is not None]
+    ours_alone = {t.data_ptr() for t in kept if t.numel()} - {t.data_ptr() for t in inputs.values()}
+    assert len(ours_alone) == (2 if backend.is_cpu else 1)  # y, which the gate needs, and the states
+
+
 def test_an_expanded_gradient(backend) -> None:
     inputs = in_dtype(make(1, 9, 2, 3, 1, 4), torch.float32, backend.device)
     leaf = inputs["x"].requires_grad_()

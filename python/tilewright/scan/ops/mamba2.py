@@ -23,7 +23,7 @@ from ... import _backend
 from ..._library import define
 from ..dense import is_free, linear_gradients, product, suits
 from .norm import in_rows
-from .sequences import chunk_count
+from .sequences import kept_chunks
 
 _INPUTS = (
     "Tensor input, Tensor? in_weight, Tensor? in_bias, Tensor? out_weight, Tensor? out_bias, "
@@ -110,9 +110,7 @@ def _empty(block: _Block, return_final_states: bool, keep_y: bool) -> tuple[Tens
         rows(block.columns(), block.in_weight is not None),
         rows(dim, projected),
         rows(channels),
-        x.new_empty(
-            (chunk_count(batch, length, None, _backend.C.SSD_CHUNK), heads, states, head_dim), dtype=wide
-        ),
+        x.new_empty((kept_chunks(x, None), heads, states, head_dim), dtype=wide),
         rows(dim, normed or keep_y),
         x.new_empty(batch * length * (dim // block.norm_group) if normed else 0, dtype=wide),
         -torch.exp(block.A) if block.A_is_log else x.new_empty(0, dtype=wide),

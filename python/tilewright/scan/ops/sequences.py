@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import _backend
 from ..._checks import check_boundaries
 from ..._library import define
 
@@ -24,6 +25,13 @@ def chunk_count(batch: int, length: int, cu_seqlens: Tensor | None, chunk: int) 
     if cu_seqlens is None:
         return batch * ((length + chunk - 1) // chunk)
     return length // chunk + sequence_count(batch, cu_seqlens)
+
+
+def kept_chunks(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Chunks whose states Mamba-2's scan keeps for backward: on a GPU none, they are computed again."""
+    if x.is_cuda or _backend.is_emulated():
+        return 0
+    return chunk_count(x.shape[0], x.shape[1], cu_seqlens, _backend.C.SSD_CHUNK)
 
 
 def _numbers(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import _backend
 from ..._checks import check_boundaries
 from ..._library import define
-from .sequences import chunk_count, sequence_count
+from .sequences import kept_chunks, sequence_count
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
@@ -30,16 +30,13 @@ _NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states", "seq_
 def _empty(
     x: Tensor, B: Tensor, dt: Tensor, cu_seqlens: Tensor | None, return_final_states: bool, keep_y: bool
 ) -> tuple[Tensor, ...]:
-    batch, length, heads, head_dim = x.shape
+    batch, _, heads, head_dim = x.shape
     states = B.shape[3]
     final = (sequence_count(batch, cu_seqlens), heads, head_dim, states) if return_final_states else (0,)
     return (
         x.new_empty(x.shape),
         x.new_empty(final, dtype=dt.dtype),
-        x.new_empty(
-            (chunk_count(batch, length, cu_seqlens, _backend.C.SSD_CHUNK), heads, states, head_dim),
-            dtype=dt.dtype,
-        ),
+        x.new_empty((kept_chunks(x, cu_seqlens), heads, states, head_dim), dtype=dt.dtype),
         x.new_empty(x.shape if keep_y else (0,)),
     )
 
@@ -154,7 +151,7 @@ class SsdChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """Runs the op and keeps its inputs, the states before each chunk and, for the gate, its result."""
+        """Runs the op; keeps its inputs, on a CPU the states before each chunk, for the gate its result."""
         inputs, options, return_final_states = arguments[:11], arguments[11:14], arguments[14]
         z = inputs[6]
         keep_y = z is not None and any(ctx.needs_input_grad)
