@@ -252,8 +252,9 @@ class Reader {
     s.seq_idx = static_cast<const int64_t*>(p.conv.seq_idx);
     s.softplus = true;
     s.dt_min = options_.dt_min, s.dt_max = options_.dt_max;
-    const int64_t kept = on_gpu_ ? 0 : ssd_chunk_count(s) * heads * states * head_dim;
-    s.chunk_states = flat("chunk_states", kept, wide_);
+    if (!on_gpu_) {
+      s.chunk_states = flat("chunk_states", ssd_chunk_count(s) * heads * states * head_dim, wide_);
+    }
   }
 
   const py::dict& t_;

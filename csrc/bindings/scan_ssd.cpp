@@ -86,8 +86,8 @@ class Reader {
     p.softplus = softplus;
     p.dt_min = dt_min;
     p.dt_max = dt_max;
-    const int64_t kept = on_gpu ? 0 : ssd_chunk_count(p) * p.heads * p.states * p.head_dim;
-    p.chunk_states = flat(t["chunk_states"], "chunk_states", kept, weight);
+    const int64_t kept = ssd_chunk_count(p) * p.heads * p.states * p.head_dim;
+    if (!on_gpu) p.chunk_states = flat(t["chunk_states"], "chunk_states", kept, weight);
     p.y = tensor(t["y"], "y", p.heads, p.head_dim, p.dtype);
   }
 

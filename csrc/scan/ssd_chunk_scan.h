@@ -10,7 +10,7 @@
 // along the steps of batch 0; within a sequence the state is also dropped wherever seq_idx changes.
 //
 // Sequences are cut into chunks of kSsdChunk steps, counted from each sequence's own start; chunk c of
-// sequence s has the number ssd_chunk_base(s) + c. The state before each chunk is kept between the passes.
+// sequence s has the number ssd_chunk_base(s) + c. Both passes need the state before each.
 #pragma once
 
 #include <cstdint>

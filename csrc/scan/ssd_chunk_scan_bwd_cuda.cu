@@ -15,9 +15,9 @@
 //   4. sum_states_kernel, sum_heads_kernel  add the partial sums in a fixed order
 //
 // Products run on the FMA units in fp32; those of 16-bit dtypes on tensor cores
-// (ssd_chunk_scan_bwd_*_mma_cuda.cu), and here what these leave. Roofline: a step of a head costs 2 * (6 P N
-// + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 106 kFLOP, against 12 P bytes of x, dout and dx and 20 P N / Q
-// of states: it is bound by the FMA units.
+// (ssd_chunk_scan_bwd_*_mma_cuda.cu), and here what these leave. Roofline: a step of a head costs 2 * (5 P N
+// + 3 Q P / 2) FLOPs, Q = kSsdChunk, at P 64, N 128 94 kFLOP, against 20 P bytes of x, dout and dx and 16 P N
+// / Q of states: it is bound by the FMA units.
 #include "scan/ssd_chunk_fma_cuda.h"
 
 namespace tilewright::scan {

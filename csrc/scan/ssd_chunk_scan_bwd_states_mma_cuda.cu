@@ -2,16 +2,15 @@
 // ssd_chunk_scan_bwd_cuda.cu the first and, with ssd_chunk_scan_bwd_heads_mma_cuda.cu, the main one, cut in
 // two.
 //
-//   chunk_gradients, run_gradients  as there
-//   sums                            a block per chunk, share of a group's heads and 64 states: what goes
-//   through
-//                                   states into dB and dC, whose sums over heads stay in registers
+//   chunk_gradients, run_gradients   as there
+//   sums   a block per chunk, share of a group's heads and 64 states: what goes through states into dB and
+//          dC, whose sums over heads stay in registers
 //
 // Roofline, with the states computed again: a step of a head costs 2 (15 P N + 2 Q P) FLOPs in bf16 (x and
 // dout of bf16, no gate), at P 64, N 128 262 kFLOP, 0.44 ns at the 60% of sm_90's 989 TFLOP/s that mma.sync
-// reaches. Its bytes, 6 P of x, dout and dx and five times 4 P N / Q of states (nine, if they go from kernel
-// to kernel), are 2.9 KB, 0.61 ns of 4.8 TB/s, and up to 1 KB of partial sums where chunks are few: it is
-// bound by the memory of states.
+// reaches. Its bytes, 14 P of x and dout (three times each) and dx and five times 4 P N / Q of states (nine,
+// if they go from kernel to kernel), are 3.5 KB, 0.72 ns of 4.8 TB/s, and up to 1 KB of partial sums where
+// chunks are few: it is bound by the memory of states.
 #include "scan/ssd_chunk_bwd_mma_cuda.h"
 
 namespace tilewright::scan {

@@ -7,7 +7,7 @@
 //
 // Products run on the FMA units in fp32; those of 16-bit dtypes on tensor cores
 // (ssd_chunk_scan_fwd_mma_cuda.cu), and here what these leave. Roofline: a step of a head costs 2 * (2 P N +
-// Q N + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 57 kFLOP, against 8 P bytes of x and out and 8 P N / Q of
+// Q N + Q P) FLOPs, Q = kSsdChunk, at P 64, N 128 57 kFLOP, against 12 P bytes of x and out and 8 P N / Q of
 // states: it is bound by the FMA units.
 #include "core/tune.h"
 #include "scan/ssd_chunk_fma_cuda.h"
@@ -191,7 +191,9 @@ __global__ void __launch_bounds__(kThreads, 2) outputs_kernel(const __grid_const
 
 bool ssd_enough_runs(const SsdChunkScanParams& p, int device) {
   constexpr int64_t kEach = TW_TUNED(SSD_CHUNK_SCAN_RUNS, 2);
-  return runs_of(p) >= kEach * device::multiprocessor_count(device);
+  // Of packed sequences one may be nearly all.
+  const int64_t runs = p.cu_seqlens == nullptr ? runs_of(p) : p.heads * state_tiles(p);
+  return runs >= kEach * device::multiprocessor_count(device);
 }
 
 int64_t ssd_lay_out(SsdForward& f) {

@@ -4,9 +4,9 @@
 //   outputs   C B', C S with S in two pieces, and the triangle times x, which stays in registers for that
 //
 // Roofline: a step of a head costs 2 (5 P N + Q N / 2 + Q P) FLOPs in bf16, Q = kSsdChunk: at P 64, N 128 98
-// kFLOP, 0.17 ns at the 60% of sm_90's 989 TFLOP/s that mma.sync reaches. Its bytes, 4 P of x and out and
-// twice 4 P N / Q of states (four times, if they go from kernel to kernel), are 1.3 KB, 0.27 ns of 4.8 TB/s:
-// it is bound by the memory that states take.
+// kFLOP, 0.17 ns at the 60% of sm_90's 989 TFLOP/s that mma.sync reaches. Its bytes, 6 P of x (twice) and out
+// and twice 4 P N / Q of states (four times, if they go from kernel to kernel), are 1.4 KB, 0.29 ns of 4.8
+// TB/s: it is bound by the memory that states take.
 #include "scan/ssd_chunk_mma_cuda.h"
 
 namespace tilewright::scan {

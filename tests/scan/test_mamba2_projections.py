@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from reference import mamba2 as reference
 from tilewright import _C
 from tilewright.scan import dense
 from tilewright.scan.mamba2 import GatedNorm, Linear, mamba2_inner
+from tilewright.testing import emulated
 
 HEADS, GROUPS, HEAD_DIM, STATES, FEATURES = 4, 2, 6, 5, 7
 DIM = HEADS * HEAD_DIM
@@ -398,3 +400,19 @@ def test_too_small_a_workspace_is_refused() -> None:
         _C.mamba2_inner_fwd(forward_tensors(), lambda count: allocate(3), *OPTIONS)
     with pytest.raises(ValueError, match="workspace must be contiguous"):
         _C.mamba2_inner_fwd(forward_tensors(), lambda count: allocate(1).expand(count), *OPTIONS)
+
+
+def test_a_gpus_backward_pass_made_again_on_a_cpu() -> None:
+    """A GPU keeps no states before chunks, a CPU does; calls that TILEWRIGHT_DEBUG kept run on either."""
+
+    def grads(forward_emulated: bool, backward_emulated: bool) -> tuple[Tensor, ...]:
+        t = {name: value.requires_grad_() for name, value in make(torch.float32).items()}
+        with emulated() if forward_emulated else nullcontext():
+            y, states = run(t, True, True, True)
+        with emulated() if backward_emulated else nullcontext():
+            return torch.autograd.grad(y.square().sum() + states.sum(), list(t.values()))
+
+    expected = grads(False, False)
+    for ways in ((True, False), (False, True)):
+        for one, other in zip(grads(*ways), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -305,8 +305,9 @@ def test_wrong_positions_on_a_device_stay_within_the_tensors(
     """While a graph is captured nobody looks at them beforehand; they may give wrong numbers only."""
     monkeypatch.setattr("tilewright.scan.ops.ssd.check_boundaries", lambda *arguments: None)
     inputs = in_dtype(make(1, 100, 2, 3, 1, 4, sequences=4), dtype)
-    for positions in ([-5, 90, 3, 1000, 7], [99, 98, 97, 96, 95], [2**62, -(2**62), 0, 100, 2**40]):
-        with emulated():
+    positions_given = ([-5, 90, 3, 1000, 7], [99, 98, 97, 96, 95], [2**62, -(2**62), 0, 100, 2**40])
+    for positions, multiprocessors in product(positions_given, (FEW, MANY)):
+        with emulated(multiprocessors=multiprocessors):
             found = results(ours, inputs, output_grads(inputs), cu_seqlens=torch.tensor(positions))
         assert found["out"].shape == (1, 100, 2, 3)
 
@@ -514,6 +515,22 @@ def test_what_is_kept_for_backward(backend) -> None:
     kept = [t for t in out.grad_fn.saved_tensors if t is not None]
     ours_alone = {t.data_ptr() for t in kept if t.numel()} - {t.data_ptr() for t in inputs.values()}
     assert len(ours_alone) == (2 if backend.is_cpu else 1)  # y, which the gate needs, and the states
+
+
+def test_a_gpus_backward_pass_made_again_on_a_cpu() -> None:
+    """As replay.py does with a call that TILEWRIGHT_DEBUG kept; the other way round too."""
+    inputs = in_dtype(make(1, 70, 2, 5, 2, 6), torch.float32)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    grads = tuple(g.float() for g in output_grads(inputs))
+    with emulated():
+        on_gpu = ours(**leaves)
+    on_cpu = ours(**leaves)
+    expected = torch.autograd.grad(ours(**leaves), list(leaves.values()), grads)
+    with emulated():
+        there = torch.autograd.grad(on_cpu, list(leaves.values()), grads)
+    for found in (torch.autograd.grad(on_gpu, list(leaves.values()), grads), there):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_an_expanded_gradient(backend) -> None:

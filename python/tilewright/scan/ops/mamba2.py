@@ -162,6 +162,10 @@ def _backward(dout: Tensor, dfinal_states: Tensor | None, *arguments: Any) -> li
     if dout.shape[0] == 0 or dout.shape[1] == 0:
         found = _without_tokens(block, dfinal_states)
     else:
+        if kept["chunk_states"].shape[0] < kept_chunks(dout, None):  # a GPU's call, made again on a CPU
+            eps = 0.0  # whatever: it is the states that are wanted
+            again = _forward(*arguments[:_INPUT_COUNT], eps, False, False)
+            kept["chunk_states"] = again[2 + _KEPT.index("chunk_states")]
         found = _with_tokens(block, kept, need, dout, dfinal_states)
     nothing = dout.new_empty(0)
     return [

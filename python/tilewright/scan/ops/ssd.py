@@ -115,6 +115,8 @@ def _backward(
     gradients = _empty_gradients(*inputs[:_DIFFERENTIABLE])
     if not sequence_count(x.shape[0], cu_seqlens):
         return [gradient.zero_() for gradient in gradients]
+    if chunk_states.shape[0] < kept_chunks(x, cu_seqlens):  # a GPU's call, made again on a CPU
+        chunk_states = _forward(*inputs, dt_softplus, dt_min, dt_max, False, False)[2]
     tensors: dict[str, Tensor | None] = dict(zip(_NAMES, inputs, strict=True))
     for name, source, gradient in zip(_NAMES, inputs, gradients, strict=False):
         tensors["d" + name] = None if source is None else gradient
