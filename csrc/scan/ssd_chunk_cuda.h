@@ -2,6 +2,8 @@
 // (ssd_chunk_fma_cuda.h): elements of tensors, the steps of one head, launches over chunks.
 #pragma once
 
+#include <iterator>
+
 #include "core/integers.h"
 #include "device/half.h"
 #include "device/launch.h"
@@ -97,7 +99,7 @@ __device__ __forceinline__ int64_t state_offset(const SsdChunkScanParams& p, int
   return (chunk * p.heads + head) * p.states * p.head_dim;
 }
 
-__device__ __forceinline__ int tiles(int extent) { return int(divide_up(extent, kTile)); }
+__host__ __device__ __forceinline__ int tiles(int extent) { return int(divide_up(extent, kTile)); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + device::exp(-x)); }
 
 // ---- the steps of one head in a chunk; cum restarts with every piece ----
@@ -196,6 +198,18 @@ __device__ __forceinline__ bool runs_through(const SsdChunk& chunk, const Pieces
   return pieces.head_end == chunk.length;
 }
 
+// Pieces and steps of a head's chunk, for the whole block.
+template <class Smem>
+__device__ __forceinline__ void prepare(const SsdChunkScanParams& p, const SsdChunk& chunk, int64_t head,
+                                        Smem& smem) {
+  if (device::warp_id() == 0) {
+    find_pieces(p, chunk, smem.pieces);
+    device::sync_warp();
+    prepare_steps(p, chunk, head, smem.pieces, smem.steps);
+  }
+  device::sync_block();
+}
+
 // Of the state, over the chunk.
 __device__ __forceinline__ float decay_over(const SsdChunk& chunk, const Pieces& pieces, const Steps& steps) {
   return runs_through(chunk, pieces) ? steps.from_start[chunk.length - 1] : kSsdDropped;
@@ -255,9 +269,77 @@ __device__ __forceinline__ Run run_of_block(const SsdChunkScanParams& p, int64_t
           int(block % tiles_each)};
 }
 
-// The state after a chunk, or back through it the gradient of the one before.
+// ---- states from chunk to chunk ----
+
+// A state's way through the chunks of a sequence, or its gradient's way back: where it comes from and where
+// it goes in the end (of users; null: zeros, not wanted), what is kept before each chunk it comes to, and
+// decays.
+struct Passage {
+  const float* from;
+  float *to, *kept, *decay;
+  bool back;
+};
+
+__device__ __forceinline__ Passage passage_of(const SsdForward& f) {
+  const SsdChunkScanParams& p = f.p;
+  return {static_cast<const float*>(p.initial_state), static_cast<float*>(p.final_state),
+          static_cast<float*>(p.chunk_states), f.decay, false};
+}
+
+__device__ __forceinline__ Passage passage_of(const SsdBackward& params) {
+  const SsdChunkScanParams& p = params.p;
+  return {static_cast<const float*>(p.dfinal_state), static_cast<float*>(p.dinitial_state), params.G,
+          params.decay, true};
+}
+
 __device__ __forceinline__ float pass_on(float decay, float state, float added) {
   return decay < 0.0f ? added : device::fma_rn(decay, state, added);
+}
+
+// The next ones work on a thread's share of a tile, which the products' header knows: each_element(p, at,
+// sums, body(n, d, value)) and store_tile(p, state, at, smem, sums).
+
+// What a chunk adds, by add(place, at, sums), written for another kernel to pass it on.
+template <class Sums, class Smem, class Add>
+__device__ __forceinline__ void write_added(const SsdChunkScanParams& p, const Passage& way, Smem& smem,
+                                            const Place& place, const Add& add) {
+  if (place.chunk.length == 0) return;
+  const TilePlace at = tile_place(p, place.tile);
+  Sums added;
+  add(place, at, added);
+  store_tile(p, way.kept + state_offset(p, place.number, place.head), at, smem, added);
+  if (place.tile == 0 && threadIdx.x == 0) {
+    way.decay[place.number * p.heads + place.head] = decay_over(place.chunk, smem.pieces, smem.steps);
+  }
+}
+
+// A tile all the way through a sequence.
+template <class Sums, class Smem, class Add>
+__device__ __forceinline__ void take_through(const SsdChunkScanParams& p, const Passage& way, Smem& smem,
+                                             const Run& run, const Add& add) {
+  const TilePlace at = tile_place(p, run.tile);
+  Sums state;
+  each_element(p, at, state, [&](int n, int d, float& value) {
+    value = way.from == nullptr || n >= p.states || d >= p.head_dim ? 0.0f : way.from[run.outside(p, n, d)];
+  });
+  for (int64_t index = 0; index < run.chunks; ++index) {
+    const Place place = run.place(p, way.back ? run.chunks - 1 - index : index);
+    store_tile(p, way.kept + state_offset(p, place.number, place.head), at, smem, state);
+    Sums added;
+    device::sync_block();
+    add(place, at, added);
+    const float decay = decay_over(place.chunk, smem.pieces, smem.steps);
+#pragma unroll
+    for (int i = 0; i < int(std::size(state)); ++i) {
+#pragma unroll
+      for (int j = 0; j < int(std::size(state[0])); ++j)
+        state[i][j] = pass_on(decay, state[i][j], added[i][j]);
+    }
+  }
+  if (way.to == nullptr) return;
+  each_element(p, at, state, [&](int n, int d, float& value) {
+    if (n < p.states && d < p.head_dim) way.to[run.outside(p, n, d)] = value;
+  });
 }
 
 // Of the backward pass: one chunk, a share of the heads of a group.
@@ -283,11 +365,12 @@ __host__ __device__ __forceinline__ int64_t tasks_of(const SsdChunkScanParams& p
 __host__ __device__ __forceinline__ int64_t blocks_of_heads(const SsdBackward& params) {
   return ssd_chunk_count(params.p) * params.p.groups * params.blocks;
 }
-inline int64_t count_tiles(int64_t extent) { return divide_up(extent, kTile); }
-inline int64_t state_tiles(const SsdChunkScanParams& p) {
-  return count_tiles(p.head_dim) * count_tiles(p.states);
+__host__ __device__ __forceinline__ int state_tiles(const SsdChunkScanParams& p) {
+  return tiles(p.head_dim) * tiles(p.states);
 }
-inline int64_t runs_of(const SsdChunkScanParams& p) { return p.sequences * p.heads * state_tiles(p); }
+__host__ __device__ __forceinline__ int64_t runs_of(const SsdChunkScanParams& p) {
+  return p.sequences * p.heads * state_tiles(p);
+}
 
 // Pieces of the workspace, one behind the other; without one, only how long it has to be.
 struct Workspace {

@@ -139,33 +139,18 @@ struct StateTile {
 
 // ---- states between chunks ----
 
-// body(r, c, n, d) of the elements that exist.
-template <class Body>
-__device__ __forceinline__ void each_element(const SsdChunkScanParams& p, const TilePlace& at,
+template <class Sums, class Body>
+__device__ __forceinline__ void each_element(const SsdChunkScanParams&, const TilePlace& at, Sums& own,
                                              const Body& body) {
-  each_own([&](int r, int c) {
-    const int n = at.n0 + own_row() + r, d = at.d0 + own_column() + c;
-    if (n < p.states && d < p.head_dim) body(r, c, n, d);
-  });
+  each_own([&](int r, int c) { body(at.n0 + own_row() + r, at.d0 + own_column() + c, own[r][c]); });
 }
 
+template <class Smem>
 __device__ __forceinline__ void store_tile(const SsdChunkScanParams& p, float* state, const TilePlace& at,
-                                           const Own& own) {
-  each_element(p, at, [&](int r, int c, int n, int d) { state[int64_t{n} * p.head_dim + d] = own[r][c]; });
-}
-
-// States from users and to them; null: zeros, not wanted.
-__device__ __forceinline__ void load_outside(const SsdChunkScanParams& p, const Run& run, const TilePlace& at,
-                                             const float* states, Own& own) {
-  clear(own);
-  if (states == nullptr) return;
-  each_element(p, at, [&](int r, int c, int n, int d) { own[r][c] = states[run.outside(p, n, d)]; });
-}
-
-__device__ __forceinline__ void store_outside(const SsdChunkScanParams& p, const Run& run,
-                                              const TilePlace& at, float* states, const Own& own) {
-  if (states == nullptr) return;
-  each_element(p, at, [&](int r, int c, int n, int d) { states[run.outside(p, n, d)] = own[r][c]; });
+                                           Smem&, const Own& own) {
+  each_element(p, at, own, [&](int n, int d, float value) {
+    if (n < p.states && d < p.head_dim) state[int64_t{n} * p.head_dim + d] = value;
+  });
 }
 
 // An element of a state, for the thread that takes it through all chunks of its sequence.
@@ -208,6 +193,17 @@ __device__ __forceinline__ float pass_through(float state, float* kept, int64_t 
     }
   }
   return state;
+}
+
+// The same for a whole kernel of elements.
+__device__ __forceinline__ void pass_element(const SsdChunkScanParams& p, const Passage& way) {
+  const Passed at = passed_element(p, int64_t{blockIdx.x} * kThreads + threadIdx.x);
+  if (!at.exists) return;
+  const int64_t first = way.back ? at.chunks - 1 : 0, turn = way.back ? -1 : 1;
+  float state = way.from == nullptr ? 0.0f : way.from[at.outside];
+  state = pass_through(state, way.kept + at.first + first * at.stride, turn * at.stride,
+                       way.decay + at.decay + first * p.heads, turn * p.heads, at.chunks);
+  if (way.to != nullptr) way.to[at.outside] = state;
 }
 
 // Column `tile` of the chunk's B or C, transposed: at[state][step].

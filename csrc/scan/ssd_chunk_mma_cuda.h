@@ -371,39 +371,19 @@ __device__ __forceinline__ void each_chunk(Stage& stage, const Results& c, const
   }
 }
 
-// States from users and to them, (head_dim, states); null: zeros, not wanted.
-__device__ __forceinline__ void load_outside(const SsdChunkScanParams& p, const Run& run, const TilePlace& at,
-                                             const float* states, Results& c) {
-  clear(c);
-  if (states == nullptr) return;
-  each_result(c, [&](int row, int column, float& value) {
-    const int n = at.n0 + row, d = at.d0 + column;
-    if (n < p.states && d < p.head_dim) value = states[run.outside(p, n, d)];
-  });
+template <class Body>
+__device__ __forceinline__ void each_element(const SsdChunkScanParams&, const TilePlace& at, Results& c,
+                                             const Body& body) {
+  each_result(c, [&](int row, int column, float& value) { body(at.n0 + row, at.d0 + column, value); });
 }
 
-__device__ __forceinline__ void store_outside(const SsdChunkScanParams& p, const Run& run,
-                                              const TilePlace& at, float* states, Results& c) {
-  if (states == nullptr) return;
-  each_result(c, [&](int row, int column, float& value) {
-    const int n = at.n0 + row, d = at.d0 + column;
-    if (n < p.states && d < p.head_dim) states[run.outside(p, n, d)] = value;
+template <class Smem>
+__device__ __forceinline__ void store_tile(const SsdChunkScanParams& p, float* state, const TilePlace& at,
+                                           Smem& smem, const Results& c) {
+  const FloatChunks to{state, p.head_dim, p.states, p.head_dim};
+  each_chunk(smem.stage, c, [&](int n, int d, const Vector<float, kChunk>& values) {
+    to.store(at.n0 + n, at.d0 + d, values);
   });
-}
-
-__device__ __forceinline__ void store_tile(const FloatChunks& state, const TilePlace& at, Stage& stage,
-                                           const Results& c) {
-  each_chunk(stage, c, [&](int n, int d, const Vector<float, kChunk>& values) {
-    state.store(at.n0 + n, at.d0 + d, values);
-  });
-}
-
-__device__ __forceinline__ void pass_on(float decay, Results& state, const Results& added) {
-#pragma unroll
-  for (int n = 0; n < kChunks; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) state[n][i] = pass_on(decay, state[n][i], added[n][i]);
-  }
 }
 
 // Says whether this block's work has to be done again; the barrier at its end.

@@ -64,12 +64,7 @@ template <class T>
 __device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, Smem& smem, const Place& place,
                                           const TilePlace& at, Own& added) {
   const SsdChunk& chunk = place.chunk;
-  if (device::warp_id() == 0) {
-    find_pieces(p, chunk, smem.pieces);
-    device::sync_warp();
-    prepare_steps(p, chunk, place.head, smem.pieces, smem.steps);
-  }
-  device::sync_block();
+  prepare(p, chunk, place.head, smem);
   RowsOf<T> C(p.C, chunk, place.group, p.states);
   const GradientRows<T> g(p, chunk, place.head);
   C.to = smem.pieces.head_end;
@@ -87,30 +82,17 @@ __global__ void __launch_bounds__(kThreads, 4)
     chunk_gradients_kernel(const __grid_constant__ SsdBackward params) {
   const SsdChunkScanParams& p = params.p;
   Smem& smem = device::shared_memory<Smem>();
-  const int each = tiles(p.head_dim) * tiles(p.states);
-  each_block(params.odd_states, tasks_of(p) * each, [&](int64_t block) {
-    const Place place = place_of_block(p, block, each);
-    if (place.chunk.length == 0) return;
-    const TilePlace at = tile_place(p, place.tile);
-    Own added;
-    add_chunk<T>(p, smem, place, at, added);
-    store_tile(p, params.G + state_offset(p, place.number, place.head), at, added);
-    if (place.tile == 0 && threadIdx.x == 0) {
-      params.decay[place.number * p.heads + place.head] = decay_over(place.chunk, smem.pieces, smem.steps);
-    }
+  each_block(params.odd_states, tasks_of(p) * state_tiles(p), [&](int64_t block) {
+    write_added<Own>(p, passage_of(params), smem, place_of_block(p, block, state_tiles(p)),
+                     [&](const Place& place, const TilePlace& at, Own& added) {
+                       add_chunk<T>(p, smem, place, at, added);
+                     });
   });
 }
 
 __global__ void __launch_bounds__(kThreads)
     pass_gradients_kernel(const __grid_constant__ SsdBackward params) {
-  const SsdChunkScanParams& p = params.p;
-  const Passed at = passed_element(p, int64_t{blockIdx.x} * kThreads + threadIdx.x);
-  if (!at.exists) return;
-  const int64_t last = at.chunks - 1;
-  float gradient = p.dfinal_state == nullptr ? 0.0f : static_cast<const float*>(p.dfinal_state)[at.outside];
-  gradient = pass_through(gradient, params.G + at.first + last * at.stride, -at.stride,
-                          params.decay + at.decay + last * p.heads, -int64_t{p.heads}, at.chunks);
-  if (p.dinitial_state != nullptr) static_cast<float*>(p.dinitial_state)[at.outside] = gradient;
+  pass_element(params.p, passage_of(params));
 }
 
 template <class T>
@@ -118,22 +100,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     run_gradients_kernel(const __grid_constant__ SsdBackward params) {
   const SsdChunkScanParams& p = params.p;
   Smem& smem = device::shared_memory<Smem>();
-  const int each = tiles(p.head_dim) * tiles(p.states);
-  each_block(params.odd_states, p.sequences * p.heads * each, [&](int64_t block) {
-    const Run run = run_of_block(p, block, each);
-    const TilePlace at = tile_place(p, run.tile);
-    Own gradient;
-    load_outside(p, run, at, static_cast<const float*>(p.dfinal_state), gradient);
-    for (int64_t index = run.chunks - 1; index >= 0; --index) {
-      const Place place = run.place(p, index);
-      store_tile(p, params.G + state_offset(p, place.number, place.head), at, gradient);
-      Own added;
-      device::sync_block();
-      add_chunk<T>(p, smem, place, at, added);
-      const float decay = decay_over(place.chunk, smem.pieces, smem.steps);
-      each_own([&](int r, int c) { gradient[r][c] = pass_on(decay, gradient[r][c], added[r][c]); });
-    }
-    store_outside(p, run, at, static_cast<float*>(p.dinitial_state), gradient);
+  each_block(params.odd_states, runs_of(p), [&](int64_t block) {
+    take_through<Own>(p, passage_of(params), smem, run_of_block(p, block, state_tiles(p)),
+                      [&](const Place& place, const TilePlace& at, Own& added) {
+                        add_chunk<T>(p, smem, place, at, added);
+                      });
   });
 }
 
@@ -476,7 +447,7 @@ int64_t ssd_lay_out(SsdBackward& params) {
   workspace.take(params.dD, tasks * p.head_dim);
   for (float** piece : {&params.dB, &params.dC}) workspace.take(*piece, sums);
   if (tensor_cores) {
-    const int64_t down = count_tiles(p.states);
+    const int64_t down = tiles(p.states);
     for (float** piece : {&params.along_B, &params.along_C}) workspace.take(*piece, tasks * down * kTile);
     workspace.take(params.through, tasks * down);
     const int64_t runs = runs_of(p), chunks = tasks * state_tiles(p);

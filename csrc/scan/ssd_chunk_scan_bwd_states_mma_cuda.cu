@@ -35,12 +35,7 @@ __device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, Gradients
                                           const Place& place, const TilePlace& at, Results& added,
                                           uint32_t& odd) {
   const SsdChunk& chunk = place.chunk;
-  if (device::warp_id() == 0) {
-    find_pieces(p, chunk, smem.pieces);
-    device::sync_warp();
-    prepare_steps(p, chunk, place.head, smem.pieces, smem.steps);
-  }
-  device::sync_block();
+  prepare(p, chunk, place.head, smem);
   ChunksOf<T> C(p.C, chunk, place.group, p.states);
   GradientChunks<T, kPieces> g(p, chunk, place.head);
   C.to = g.dout.to = smem.pieces.head_end;
@@ -64,16 +59,11 @@ __global__ void __launch_bounds__(kThreads)
     chunk_gradients_kernel(const __grid_constant__ SsdBackward params) {
   const SsdChunkScanParams& p = params.p;
   auto& smem = device::shared_memory<GradientsSmem<T, kPieces>>();
-  const Place place = place_of_block(p, blockIdx.x, tiles(p.head_dim) * tiles(p.states));
-  if (place.chunk.length == 0) return report(params.odd_states, 0);
-  const TilePlace at = tile_place(p, place.tile);
-  Results added;
   uint32_t odd = 0;
-  add_chunk(p, smem, place, at, added, odd);
-  store_tile(state_chunks(p, params.G, place.number, place.head), at, smem.stage, added);
-  if (place.tile == 0 && threadIdx.x == 0) {
-    params.decay[place.number * p.heads + place.head] = decay_over(place.chunk, smem.pieces, smem.steps);
-  }
+  write_added<Results>(p, passage_of(params), smem, place_of_block(p, blockIdx.x, state_tiles(p)),
+                       [&](const Place& place, const TilePlace& at, Results& added) {
+                         add_chunk(p, smem, place, at, added, odd);
+                       });
   report(params.odd_states, odd);
 }
 
@@ -82,20 +72,11 @@ __global__ void __launch_bounds__(kThreads, kPieces == 1 ? 4 : 3)
     run_gradients_kernel(const __grid_constant__ SsdBackward params) {
   const SsdChunkScanParams& p = params.p;
   auto& smem = device::shared_memory<GradientsSmem<T, kPieces>>();
-  const Run run = run_of_block(p, blockIdx.x, tiles(p.head_dim) * tiles(p.states));
-  const TilePlace at = tile_place(p, run.tile);
-  Results gradient;
-  load_outside(p, run, at, static_cast<const float*>(p.dfinal_state), gradient);
   uint32_t odd = 0;
-  for (int64_t index = run.chunks - 1; index >= 0; --index) {
-    const Place place = run.place(p, index);
-    store_tile(state_chunks(p, params.G, place.number, place.head), at, smem.stage, gradient);
-    Results added;
-    device::sync_block();
-    add_chunk(p, smem, place, at, added, odd);
-    pass_on(decay_over(place.chunk, smem.pieces, smem.steps), gradient, added);
-  }
-  store_outside(p, run, at, static_cast<float*>(p.dinitial_state), gradient);
+  take_through<Results>(p, passage_of(params), smem, run_of_block(p, blockIdx.x, state_tiles(p)),
+                        [&](const Place& place, const TilePlace& at, Results& added) {
+                          add_chunk(p, smem, place, at, added, odd);
+                        });
   report(params.odd_states, odd);
 }
 
@@ -247,7 +228,7 @@ struct StateGradients {
 template <class T, int kPieces>
 struct Sums {
   static void over(const SsdBackward& params, Stream stream) {
-    launch_over(sums_kernel<T, kPieces>, blocks_of_heads(params) * count_tiles(params.p.states), kThreads,
+    launch_over(sums_kernel<T, kPieces>, blocks_of_heads(params) * tiles(params.p.states), kThreads,
                 sizeof(SumsSmem<T, kPieces>), stream, params);
   }
 };

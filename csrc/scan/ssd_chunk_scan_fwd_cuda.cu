@@ -26,12 +26,7 @@ template <class T>
 __device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, Smem& smem, const Place& place,
                                           const TilePlace& at, Own& added) {
   const SsdChunk& chunk = place.chunk;
-  if (device::warp_id() == 0) {
-    find_pieces(p, chunk, smem.pieces);
-    device::sync_warp();
-    prepare_steps(p, chunk, place.head, smem.pieces, smem.steps);
-  }
-  device::sync_block();
+  prepare(p, chunk, place.head, smem);
   RowsOf<T> B(p.B, chunk, place.group, p.states), x(p.x, chunk, place.head, p.head_dim);
   B.from = x.from = smem.pieces.tail;
   fill<false>(smem.left, [&](int j, int n) { return B(j, at.n0 + n); });
@@ -44,54 +39,30 @@ __device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, Smem& sme
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) chunk_states_kernel(const __grid_constant__ SsdForward f) {
+__global__ void __launch_bounds__(kThreads, 4) chunk_states_kernel(const __grid_constant__ SsdForward f) {
   const SsdChunkScanParams& p = f.p;
   Smem& smem = device::shared_memory<Smem>();
-  const int each = tiles(p.head_dim) * tiles(p.states);
-  each_block(f.odd_states, tasks_of(p) * each, [&](int64_t block) {
-    const Place place = place_of_block(p, block, each);
-    if (place.chunk.length == 0) return;
-    const TilePlace at = tile_place(p, place.tile);
-    Own added;
-    add_chunk<T>(p, smem, place, at, added);
-    store_tile(p, static_cast<float*>(p.chunk_states) + state_offset(p, place.number, place.head), at, added);
-    if (place.tile == 0 && threadIdx.x == 0) {
-      f.decay[place.number * p.heads + place.head] = decay_over(place.chunk, smem.pieces, smem.steps);
-    }
+  each_block(f.odd_states, tasks_of(p) * state_tiles(p), [&](int64_t block) {
+    write_added<Own>(p, passage_of(f), smem, place_of_block(p, block, state_tiles(p)),
+                     [&](const Place& place, const TilePlace& at, Own& added) {
+                       add_chunk<T>(p, smem, place, at, added);
+                     });
   });
 }
 
 __global__ void __launch_bounds__(kThreads) pass_states_kernel(const __grid_constant__ SsdForward f) {
-  const SsdChunkScanParams& p = f.p;
-  const Passed at = passed_element(p, int64_t{blockIdx.x} * kThreads + threadIdx.x);
-  if (!at.exists) return;
-  float state = p.initial_state == nullptr ? 0.0f : static_cast<const float*>(p.initial_state)[at.outside];
-  state = pass_through(state, static_cast<float*>(p.chunk_states) + at.first, at.stride, f.decay + at.decay,
-                       p.heads, at.chunks);
-  if (p.final_state != nullptr) static_cast<float*>(p.final_state)[at.outside] = state;
+  pass_element(f.p, passage_of(f));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) run_states_kernel(const __grid_constant__ SsdForward f) {
   const SsdChunkScanParams& p = f.p;
   Smem& smem = device::shared_memory<Smem>();
-  const int each = tiles(p.head_dim) * tiles(p.states);
-  each_block(f.odd_states, p.sequences * p.heads * each, [&](int64_t block) {
-    const Run run = run_of_block(p, block, each);
-    const TilePlace at = tile_place(p, run.tile);
-    Own state;
-    load_outside(p, run, at, static_cast<const float*>(p.initial_state), state);
-    for (int64_t index = 0; index < run.chunks; ++index) {
-      const Place place = run.place(p, index);
-      store_tile(p, static_cast<float*>(p.chunk_states) + state_offset(p, place.number, place.head), at,
-                 state);
-      Own added;
-      device::sync_block();
-      add_chunk<T>(p, smem, place, at, added);
-      const float decay = decay_over(place.chunk, smem.pieces, smem.steps);
-      each_own([&](int r, int c) { state[r][c] = pass_on(decay, state[r][c], added[r][c]); });
-    }
-    store_outside(p, run, at, static_cast<float*>(p.final_state), state);
+  each_block(f.odd_states, runs_of(p), [&](int64_t block) {
+    take_through<Own>(p, passage_of(f), smem, run_of_block(p, block, state_tiles(p)),
+                      [&](const Place& place, const TilePlace& at, Own& added) {
+                        add_chunk<T>(p, smem, place, at, added);
+                      });
   });
 }
 
@@ -161,12 +132,7 @@ template <class T>
 __device__ __forceinline__ void give_outputs(const SsdChunkScanParams& p, Smem& smem, const Place& place) {
   if (place.chunk.length == 0) return;
   const int d0 = place.tile * kTile;
-  if (device::warp_id() == 0) {
-    find_pieces(p, place.chunk, smem.pieces);
-    device::sync_warp();
-    prepare_steps(p, place.chunk, place.head, smem.pieces, smem.steps);
-  }
-  device::sync_block();
+  prepare(p, place.chunk, place.head, smem);
   decay_products<T>(p, smem, place);
   Own own;
   clear(own);
@@ -204,7 +170,7 @@ int64_t ssd_lay_out(SsdForward& f) {
   if (p.dtype != DType::kFloat32) {
     const int64_t runs = runs_of(p), chunks = tasks_of(p) * state_tiles(p);
     workspace.take(f.odd_states, chunks > runs ? chunks : runs);
-    workspace.take(f.odd_outputs, tasks_of(p) * count_tiles(p.head_dim));
+    workspace.take(f.odd_outputs, tasks_of(p) * tiles(p.head_dim));
   }
   return workspace.bytes;
 }
@@ -234,7 +200,7 @@ void ssd_chunk_scan_fwd_cuda(const SsdChunkScanParams& p, int device, Stream str
   const auto outputs =
       by_dtype<SsdForward>(p.dtype, outputs_kernel<float>, outputs_kernel<fp16>, outputs_kernel<bf16>);
   if (f.odd_outputs != nullptr) ssd_outputs_mma(f, stream);
-  launch_each(outputs, f.odd_outputs, tasks_of(p) * count_tiles(p.head_dim), sizeof(Smem), device, stream, f);
+  launch_each(outputs, f.odd_outputs, tasks_of(p) * tiles(p.head_dim), sizeof(Smem), device, stream, f);
 }
 
 }  // namespace tilewright::scan

@@ -30,12 +30,7 @@ __device__ __forceinline__ void add_chunk(const SsdChunkScanParams& p, StatesSme
                                           const Place& place, const TilePlace& at, Results& added,
                                           uint32_t& odd) {
   const SsdChunk& chunk = place.chunk;
-  if (device::warp_id() == 0) {
-    find_pieces(p, chunk, smem.pieces);
-    device::sync_warp();
-    prepare_steps(p, chunk, place.head, smem.pieces, smem.steps);
-  }
-  device::sync_block();
+  prepare(p, chunk, place.head, smem);
   ChunksOf<T> B(p.B, chunk, place.group, p.states), x(p.x, chunk, place.head, p.head_dim);
   B.from = x.from = smem.pieces.tail;
   fill(smem.weighted, odd, [&](int j, int n) {
@@ -57,37 +52,24 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) chunk_states_kernel(const __grid_constant__ SsdForward f) {
   const SsdChunkScanParams& p = f.p;
   auto& smem = device::shared_memory<StatesSmem<T>>();
-  const Place place = place_of_block(p, blockIdx.x, tiles(p.head_dim) * tiles(p.states));
-  if (place.chunk.length == 0) return report(f.odd_states, 0);
-  const TilePlace at = tile_place(p, place.tile);
-  Results added;
   uint32_t odd = 0;
-  add_chunk(p, smem, place, at, added, odd);
-  store_tile(state_chunks(p, p.chunk_states, place.number, place.head), at, smem.stage, added);
-  if (place.tile == 0 && threadIdx.x == 0) {
-    f.decay[place.number * p.heads + place.head] = decay_over(place.chunk, smem.pieces, smem.steps);
-  }
+  write_added<Results>(p, passage_of(f), smem, place_of_block(p, blockIdx.x, state_tiles(p)),
+                       [&](const Place& place, const TilePlace& at, Results& added) {
+                         add_chunk(p, smem, place, at, added, odd);
+                       });
   report(f.odd_states, odd);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) run_states_kernel(const __grid_constant__ SsdForward f) {
+__global__ void __launch_bounds__(kThreads, kPiecesOf<T> == 1 ? 4 : 3)
+    run_states_kernel(const __grid_constant__ SsdForward f) {
   const SsdChunkScanParams& p = f.p;
   auto& smem = device::shared_memory<StatesSmem<T>>();
-  const Run run = run_of_block(p, blockIdx.x, tiles(p.head_dim) * tiles(p.states));
-  const TilePlace at = tile_place(p, run.tile);
-  Results state;
-  load_outside(p, run, at, static_cast<const float*>(p.initial_state), state);
   uint32_t odd = 0;
-  for (int64_t index = 0; index < run.chunks; ++index) {
-    const Place place = run.place(p, index);
-    store_tile(state_chunks(p, p.chunk_states, place.number, place.head), at, smem.stage, state);
-    Results added;
-    device::sync_block();
-    add_chunk(p, smem, place, at, added, odd);
-    pass_on(decay_over(place.chunk, smem.pieces, smem.steps), state, added);
-  }
-  store_outside(p, run, at, static_cast<float*>(p.final_state), state);
+  take_through<Results>(p, passage_of(f), smem, run_of_block(p, blockIdx.x, state_tiles(p)),
+                        [&](const Place& place, const TilePlace& at, Results& added) {
+                          add_chunk(p, smem, place, at, added, odd);
+                        });
   report(f.odd_states, odd);
 }
 
@@ -168,12 +150,7 @@ __global__ void __launch_bounds__(kThreads, 4) outputs_kernel(const __grid_const
   const Place place = place_of_block(p, blockIdx.x, tiles(p.head_dim));
   if (place.chunk.length == 0) return report(f.odd_outputs, 0);
   const int d0 = place.tile * kTile;
-  if (device::warp_id() == 0) {
-    find_pieces(p, place.chunk, smem.pieces);
-    device::sync_warp();
-    prepare_steps(p, place.chunk, place.head, smem.pieces, smem.steps);
-  }
-  device::sync_block();
+  prepare(p, place.chunk, place.head, smem);
   Results products, out;
   uint32_t odd = 0;
   multiply_C(p, smem, place, d0, products, out, odd);
@@ -203,7 +180,7 @@ void ssd_states_mma(const SsdForward& f, Stream stream) {
 
 void ssd_outputs_mma(const SsdForward& f, Stream stream) {
   const bool half = f.p.dtype == DType::kFloat16;
-  launch_over(half ? outputs_kernel<fp16> : outputs_kernel<bf16>, tasks_of(f.p) * count_tiles(f.p.head_dim),
+  launch_over(half ? outputs_kernel<fp16> : outputs_kernel<bf16>, tasks_of(f.p) * tiles(f.p.head_dim),
               kThreads, half ? sizeof(OutputsSmem<fp16>) : sizeof(OutputsSmem<bf16>), stream, f);
 }
 
