@@ -374,7 +374,9 @@ def block_inputs(heads: int, head_dim: int, groups: int, states: int, extra: int
 
 def test_the_mixer_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a Mamba-2 block behind its in_proj, result and gradients, in float64."""
-    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    pytest.importorskip("transformers", minversion="5.23")  # whose norm is by groups, as mamba_ssm's
+    from transformers.models.mamba2 import modeling_mamba2 as modeling
+
     config = modeling.Mamba2Config(
         hidden_size=16, num_heads=4, head_dim=8, expand=2, state_size=8, n_groups=2, chunk_size=16,
         num_hidden_layers=1, vocab_size=8,

@@ -16,7 +16,7 @@ from tilewright.attention import BlockMask, BlockSparse, estimate, permuted_bloc
 from tilewright.attention.compose import from_elements
 from tilewright.swapping import graph
 
-pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("transformers", minversion="5.4")
 
 WINDOW = functools.partial(BlockSparse, BlockMask.sliding_window, window=10, sink=3, block_size=16)
 MEANS = functools.partial(BlockSparse, estimate.mean_pool_top_p, block_size=16, threshold=0.5)

@@ -19,7 +19,7 @@ import tilewright as tw
 from tilewright.attention import BlockMask, BlockSparse, permuted_block_sparse_attention
 from tilewright.attention.compose import from_elements
 
-pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("transformers", minversion="5.4")
 
 FULL = BlockSparse.full(block_size=16)
 WINDOW = functools.partial(BlockSparse, BlockMask.sliding_window, window=10, sink=3, block_size=16)
@@ -282,6 +282,16 @@ def test_masks_of_elements(kind: str) -> None:
     assert_rule(*found, logits(exact, ids, attention_mask=seen))
 
 
+def packed_causal(q_len: int, documents: Tensor) -> Any:
+    """The mask function of packed sequences, as this transformers makes it."""
+    from transformers import masking_utils as utils
+
+    if not hasattr(utils, "packed_sequence_compatibility_function"):
+        return utils.and_masks(utils.causal_mask_function, utils.packed_sequence_mask_function(documents))
+    positions = torch.arange(q_len).expand(2, -1)
+    return utils.packed_sequence_compatibility_function(utils.causal_mask_function, positions, documents)
+
+
 def mask_functions() -> dict[str, tuple[Any, bool]]:
     """Functions of transformers' kind that are no plain pattern, and whether they need vmap."""
     from transformers import masking_utils as utils
@@ -290,10 +300,14 @@ def mask_functions() -> dict[str, tuple[Any, bool]]:
     images[0, 10:20], images[1, 40:55] = 0, 3
     chunked = utils.chunked_causal_mask_function(24, torch.tensor([0, 5]))
     prefix = utils.or_masks(utils.causal_mask_function, lambda b, h, q, k: (q < 20) & (k < 20))
+    if hasattr(utils, "blockwise_overlay"):
+        seen_whole = utils.blockwise_overlay(images)
+    else:  # transformers before 5.5
+        seen_whole = lambda b, h, q, k: (images[b, q] >= 0) & (images[b, q] == images[b, k])  # noqa: E731
     return {
         "prefix": (prefix, True),
         "chunks": (chunked, False),
-        "images": (utils.or_masks(utils.causal_mask_function, utils.blockwise_overlay(images)), False),
+        "images": (utils.or_masks(utils.causal_mask_function, seen_whole), False),
         "near, both ways": (utils.sliding_window_bidirectional_mask_function(9), False),
         "window and chunks": (utils.and_masks(utils.sliding_window_causal_mask_function(30), chunked), False),
     }
@@ -343,9 +357,7 @@ def test_blocks_and_rows_are_the_elements(
     function = {
         "causal": utils.causal_mask_function,
         "window": utils.sliding_window_causal_mask_function(30),
-        "packed": utils.packed_sequence_compatibility_function(
-            utils.causal_mask_function, torch.arange(q_len).expand(2, -1), starts
-        ),
+        "packed": packed_causal(q_len, starts),
         "bidirectional": utils.bidirectional_mask_function,
     }[pattern]
     given = {

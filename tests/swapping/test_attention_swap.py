@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_attention import inputs_of, logits, tiny, tokens
+from tiny_models import is_before
 
 import tilewright as tw
 from tilewright import _C
 from tilewright.attention import BlockMask, BlockSparse
 from tilewright.swapping import attention as layers
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.4")
 
 FULL = BlockSparse.full(block_size=16)
 WINDOW = functools.partial(BlockSparse, BlockMask.sliding_window, window=10, block_size=16)
@@ -219,6 +220,8 @@ def test_an_error_while_verifying_undoes_the_swap() -> None:
     ids=["t5", "gpt-oss", "head dim"],
 )  # fmt: skip
 def test_left_alone(model: Any, why: str) -> None:
+    if "another sequence" in why and is_before("5.20"):
+        pytest.skip("T5's layers do not call attention by a name")
     report = tw.swap(model(), attention=FULL)
     assert not report.swapped
     assert {entry.why for entry in report.skipped} == {why}

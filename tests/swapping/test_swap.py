@@ -25,7 +25,7 @@ from tilewright.attention import BlockMask
 from tilewright.nn.mamba2 import RMSNormGated
 from tilewright.swapping import Skipped, Swapped, SwapReport
 
-pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("transformers", minversion="4.57")
 
 
 def mixers(model: nn.Module) -> list[nn.Module]:
@@ -186,6 +186,24 @@ def test_report_as_data(tmp_path: Path) -> None:
     assert report.to_dict()["skipped"] == [
         {"path": "backbone.layers.1.mixer", "layer": "MambaMixer", "why": "not included"}
     ]
+
+
+def test_releases_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    model, ids = tiny("mamba"), tokens()
+    monkeypatch.setattr(transformers, "__version__", "4.56.2")
+    why = "it is of transformers 4.56.2; its kind is swapped from 4.57 on"
+    assert {entry.why for entry in tw.swap(model).skipped} == {why}
+    monkeypatch.setattr(transformers, "__version__", "99.0.0.dev0")
+    report = tw.swap(model)
+    assert len(report.swapped) == 2
+    warning = "transformers 99.0.0.dev0 is newer than 5.23, the newest that tilewright was tested with"
+    assert warning in str(report)
+    assert warning in report.to_dict()["warnings"][0]
+    report.undo()
+    assert not tw.swap(model, verify=ids).warnings
+    assert not tw.swap(nn.Sequential(nn.Linear(4, 4))).warnings
 
 
 def test_one_layer_alone() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, MAMBA1, tiny, tokens, twins
+from tiny_models import CONFIGS, MAMBA1, is_before, run_on, tiny, tokens, twins
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.utils import parametrize
@@ -18,7 +20,7 @@ import tilewright as tw
 from ranks import run_ranks
 from tilewright.swapping import transformers
 
-pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("transformers", minversion="4.57")
 
 FAMILIES = list(CONFIGS)
 FEW = ["mamba", "falcon_mamba", "zamba", "mamba2"]
@@ -36,6 +38,16 @@ def assert_rule(ours: Tensor, stock: Tensor, exact: Tensor, name: str = "") -> N
     assert error <= 2 * allowed + slack, f"{name}: off by {error:.2e}, the stock model by {allowed:.2e}"
 
 
+def of_both_or_none(ours: nn.Module, stock: nn.Module, run: Callable[[nn.Module], Tensor]) -> Tensor:
+    """What `run` gives of our model. Where the stock model raises too the test is skipped."""
+    try:
+        return run(ours)
+    except RuntimeError as error:  # attention masks of the wrong size, in releases before 5.19
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            run(stock)
+        pytest.skip(f"the stock model raises: {error}")
+
+
 def left_padding(ids: Tensor) -> Tensor:
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -44,12 +56,10 @@ def left_padding(ids: Tensor) -> Tensor:
 
 def continued(model: nn.Module, parts: list[Tensor]) -> Tensor:
     """Logits of a sequence that comes in parts."""
-    found, done, cache = [], 0, {}
+    found, done, out = [], 0, None
     with torch.no_grad():
         for part in parts:
-            positions = torch.arange(done, done + part.shape[1]).expand(part.shape)
-            out = model(part, use_cache=True, position_ids=positions, **cache)
-            cache = {key: out[key] for key in ("cache_params", "past_key_values") if key in out}
+            out = run_on(model, part, done, out)
             found.append(out.logits)
             done += part.shape[1]
     return torch.cat(found, dim=1)
@@ -77,16 +87,29 @@ def test_logits_loss_and_gradients(family: str) -> None:
             assert_rule(a.grad, b.grad, c.grad, name)
 
 
+def behind_padding(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the tokens that are none, from a padded batch."""
+    return model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]  # type: ignore[no-any-return]
+
+
+def row_by_row(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """The same from each sequence alone, without padding."""
+    rows = zip(ids, mask.bool(), strict=True)
+    return torch.cat([model(row[kept][None], use_cache=False).logits[0] for row, kept in rows])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padding(family: str) -> None:
     exact, stock, ours = twins(family)
     tw.swap(ours)
     ids = tokens()
     mask = left_padding(ids)
-    found = [logits(model, ids, attention_mask=mask)[mask.bool()] for model in (ours, stock, exact)]
+    if behind_padding(stock, ids, mask).isnan().any():
+        pytest.skip("the stock model gives NaN")  # Zamba's attention before transformers 5.15
+    found = behind_padding(ours, ids, mask), row_by_row(stock, ids, mask), row_by_row(exact, ids, mask)
     assert_rule(*found)
-    for model in (ours, stock, exact):  # the way of a training step with padding
-        model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()].square().sum().backward()
+    for logits in found:
+        logits.square().sum().backward()
     for (name, a), b, c in zip(ours.named_parameters(), stock.parameters(), exact.parameters(), strict=True):
         if c.grad is not None:
             assert_rule(a.grad, b.grad, c.grad, name)
@@ -98,7 +121,12 @@ def test_greedy_generation(family: str) -> None:
     tw.swap(ours)
     ids = tokens()
     options = {"attention_mask": left_padding(ids), "max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(ours.generate(ids, **options), stock.generate(ids, **options))
+    found = of_both_or_none(ours, stock, lambda model: model.generate(ids, **options))
+    try:
+        expected = stock.generate(ids, **options)
+    except RuntimeError as error:  # FalconH1 before 5.21
+        pytest.skip(f"the stock model alone raises: {error}")
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,8 +136,11 @@ def test_in_parts_as_in_one(family: str, cuts: list[int]) -> None:
     exact, stock, ours = twins(family)
     tw.swap(ours)
     ids = tokens()
-    whole = [logits(model, ids) for model in (stock, exact)]
-    assert_rule(continued(ours, list(ids.split(cuts, dim=1))), *whole)
+    parts = list(ids.split(cuts, dim=1))
+    if family == "granitemoehybrid" and max(cuts[1:]) > 1 and is_before("5.0"):
+        pytest.skip("the model's attention is wrong in a second chunk")
+    found = of_both_or_none(ours, stock, lambda model: continued(model, parts))
+    assert_rule(found, *(logits(model, ids) for model in (stock, exact)))
 
 
 @pytest.mark.parametrize("family", ["mamba", "zamba", "mamba2"])
@@ -117,9 +148,7 @@ def test_steps_with_gradients_go_the_long_way(family: str) -> None:
     model = tiny(family)
     tw.swap(model)
     ids = tokens()
-    cached = model(ids[:, :8], use_cache=True)
-    cache = {key: cached[key] for key in ("cache_params", "past_key_values") if key in cached}
-    out = model(ids[:, 8:], use_cache=True, **cache).logits
+    out = run_on(model, ids[:, 8:], 8, run_on(model, ids[:, :8], 0)).logits
     torch.testing.assert_close(out, logits(model, ids)[:, 8:], rtol=1e-4, atol=1e-5)
     out.sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -142,7 +171,7 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", [*FEW, "jamba", "falcon_h1_norm"])
 def test_autocast(family: str) -> None:
-    exact, _, ours = twins(family)
+    exact, stock, ours = twins(family)
     tw.swap(ours)
     ids = tokens()
     truth = logits(exact, ids)
@@ -154,7 +183,9 @@ def test_autocast(family: str) -> None:
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters() if p.grad is not None)
     ours.eval()
     with torch.autocast("cpu", torch.bfloat16):
-        parts = continued(ours, list(ids.split([5, 1, 3], dim=1)))
+        parts = of_both_or_none(
+            ours, stock, lambda model: continued(model, list(ids.split([5, 1, 3], dim=1)))
+        )
     assert (parts - truth).abs().max() < 0.1 * truth.abs().max()
 
 
@@ -164,10 +195,9 @@ def test_decoding_under_autocast_from_a_wider_cache(family: str) -> None:
     expected = logits(model, ids)[:, 8:]
     tw.swap(model)
     with torch.no_grad():
-        cached = model(ids[:, :8], use_cache=True)
-        cache = {key: cached[key] for key in ("cache_params", "past_key_values") if key in cached}
+        before = run_on(model, ids[:, :8], 0)
         with torch.autocast("cpu", torch.bfloat16):
-            out = model(ids[:, 8:], use_cache=True, **cache).logits
+            out = run_on(model, ids[:, 8:], 8, before).logits
     assert (out - expected).abs().max() < 0.1 * expected.abs().max()
 
 
@@ -219,8 +249,8 @@ def test_masks_that_cover_the_past_too() -> None:
     ids = tokens()
     mask = left_padding(ids)
     with torch.no_grad():
-        cache = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True).cache_params
-        found = model(ids[:, 5:], attention_mask=mask, cache_params=cache).logits
+        before = run_on(model, ids[:, :5], 0, attention_mask=mask[:, :5])
+        found = run_on(model, ids[:, 5:], 5, before, attention_mask=mask).logits
     torch.testing.assert_close(found, logits(model, ids, attention_mask=mask)[:, 5:], rtol=1e-4, atol=1e-5)
 
 
@@ -423,9 +453,25 @@ def test_accelerate_hooks_keep_working() -> None:
     hooks.add_hook_to_module(mixer, hooks.ModelHook())
     assert not tw.swap(model).skipped
     torch.testing.assert_close(logits(model, ids), before)
-    assert "_mamba_forward" in mixer._old_forward.__func__.__wrapped__.__name__
+    assert "_mamba_forward" in mixer._old_forward.__func__.__name__
     tw.unswap(model)
     assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_offloaded_weights_are_fetched(family: str) -> None:
+    """accelerate keeps weights elsewhere between calls of their modules; ours are read without a call."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny(family), tokens()
+    before = logits(model, ids)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert not tw.swap(model).skipped
+    for _ in range(2):
+        torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-5)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    torch.testing.assert_close(
+        continued(model, list(ids.split([5, 1, 3], dim=1))), before, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])

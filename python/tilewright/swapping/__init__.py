@@ -7,6 +7,8 @@ linear.py        linear layers whose weights have zeros
 attention.py     the attention layers of Hugging Face transformers
 model_mask.py    what such a model lets its attention see
 transformers.py  its Mamba layers
+states.py        what these keep between calls
+releases.py      which releases of transformers all this is for
 mamba_ssm.py     the layers of mamba_ssm
 """
 
@@ -32,6 +34,7 @@ from ..prune.compressing import observe, reason_of
 from . import attention as attention_layers
 from . import linear as linear_layers
 from .instances import Methods, exchange, is_swapped, replaced_forward, restore
+from .releases import newer
 from .report import Measured, Skipped, Swapped, SwapReport
 from .verify import compare, outputs_of, tolerance_of
 
@@ -72,10 +75,10 @@ def swap(
     Args:
         model: any module; the layers to swap are searched in it and its children.
         attention: a `tilewright.attention.BlockSparse`: the mask that the attention layers of a model of
-            transformers 5 get, besides the model's own. None: attention stays as it is.
-        scan: swap Mamba layers: those of transformers (mamba, falcon_mamba, mamba2, jamba, bamba, zamba,
-            zamba2, falcon_h1, granitemoehybrid, nemotron_h), with the RMS norms of their models, and of
-            mamba_ssm (Mamba, Mamba2).
+            transformers (5.4 or newer) get, besides the model's own. None: attention stays as it is.
+        scan: swap Mamba layers: those of transformers 4.57 or newer (mamba, falcon_mamba, mamba2, jamba,
+            bamba, zamba, zamba2, falcon_h1, granitemoehybrid, nemotron_h), with the RMS norms of their
+            models, and of mamba_ssm (Mamba, Mamba2).
         linear: swap linear layers (`torch.nn.Linear`, `Conv1D` of transformers) whose weights have zeros that
             a kernel can skip, where that is faster by measurements here: at 1 and 512 tokens and, with
             `verify`, at those that the layers see on it. These forms serve inference; wherever a gradient is
@@ -104,6 +107,8 @@ def swap(
     changes = _plan(model, scan, chosen, report)
     norms = _plan_norms(model, chosen, report) if changes else []
     attending = [] if attention is None else _plan_attention(model, attention, chosen, report)
+    if verify is None and any(map(_is_of_transformers, [*(change.module for change in changes), *attending])):
+        report.warnings.extend(newer())
     if linear:
         mixers = {
             module for module in model.modules() if isinstance(module, (Mamba, Mamba2)) or is_swapped(module)
@@ -232,6 +237,10 @@ def _plan_norms(model: nn.Module, chosen: Chooser, report: SwapReport) -> list[_
             report.norms.append(path)
             changes.append(_Change(module, _norm_methods()))
     return changes
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    return any(base.__module__.startswith("transformers.") for base in type(module).__mro__)
 
 
 def _is_norm(cls: type) -> bool:

@@ -1,4 +1,4 @@
-"""The attention layers of Hugging Face transformers 5.
+"""The attention layers of Hugging Face transformers.
 
 transformers calls attention by a name in the model's config, and makes the mask by the same name. A swapped
 model gets configs of its own that say "tilewright", so that a model made of the same config is untouched; its
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..attention import BlockSparse, block_sparse_attention
 from ..attention.compose import from_elements, rows
 from . import graph
+from .releases import ATTENTION_SINCE, older
 
 NAME = "tilewright"
 OP = "block_sparse_attention"
@@ -86,6 +87,9 @@ def is_swapped(module: nn.Module) -> bool:
 def obstacle(module: Any, owner: Any, spec: BlockSparse) -> str | None:
     """What about this layer, or the model it is of, block-sparse attention does not cover."""
     config = _config(module)
+    old = older(ATTENTION_SINCE)
+    if old is not None:
+        return old
     if is_swapped(module):
         return "swapped already"
     if _may_cross(module):
@@ -398,7 +402,7 @@ def _without_mask(module: Any, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> 
     if window is not None and window < kv_len:
         raise NotImplementedError(
             f"sliding_window={window} came without a mask that says so, and {kv_len} keys: "
-            "make the model's masks by its config, as transformers 5 does"
+            "make the model's masks by its config, as transformers does"
         )
     return plain_mask(q, k, _is_causal(module, q_len, kwargs))
 

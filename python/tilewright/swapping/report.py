@@ -89,6 +89,7 @@ class SwapReport:
         dense: names of linear layers without zeros worth a kernel.
         norms: names of the RMS norms beside swapped Mamba layers, which take one pass each way now.
         dry_run: whether nothing was changed.
+        warnings: what to look out for, such as a transformers newer than those that were tested.
     """
 
     swapped: list[Swapped] = field(default_factory=list)
@@ -96,6 +97,7 @@ class SwapReport:
     dense: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     dry_run: bool = False
+    warnings: list[str] = field(default_factory=list)
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False, compare=False)
 
     def undo(self) -> None:
@@ -133,6 +135,7 @@ class SwapReport:
             "skipped": [asdict(entry) for entry in self.skipped],
             "dense": list(self.dense),
             "norms": list(self.norms),
+            "warnings": list(self.warnings),
         }
 
     def to_json(self, path: str | PathLike[str] | None = None) -> str:
@@ -185,6 +188,8 @@ class SwapReport:
             ]
         if self.dense:
             notes += ["", f"{count(self.dense, 'linear layer')} left dense: no zeros in the weight."]
+        for warning in self.warnings:
+            notes += ["", warning]
         if not self.swapped and not self.skipped:
             notes += ["", "Nothing here is for tilewright's kernels. What it swaps:"]
             notes += [f"- {family}" for family in FAMILIES]

@@ -1,17 +1,18 @@
-"""The Mamba layers of Hugging Face transformers 5, and the norms of their models.
+"""The Mamba layers of Hugging Face transformers, and the norms of their models.
 
 Their own forward runs a Python loop over the tokens where mamba_ssm is not installed, copies channel-last
 views into the layout its kernels want where it is, and, in a Mamba-1 layer with a cache, starts from a zero
 state when more than one token comes. The forwards here read the views as they lie and go on from the cached
 state.
 
-The cache stays transformers' own: its conv state keeps the last `conv_kernel` inputs, its recurrent state is
-float32. A decode step writes both in place, so that their addresses last; where gradients are wanted it goes
-the way of longer inputs instead, which has them.
+The cache stays transformers' own (states.py): its conv state keeps the last `conv_kernel` inputs. A decode
+step writes it and the recurrent state in place, so that their addresses last; where gradients are wanted it
+goes the way of longer inputs instead, which has them.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
@@ -37,8 +38,10 @@ from ..nn.packing import Packing, packing_of
 from ..scan.conv import MAX_WIDTH
 from ..scan.mamba2 import GatedNorm, mamba2_inner
 from .instances import Layer, Methods
+from .releases import SCANS_SINCE, older
+from .states import States
 
-_ARGUMENTS = ["self", "hidden_states", "cache_params", "attention_mask"]
+_ARGUMENTS = ("hidden_states", "cache_params", "attention_mask")
 
 
 def layer_of(cls: type) -> Layer | None:
@@ -51,7 +54,10 @@ def layer_of(cls: type) -> Layer | None:
     if forward is None:
         return None
     op = "ssd_chunk_scan" if forward is _mamba2_forward else "selective_scan"
-    return Layer(op, {"forward": _with_offloading_hooks(forward)}, _obstacle)
+    forward = _with_offloading_hooks(forward)
+    if "cache_position" in _arguments(cls)[:3]:
+        forward = _behind_position(forward)
+    return Layer(op, {"forward": forward}, _obstacle)
 
 
 def is_norm(cls: type) -> bool:
@@ -64,8 +70,12 @@ def is_norm(cls: type) -> bool:
 
 def _obstacle(module: Any) -> str | None:
     """What about this mixer, or the transformers it comes from, our forward does not cover."""
-    if list(inspect.signature(type(module).forward).parameters)[: len(_ARGUMENTS)] != _ARGUMENTS:
-        return f"its forward is not the one of transformers 5 (arguments {', '.join(_ARGUMENTS[1:])})"
+    old = older(SCANS_SINCE)
+    if old is not None:
+        return old
+    named = [name for name in _arguments(type(module)) if name != "cache_position"]
+    if named[:1] != ["args"] and tuple(named[:3]) != _ARGUMENTS:  # 5.14 hides them behind a decorator
+        return f"its forward is not the one of transformers (arguments {', '.join(_ARGUMENTS)})"
     if module.activation not in ("silu", "swish"):
         return f"its activation is {module.activation!r}; the convolution kernels have 'silu'"
     if module.conv_kernel_size > MAX_WIDTH:
@@ -76,19 +86,47 @@ def _obstacle(module: Any) -> str | None:
     return None
 
 
+def _arguments(cls: type) -> list[str]:
+    return list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _behind_position(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward with the order of arguments of transformers before 5.4."""
+
+    @functools.wraps(forward)
+    def reordered(
+        self: Any,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        cache_position: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        return forward(
+            self, hidden_states, cache_params, attention_mask, cache_position=cache_position, **kwargs
+        )
+
+    return reordered
+
+
+@functools.cache
 def _with_offloading_hooks(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Weights that are used without a call of their module are fetched by accelerate's hooks all the same."""
-    if forward not in _hooked:
-        try:
-            from transformers.integrations.accelerate import force_accelerate_hooks
-        except ImportError:
-            return forward
-        children = ["conv1d"] if forward is not _mamba_forward else ["conv1d", "dt_proj"]
-        _hooked[forward] = force_accelerate_hooks(children)(forward)
-    return _hooked[forward]
+    names = ("conv1d", "dt_proj") if forward is _mamba_forward else ("conv1d",)
 
+    @functools.wraps(forward)
+    def hooked(self: Any, *arguments: Any, **kwargs: Any) -> Any:
+        children = [self._modules[name] for name in names]
+        children = [child for child in children if "_hf_hook" in vars(child)]
+        for child in children:
+            child._hf_hook.pre_forward(child)
+        output = forward(self, *arguments, **kwargs)
+        for child in reversed(children):
+            child._hf_hook.post_forward(child, ())
+        return output
 
-_hooked: dict[Callable[..., Any], Callable[..., Any]] = {}
+    return hooked
 
 
 def _mamba_forward(
@@ -103,7 +141,8 @@ def _mamba_forward(
     mask = _padding(attention_mask, length)
     packing = _packing(kwargs, hidden_states)
     ends = _ends(packing, cache_params)
-    conv_state, state = _cached(self, cache_params, length)
+    states = _states(self, cache_params, kwargs)
+    conv_state, state = _cached(states, length)
     if (
         conv_state is not None
         and state is not None
@@ -126,10 +165,10 @@ def _mamba_forward(
         y = scan.selective_state_update(state, u, dt, A, B, C, D, z=z[..., 0], dt_bias=bias, dt_softplus=True)
         return projected(self.out_proj, y.unsqueeze(1))
 
-    u = _masked(_conv(self, x, cache_params, packing).transpose(1, 2), mask)
+    u = _masked(_conv(self, x, states, packing).transpose(1, 2), mask)
     dt, B, C = _projected(self, u)
     y = _scan(
-        self, cache_params, state, ends,
+        self, states, state, ends,
         u.transpose(1, 2), dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2), z, *weights,
     )  # fmt: skip
     return projected(self.out_proj, y.transpose(1, 2))
@@ -150,7 +189,15 @@ def _fused_mamba(self: Any, xz: Tensor) -> Tensor:
 def _norms(self: Any) -> dict[str, Any]:
     """Jamba's and FalconMamba's norms of dt, B and C, as our functions take them."""
     if not hasattr(self, "b_layernorm"):
-        return {}
+        if not hasattr(self, "rms_eps"):
+            return {}
+        one = self.b_c_rms  # FalconMamba before transformers 5.15: norms without weights and modules
+        return {
+            "b_rms_weight": one,
+            "c_rms_weight": one,
+            "dt_rms_weight": None,
+            "b_c_dt_rms_eps": self.rms_eps,
+        }
     b, c, dt = self.b_layernorm.weight, self.c_layernorm.weight, self.dt_layernorm.weight
     if dt.shape[0] != self.time_step_rank:  # FalconMamba's norms have no weights, and dummies of any size
         dt = None
@@ -164,6 +211,8 @@ def _projected(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dt, B, C = torch.split(projected(self.x_proj, u), sizes, dim=-1)
     if hasattr(self, "dt_layernorm"):
         dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+    elif hasattr(self, "rms_eps"):
+        dt, B, C = (F.rms_norm(t.float(), t.shape[-1:], eps=self.rms_eps).to(t.dtype) for t in (dt, B, C))
     return without_bias(self.dt_proj, dt), B, C
 
 
@@ -184,7 +233,8 @@ def _zamba_forward(
     xz = torch.unflatten(xz, -1, (self.intermediate_size, 2)).transpose(1, 2)
     x, z = xz[..., 0], xz[..., 1]  # a channel and its gate lie side by side
     A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj_bias)
-    conv_state, state = _cached(self, cache_params, length)
+    states = _states(self, cache_params, kwargs)
+    conv_state, state = _cached(states, length)
     if conv_state is not None and state is not None:
         u = conv_step(self.conv1d, x[..., 0], conv_state)
         u = u if mask is None else u * mask
@@ -196,10 +246,10 @@ def _zamba_forward(
         )  # fmt: skip
         return projected(self.out_proj, y.flatten(1).unsqueeze(1))
 
-    u = _masked(_conv(self, x, cache_params, packing).transpose(1, 2), mask)
+    u = _masked(_conv(self, x, states, packing).transpose(1, 2), mask)
     dt, B, C = _projected_by_head(self, u)
     y = _scan(
-        self, cache_params, state, ends,
+        self, states, state, ends,
         u.transpose(1, 2), dt.transpose(1, 2), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), z,
         A.flatten(0, 1), D.flatten(), bias.flatten(),
     )  # fmt: skip
@@ -233,23 +283,24 @@ def _mamba2_forward(
         return _mamba2_block(self, hidden_states, norm, None if packing is None else packing.seq_idx)
     zxbcdt = _mamba2_projected(self, hidden_states)
     z, xbc, dt = torch.split(zxbcdt, [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-    conv_state, state = _cached(self, cache_params, length)
+    states = _states(self, cache_params, kwargs)
+    conv_state, state = _cached(states, length)
     if conv_state is not None and state is not None:
         y = _mamba2_step(self, conv_state, state, xbc[:, 0], dt[:, 0], z[:, 0], mask).unsqueeze(1)
     else:
-        xbc = _masked(_conv(self, xbc.transpose(1, 2), cache_params, packing).transpose(1, 2), mask)
+        xbc = _masked(_conv(self, xbc.transpose(1, 2), states, packing).transpose(1, 2), mask)
         x, B, C = _split_mamba2(self, xbc)
         scanned = scan.ssd_chunk_scan(
             x, dt, -torch.exp(wide(self.A_log)), B, C, self.chunk_size, D=self.D,
             z=None if has_norm else torch.unflatten(z, -1, (self.num_heads, self.head_dim)),
             dt_bias=self.dt_bias, initial_states=state, seq_idx=None if packing is None else packing.seq_idx,
-            dt_softplus=True, dt_limit=self.time_step_limit, return_final_states=cache_params is not None,
+            dt_softplus=True, dt_limit=_dt_limit(self), return_final_states=states is not None,
         )  # fmt: skip
-        if cache_params is None:
+        if states is None:
             y = cast(Tensor, scanned)
         else:
             y, state = scanned
-            cache_params.update_recurrent_state(state, self.layer_idx)
+            states.keep_recurrent(state)
         y = y.flatten(2)
     if has_norm:
         y = (norm or self.norm)(y, z).to(zxbcdt.dtype)
@@ -265,7 +316,7 @@ def _mamba2_block(self: Any, hidden_states: Tensor, norm: GatedNorm | None, seq_
     y, _ = mamba2_inner(
         x, self.conv1d.weight, self.conv1d.bias, self.A_log, self.D, self.dt_bias, self.num_heads,
         self.n_groups, norm, in_proj=in_proj, out_proj=out_proj, A_is_log=True, seq_idx=seq_idx,
-        dt_limit=self.time_step_limit,
+        dt_limit=_dt_limit(self),
     )  # fmt: skip
     return y if out_proj is not None else projected(self.out_proj, y)
 
@@ -286,7 +337,7 @@ def _mamba2_step(
     xbc = conv_step(self.conv1d, xbc, conv_state)
     x, B, C = _split_mamba2(self, xbc if mask is None else xbc * mask)
     bias: Tensor | None = self.dt_bias
-    low, high = self.time_step_limit
+    low, high = _dt_limit(self)
     if low > 0 or high < float("inf"):  # as in a longer input, though transformers leaves this out
         dt, bias = F.softplus(dt.float() + wide(self.dt_bias)).clamp(low, high), None
     y = scan.selective_state_update(
@@ -305,6 +356,22 @@ def _split_mamba2(self: Any, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, B, C = torch.split(xbc, [self.intermediate_size, states, states], dim=-1)
     x, groups = torch.unflatten(x, -1, (self.num_heads, self.head_dim)), (self.n_groups, self.ssm_state_size)
     return x, torch.unflatten(B, -1, groups), torch.unflatten(C, -1, groups)
+
+
+def _dt_limit(self: Any) -> tuple[float, float]:
+    """Between which numbers a step size stays."""
+    if not _has_shortest_step(type(self)):  # type: ignore[arg-type]
+        return cast(tuple[float, float], self.time_step_limit)
+    return self.config.time_step_min, float("inf")
+
+
+@functools.cache
+def _has_shortest_step(cls: type) -> bool:
+    """Whether a layer's step sizes are bounded from below alone, whatever limits its config has.
+
+    transformers before 5.15 does that where it computes them itself, and leaves it to the config in a kernel.
+    """
+    return any(base.__name__ in ("Zamba2MambaMixer", "NemotronHMamba2Mixer") for base in cls.__mro__)
 
 
 def _has_norm(self: Any) -> bool:
@@ -330,41 +397,45 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _scan(
-    self: Any, cache_params: Any, state: Tensor | None, ends: Tensor | None,
+    self: Any, states: States | None, state: Tensor | None, ends: Tensor | None,
     u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, A: Tensor, D: Tensor, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The scan of a whole input, on from the cached state, and back into the cache."""
-    if cache_params is None:
+    if states is None:
         return scan.selective_scan(u, dt, A, B, C, D, z, bias, True, cu_seqlens=ends)
     initial = None if state is None else state.reshape(-1, *A.shape)
     y, last = scan.selective_scan(u, dt, A, B, C, D, z, bias, True, True, initial_state=initial)
     if hasattr(self, "n_mamba_heads"):
         last = last.unflatten(1, (self.n_mamba_heads, self.mamba_head_dim))
-    cache_params.update_recurrent_state(last, self.layer_idx)
+    states.keep_recurrent(last)
     return y
 
 
-def _conv(self: Any, x: Tensor, cache_params: Any, packing: Packing | None) -> Tensor:
+def _conv(self: Any, x: Tensor, states: States | None, packing: Packing | None) -> Tensor:
     """The convolution of a whole input (batch, channels, length), with what the cache has before it."""
     length = x.shape[-1]
-    if cache_params is not None:
-        x = cache_params.update_conv_state(x, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+    if states is not None:
+        x = states.keep_conv(x, self.conv_kernel_size)
     seq_idx = None if packing is None else packing.seq_idx
     weight = self.conv1d.weight.squeeze(1)
     y = scan.causal_conv1d(x, weight, self.conv1d.bias, seq_idx, activation="silu")
     return y if y.shape[-1] == length else y[..., -length:]
 
 
-def _cached(self: Any, cache_params: Any, length: int) -> tuple[Tensor | None, Tensor | None]:
+def _states(self: Any, cache_params: Any, kwargs: dict[str, Any]) -> States | None:
+    """This layer's, of a model's cache and keyword arguments."""
+    return (
+        None if cache_params is None else States(cache_params, self.layer_idx, kwargs.get("cache_position"))
+    )
+
+
+def _cached(states: States | None, length: int) -> tuple[Tensor | None, Tensor | None]:
     """Conv state, if a decode step may write it, and recurrent state."""
-    if cache_params is None:
+    if states is None or states.recurrent is None:
         return None, None
-    state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
-    if state is not None and torch.is_grad_enabled():
-        return None, state.clone()  # backward needs it as it was, and the cache overwrites it
-    if length != 1 or state is None or cache_params.is_recording_past(self.layer_idx):
-        return None, state
-    return cache_params.get_conv_state(self.layer_idx, state_idx=0), state
+    if torch.is_grad_enabled():
+        return None, states.recurrent.clone()  # backward needs it as it was, and the cache overwrites it
+    return None if length != 1 or states.recording else states.conv, states.recurrent
 
 
 def _packing(kwargs: dict[str, Any], hidden_states: Tensor) -> Packing | None:
