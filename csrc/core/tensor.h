@@ -110,11 +110,11 @@ struct TensorView {
     return count;
   }
 
+  // An axis of size 1 gets the one it would have around the axes behind it: any number is right, but kernels
+  // look at whether strides are multiples of their vectors, and torch before 2.10 exports 1.
   int64_t stride(int32_t axis) const {
-    if (strides != nullptr) return strides[axis];
-    int64_t step = 1;
-    for (int32_t i = ndim - 1; i > axis; --i) step *= shape[i];
-    return step;
+    if (strides != nullptr && shape[axis] != 1) return strides[axis];
+    return axis + 1 == ndim ? 1 : stride(axis + 1) * shape[axis + 1];
   }
 
   bool is_contiguous() const {

@@ -15,12 +15,14 @@ ORIGINAL = "_tilewright_original"  # in a class that `tilewright.swap` gave a la
 
 def original_class(module: nn.Module) -> Any:
     """The module's class or, if it is swapped, the one that it had."""
-    return vars(type(module)).get(ORIGINAL, type(module))
+    cls = type(module)
+    # Asked in this order since torch.compile follows no `vars` of a class everywhere.
+    return vars(cls).get(ORIGINAL, cls) if hasattr(cls, ORIGINAL) else cls
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether this is a torch.nn.Linear, or one swapped for a dense product, with nothing beside it."""
-    return original_class(module) is nn.Linear and (type(module) is nn.Linear or NOTE not in vars(module))
+    return type(module) is nn.Linear or (original_class(module) is nn.Linear and NOTE not in vars(module))
 
 
 def check_inputs(name: str, inputs: Any) -> None:

@@ -74,7 +74,7 @@ def double(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def run(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     states = {n: arguments[n].clone() for n in STATES}
-    return mamba_step(**(arguments | states)), *states.values()
+    return mamba_step(**{**arguments, **states}), *states.values()
 
 
 def assert_close(arguments: dict[str, Any]) -> None:

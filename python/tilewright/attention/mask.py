@@ -555,7 +555,7 @@ def _sizes(tensor: Tensor) -> tuple[int, ...]:
 def check_block_size(block_size: Any, name: str = "block_size") -> tuple[int, int]:
     """The sizes of blocks of queries and of keys."""
     pair = (block_size, block_size) if isinstance(block_size, int) else block_size
-    if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(type(size) is int for size in pair)):
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(type(size) is int for size in pair)):
         raise TypeError(f"{name} must be an int or a pair of them (queries, keys), got {block_size!r}")
     if any(size % 16 or not 16 <= size <= 256 for size in pair):
         raise ValueError(f"{name} must be a multiple of 16 from 16 to 256, got {block_size!r}")

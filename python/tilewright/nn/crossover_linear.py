@@ -62,7 +62,10 @@ class CrossoverLinear(nn.Module):
 
     def form_for(self, tokens: int) -> nn.Module:
         """The form that runs for so many tokens."""
-        return self.forms[next((form for limit, form in self.steps if tokens <= limit), self.beyond)]
+        for limit, form in self.steps:
+            if tokens <= limit:
+                return self.forms[form]
+        return self.forms[self.beyond]
 
     def to_linear(self) -> nn.Linear:
         """The dense layer, trainable; it shares no memory with this one."""

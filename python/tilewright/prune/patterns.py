@@ -7,7 +7,6 @@ height, width), are seen as matrices (out, in * height * width).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -149,7 +148,7 @@ def parse_pattern(pattern: Any) -> Pattern:
         raise TypeError(f"pattern must be {_FORMS}, got {pattern!r}")
     if pattern in _NAMED:
         return _NAMED[pattern]
-    found = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if not found:
+    numbers = pattern.split(":")
+    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
         raise ValueError(f"pattern must be {_FORMS}, got {pattern!r}{nearest(pattern, _NAMED)}")
-    return NOfM(int(found[1]), int(found[2]))
+    return NOfM(int(numbers[0]), int(numbers[1]))

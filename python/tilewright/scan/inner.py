@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -325,7 +325,8 @@ def _cast(t: _Tensors) -> _Tensors:
     bias = t.conv_bias
     if bias is not None and bias.dtype != t.conv_weight.dtype:
         weight["conv_weight"], weight["conv_bias"] = t.conv_weight.float(), bias.float()
-    return t._replace(**weight, **given)  # type: ignore[arg-type]
+    changed = {**weight, **given}
+    return _Tensors(*[changed.get(name, value) for name, value in zip(_Tensors._fields, t)])  # type: ignore[arg-type]  # noqa: B905
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -358,8 +359,8 @@ def _check(t: _Tensors) -> None:
     for name, value in (("x_proj_weight", t.x_proj), ("out_proj_weight", t.out_proj)):
         if value.dim() != 2 or value.shape[1] != dim:
             raise ValueError(f"{name} must have dim = {dim} columns, got shape {tuple(value.shape)}")
-    for name, value in zip(names[3:6], t[3:6], strict=True):
-        check_dtype(name, value, (t.xz.dtype,))
+    for index in range(3, 6):
+        check_dtype(names[index], cast(Tensor, t[index]), (t.xz.dtype,))
     for index in (1, 2, *range(10, len(t))):
         if (given := t[index]) is not None:
             check_dtype(names[index], given, FLOATS)

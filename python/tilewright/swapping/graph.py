@@ -9,6 +9,7 @@ elements. There is a graph for each length.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,7 +28,8 @@ def outside(function: Function) -> Function:
         "graphs hold swapped attention of whole sequences: no decode steps, no verify, and no padding or "
         "window of the model's with permuted_block_sparse_attention"
     )
-    return torch.compiler.disable(function, reason=reason)  # type: ignore[no-untyped-call, no-any-return]
+    known = "reason" in inspect.signature(torch.compiler.disable).parameters  # not to torch 2.6
+    return torch.compiler.disable(function, **({"reason": reason} if known else {}))  # type: ignore[no-untyped-call, no-any-return]
 
 
 def attention(

@@ -278,8 +278,9 @@ class Mamba2Inner(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Runs the op and keeps its inputs and what lies between its kernels."""
-        *tensors, options = arguments
-        out, final_states, *kept = _fwd(*tensors, *options, True)
+        tensors, options = list(arguments[:-1]), arguments[-1]
+        out, final_states, *others = _fwd(*tensors, *options, True)
+        kept = list(others)
         # What only the gradient of a projection's weight is made of is not kept for one that is frozen.
         x, in_weight = tensors[:2]
         if in_weight is not None and not ctx.needs_input_grad[1]:
