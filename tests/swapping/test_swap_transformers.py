@@ -98,9 +98,22 @@ def row_by_row(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([model(row[kept][None], use_cache=False).logits[0] for row, kept in rows])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_left_padding(family: str) -> None:
-    exact, stock, ours = twins(family)
+BIASES = {
+    "use_bias": ["mamba", "falcon_mamba", "mamba2", "nemotron_h"],
+    "mamba_proj_bias": ["jamba", "zamba", "bamba", "granitemoehybrid", "falcon_h1"],
+    "add_bias_linear": ["zamba2"],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *(pytest.param(family, {}, id=family) for family in FAMILIES),
+        *(pytest.param(f, {name: True}, id=f"{f}-biased") for name in BIASES for f in BIASES[name]),
+    ],
+)
+def test_left_padding(family: str, changes: dict[str, Any]) -> None:
+    exact, stock, ours = twins(family, **changes)
     tw.swap(ours)
     ids = tokens()
     mask = left_padding(ids)
@@ -124,7 +137,7 @@ def test_greedy_generation(family: str) -> None:
     found = of_both_or_none(ours, stock, lambda model: model.generate(ids, **options))
     try:
         expected = stock.generate(ids, **options)
-    except RuntimeError as error:  # FalconH1 before 5.21
+    except RuntimeError as error:  # FalconH1 before 5.23
         pytest.skip(f"the stock model alone raises: {error}")
     assert torch.equal(found, expected)
 

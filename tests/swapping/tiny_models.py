@@ -99,10 +99,10 @@ def tiny(family: str, **changes: Any) -> torch.nn.Module:
 
 
 def twins(
-    family: str, dtype: torch.dtype = torch.float32
+    family: str, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
     """The model in float64, the model in `dtype`, and that model again to be swapped; the same weights."""
-    stock = tiny(family).to(dtype)
+    stock = tiny(family, **changes).to(dtype)
     return copy.deepcopy(stock).double(), stock, copy.deepcopy(stock)
 
 

@@ -3,7 +3,8 @@
 Since 5.5 there is one class of cache for all models, whose layers hold their states in attributes; since 5.14
 these are dicts, of several states a layer, and a cache can record inputs that assisted decoding takes back.
 Before 5.5 each model has a cache of its own, with the states of all layers in `conv_states` and `ssm_states`:
-zeros before the first token, and of the model's dtype, where later ones keep the dtype that they are given.
+zeros before the first token, and all on one device. Before 5.14 states have the model's dtype, later on the
+one that they are given.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ class States:
     Attributes:
         conv: (batch, channels, width), the last inputs of the convolution; None before the first token.
         recurrent: the state after the last token; None before the first.
-        recording: `conv` holds more inputs than the convolution needs, and must not be written in place.
+        recording: `conv` is not to be written in place: it holds more inputs than the convolution needs, or
+            is a copy.
     """
 
-    def __init__(self, cache: Any, index: int, position: Tensor | None) -> None:
+    def __init__(self, cache: Any, index: int, device: torch.device, position: Tensor | None) -> None:
         """`position`: where the tokens at hand are, as models of transformers before 5.4 say it."""
         self._cache, self._index = cache, index
         self.recording = False
@@ -32,11 +34,14 @@ class States:
         conv: Any = None
         recurrent: Any = None
         if self._is_a_models_own():
-            known, conv, recurrent = (
-                _goes_on(cache, position),
-                cache.conv_states[index],
-                cache.ssm_states[index],
+            known = _goes_on(cache, position)
+            conv, recurrent = (
+                _moved(states[index], device) for states in (cache.conv_states, cache.ssm_states)
             )
+            if isinstance(cache.conv_states, Tensor):  # Mamba-2's, of all layers
+                self.recording = conv.device != cache.conv_states.device
+            else:
+                cache.conv_states[index], cache.ssm_states[index] = conv, recurrent
         elif index < len(cache.layers):
             layer = cache.layers[index]
             known, conv, recurrent = layer.has_previous_state, layer.conv_states, layer.recurrent_states
@@ -74,6 +79,11 @@ class States:
         cache.ssm_states[index].copy_(state)
         if index == len(cache.ssm_states) - 1 and hasattr(cache, "has_previous_state"):
             cache.has_previous_state = True
+
+
+def _moved(state: Tensor, device: torch.device) -> Tensor:
+    """The state on the layer's device. Of a model with offloaded weights its cache is made without memory."""
+    return torch.zeros_like(state, device=device) if state.is_meta else state.to(device)
 
 
 def _goes_on(cache: Any, position: Tensor | None) -> bool:

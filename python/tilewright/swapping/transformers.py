@@ -101,12 +101,13 @@ def _behind_position(forward: Callable[..., Any]) -> Callable[..., Any]:
         cache_params: Any = None,
         cache_position: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *others: Any,
         **kwargs: Any,
     ) -> Any:
-        return forward(
-            self, hidden_states, cache_params, attention_mask, cache_position=cache_position, **kwargs
-        )
+        kwargs["cache_position"] = cache_position
+        return forward(self, hidden_states, cache_params, attention_mask, *others, **kwargs)
 
+    vars(reordered).pop("__wrapped__")  # whose signature is another
     return reordered
 
 
@@ -141,7 +142,7 @@ def _mamba_forward(
     mask = _padding(attention_mask, length)
     packing = _packing(kwargs, hidden_states)
     ends = _ends(packing, cache_params)
-    states = _states(self, cache_params, kwargs)
+    states = _states(self, cache_params, kwargs, hidden_states)
     conv_state, state = _cached(states, length)
     if (
         conv_state is not None
@@ -150,12 +151,13 @@ def _mamba_forward(
         and can_step(self, hidden_states, conv_state)
     ):
         return step_of(self, hidden_states, conv_state, state, **_norms(self))
-    xz = projected(self.in_proj, _masked(hidden_states, mask))
+    xz = projected(self.in_proj, hidden_states)
     whole = cache_params is None and mask is None and packing is None
     if whole and can_fuse(self.x_proj, self.dt_proj, self.out_proj):
         return _fused_mamba(self, xz)
 
-    x, z = xz.transpose(1, 2).chunk(2, dim=1)
+    x, z = xz.chunk(2, dim=-1)
+    x, z = _masked(x, mask).transpose(1, 2), z.transpose(1, 2)
     weights = (-torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj.bias))
     if conv_state is not None and state is not None:
         u = conv_step(self.conv1d, x[..., 0], conv_state)
@@ -229,11 +231,11 @@ def _zamba_forward(
     mask = _padding(attention_mask, length)
     packing = _packing(kwargs, hidden_states)
     ends = _ends(packing, cache_params)
-    xz = projected(self.in_proj, _masked(hidden_states, mask))
-    xz = torch.unflatten(xz, -1, (self.intermediate_size, 2)).transpose(1, 2)
-    x, z = xz[..., 0], xz[..., 1]  # a channel and its gate lie side by side
+    xz = projected(self.in_proj, hidden_states)
+    xz = torch.unflatten(xz, -1, (self.intermediate_size, 2))  # a channel and its gate lie side by side
+    x, z = _masked(xz[..., 0], mask).transpose(1, 2), xz[..., 1].transpose(1, 2)
     A, D, bias = -torch.exp(wide(self.A_log)), wide(self.D), wide(self.dt_proj_bias)
-    states = _states(self, cache_params, kwargs)
+    states = _states(self, cache_params, kwargs, hidden_states)
     conv_state, state = _cached(states, length)
     if conv_state is not None and state is not None:
         u = conv_step(self.conv1d, x[..., 0], conv_state)
@@ -270,20 +272,21 @@ def _mamba2_forward(
     hidden_states: Tensor,
     cache_params: Any = None,
     attention_mask: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Mamba-2 and its kin: projection, convolution, chunked scan, gated norm, projection."""
     length = hidden_states.shape[1]
     mask = _padding(attention_mask, length)
-    packing = _packing(kwargs, hidden_states)
-    hidden_states = _masked(hidden_states, mask)
+    packing = _packing({**kwargs, "seq_idx": seq_idx}, hidden_states)
     has_norm = _has_norm(self)
     norm = _gated_norm(self.norm) if has_norm else None
     if cache_params is None and mask is None and (norm is not None or not has_norm):
         return _mamba2_block(self, hidden_states, norm, None if packing is None else packing.seq_idx)
     zxbcdt = _mamba2_projected(self, hidden_states)
     z, xbc, dt = torch.split(zxbcdt, [self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-    states = _states(self, cache_params, kwargs)
+    xbc = _masked(xbc, mask)
+    states = _states(self, cache_params, kwargs, hidden_states)
     conv_state, state = _cached(states, length)
     if conv_state is not None and state is not None:
         y = _mamba2_step(self, conv_state, state, xbc[:, 0], dt[:, 0], z[:, 0], mask).unsqueeze(1)
@@ -360,12 +363,11 @@ def _split_mamba2(self: Any, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _dt_limit(self: Any) -> tuple[float, float]:
     """Between which numbers a step size stays."""
-    if not _has_shortest_step(type(self)):  # type: ignore[arg-type]
+    if not _has_shortest_step(type(self)):
         return cast(tuple[float, float], self.time_step_limit)
     return self.config.time_step_min, float("inf")
 
 
-@functools.cache
 def _has_shortest_step(cls: type) -> bool:
     """Whether a layer's step sizes are bounded from below alone, whatever limits its config has.
 
@@ -422,11 +424,11 @@ def _conv(self: Any, x: Tensor, states: States | None, packing: Packing | None) 
     return y if y.shape[-1] == length else y[..., -length:]
 
 
-def _states(self: Any, cache_params: Any, kwargs: dict[str, Any]) -> States | None:
+def _states(self: Any, cache_params: Any, kwargs: dict[str, Any], x: Tensor) -> States | None:
     """This layer's, of a model's cache and keyword arguments."""
-    return (
-        None if cache_params is None else States(cache_params, self.layer_idx, kwargs.get("cache_position"))
-    )
+    if cache_params is None:
+        return None
+    return States(cache_params, self.layer_idx, x.device, kwargs.get("cache_position"))
 
 
 def _cached(states: States | None, length: int) -> tuple[Tensor | None, Tensor | None]:
@@ -459,9 +461,12 @@ def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return None if attention_mask is None else attention_mask[:, -length:]
 
 
-def _masked(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-    """Zeros at padding, whose influence would otherwise last through the recurrence."""
-    return hidden_states if mask is None else hidden_states * mask.unsqueeze(-1).to(hidden_states.dtype)
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros at padding, whose influence would otherwise last through the recurrence.
+
+    Behind in_proj and behind the convolution: either may have a bias.
+    """
+    return x if mask is None else x * mask.unsqueeze(-1).to(x.dtype)
 
 
 _GATED_NORMS = frozenset({
