@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 
+def clamped(dt: Tensor, low: float, high: float) -> Tensor:
+    """At a limit the gradient passes, as in mamba_ssm; torch's clamp lets it pass up to 2.13."""
+    return torch.where(dt < low, low, torch.where(dt > high, high, dt))
+
+
 def ssd_chunk_scan(
     x: Tensor,
     dt: Tensor,
@@ -43,7 +48,7 @@ def ssd_chunk_scan(
         dt = dt + dt_bias
     if dt_softplus:
         dt = softplus(dt)
-    dt = dt.clamp(*dt_limit)
+    dt = clamped(dt, *dt_limit)
     B, C = (t.repeat_interleave(heads // B.shape[2], dim=2) for t in (B, C))
     h = x.new_zeros(batch, heads, head_dim, B.shape[3]) if initial_states is None else initial_states
     ys = []
@@ -79,7 +84,7 @@ def chunked(
         dt = dt + dt_bias
     if dt_softplus:
         dt = softplus(dt)
-    dt = dt.clamp(*dt_limit)
+    dt = clamped(dt, *dt_limit)
     B, C = (t.repeat_interleave(heads // B.shape[2], dim=2) for t in (B, C))
     h = x.new_zeros(batch, heads, head_dim, B.shape[3]) if initial_states is None else initial_states
     ys = []
