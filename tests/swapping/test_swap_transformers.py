@@ -42,7 +42,7 @@ def of_both_or_none(ours: nn.Module, stock: nn.Module, run: Callable[[nn.Module]
     """What `run` gives of our model. Where the stock model raises too the test is skipped."""
     try:
         return run(ours)
-    except RuntimeError as error:  # attention masks of the wrong size, in releases before 5.19
+    except RuntimeError as error:  # attention masks of the wrong size, in releases before 5.23
         with pytest.raises(RuntimeError, match=re.escape(str(error))):
             run(stock)
         pytest.skip(f"the stock model raises: {error}")

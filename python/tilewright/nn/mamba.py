@@ -211,8 +211,7 @@ def can_fuse(*linears: Any) -> bool:
 
 def is_plain(linear: Any) -> bool:
     """Whether calling this layer only multiplies by its weight: no adapters, hooks, offloading."""
-    known = type(linear) is nn.Linear or original_class(linear) is nn.Linear
-    return known and runs_its_forward_alone(linear)
+    return original_class(linear) is nn.Linear and runs_its_forward_alone(linear)
 
 
 def runs_its_forward_alone(module: Any) -> bool:
